@@ -1,0 +1,31 @@
+"""CamVid (11 classes of street scenes, 480x360): small enough to develop and compare on.
+
+    python main.py --config=configs/camvid.py:split=1_8 --config.data.root=/data/camvid --workdir=/runs/camvid8
+
+Arguments: split (1_16, 1_8, 1_4, full), backbone, method, crop. The lists lie in ROOT/splits.
+There is no published recipe: crop 321 and the selection of VOC, learning rates for training from random weights.
+"""
+
+from configs import arguments, defaults, methods
+
+SPLITS = ("1_16", "1_8", "1_4", "full")
+CLASSES = (
+    "sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car", "pedestrian", "bicyclist",
+)  # fmt: skip
+
+
+def get_config(argument: str | None = None):
+    values = arguments.parse(argument, split="1_8", backbone="resnet50", method="dssn", crop=321)
+    arguments.check_choice("split", values["split"], SPLITS)
+    config = defaults.get_config()
+    config.name = arguments.describe("camvid", values)
+    config.data.split = values["split"]
+    config.data.classes = CLASSES
+    config.data.crop = values["crop"]
+    config.model.backbone = values["backbone"]
+    config.optimizer.lr = 0.02
+    config.optimizer.lr_multi = 1.0
+    config.train.epochs = 200
+    config.train.eval_every = 450
+    methods.apply(config, values["method"])
+    return config

@@ -1,0 +1,156 @@
+"""Every configuration key, once, with its default and what it means.
+
+A dataset file (`configs/pascal.py`, ...) starts from `get_config()` here and changes what its recipe changes; a user
+changes any key on the command line (`--config.data.root=/data/voc`). A key that is not in this file does not exist.
+"""
+
+from ml_collections import ConfigDict
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def get_config() -> ConfigDict:
+    """Returns the defaults: DSSN on the generated shapes, with the recipe of VOC where nothing else is said."""
+    config = ConfigDict()
+    config.name = ""  # What the run is, for logs and reports: "pascal split=183 backbone=resnet101 method=dssn".
+    config.seed = 0  # Seeds the initial weights, the order and the views of the images, and feature dropout.
+    config.data = _data()
+    config.views = _views()
+    config.model = _model()
+    config.method = _method()
+    config.teacher = _teacher()
+    config.optimizer = _optimizer()
+    config.train = _train()
+    config.eval = _eval()
+    return config
+
+
+def _data() -> ConfigDict:
+    data = ConfigDict()
+    data.source = "folder"  # folder: images listed in text files | shapes: generated images, no files.
+    data.root = ""  # Folder that the paths in the lists are relative to.
+    # Folder of the lists, relative to `root` or to the current folder: SPLITS/SPLIT/{labeled,unlabeled}.txt and
+    # SPLITS/val.txt, each line `image mask` (the mask may be left out in unlabeled.txt).
+    data.splits = "splits"
+    data.split = ""  # Name of the split.
+    data.classes = ()  # Class names, in the order of the ids in the masks.
+    data.ignore = 255  # Mask value that no loss and no score counts.
+    data.crop = 513  # Side of the square training crop, pixels.
+    data.scale = (0.5, 2.0)  # The long side is scaled by U[scale] before the crop.
+    data.flip = 0.5  # Probability of a horizontal flip.
+    data.labeled_batch = 8  # Labeled images a step, over all devices and hosts.
+    data.unlabeled_batch = 8  # Unlabeled images a step, over all devices and hosts.
+    data.mean = IMAGENET_MEAN  # Of RGB in [0, 1]; subtracted.
+    data.std = IMAGENET_STD  # Of RGB in [0, 1]; divided by.
+    data.workers = 0  # Processes that make batches; 0: threads of this process.
+    data.threads = 16  # Threads (of each process) that decode and augment.
+    data.buffer = 2  # Batches (of each process) made ahead.
+    data.shapes = ConfigDict()  # The generated source, for `source = "shapes"`.
+    data.shapes.size = 96  # Side of an image, pixels.
+    data.shapes.labeled = 16  # Labeled images (they are the first of the unlabeled ones).
+    data.shapes.unlabeled = 512  # Unlabeled images.
+    data.shapes.val = 64  # Validation images.
+    data.shapes.seed = 0  # Another seed is another data set.
+    return data
+
+
+def _views() -> ConfigDict:
+    """Strong views of an unlabeled image (method.md, "Views of an unlabeled image"; UniMatch's transforms)."""
+    views = ConfigDict()
+    views.jitter = 0.8  # Probability of colour jitter.
+    views.brightness = 0.5  # Jitter factors are U[1 - x, 1 + x] ...
+    views.contrast = 0.5
+    views.saturation = 0.5
+    views.hue = 0.25  # ... and the hue moves by U[-x, x] of the circle.
+    views.grey = 0.2  # Probability of grey.
+    views.blur = 0.5  # Probability of Gaussian blur.
+    views.blur_sigma = (0.1, 2.0)  # Pixels.
+    views.operations = (0, 0)  # Least and most operations drawn from the eleven of the VOC recipe: (1, 3) there.
+    views.cutmix = 0.5  # Probability of a CutMix box.
+    views.cutmix_area = (0.02, 0.4)  # Of the crop.
+    views.cutmix_aspect = (0.3, 1 / 0.3)
+    # same: another random view of the same image, as the released code pairs them | other: of another image.
+    views.mix_partner = "same"
+    return views
+
+
+def _model() -> ConfigDict:
+    model = ConfigDict()
+    model.backbone = "resnet101"  # A name of `dssn_jax.models.BACKBONES`.
+    model.output_stride = 16  # Of the last backbone stage: 16 | 8.
+    model.aspp_dilations = (6, 12, 18)  # DeepLab doubles them at output stride 8.
+    model.decoder_channels = 256  # Of ASPP and of the decoder.
+    model.feature_dropout = 0.5  # Probability that a channel is dropped in a feature-level view.
+    model.dtype = "float32"  # Of the computation: float32 | bfloat16 | float64 (the last needs JAX_ENABLE_X64=1).
+    model.param_dtype = "float32"  # Of the parameters and running statistics.
+    model.remat = False  # Recompute residual blocks in the backward pass: less memory, more time.
+    return model
+
+
+def _method() -> ConfigDict:
+    """The terms of the loss; `configs/methods.py` names the combinations.
+
+    loss = 0.5 [ labeled + unlabeled_weight * (strong_weight * sum L_s + feature_weight * sum L_fp)
+                 + contrast_weight * (C_image + C_feature) ], or `labeled` alone without any unlabeled view.
+    """
+    method = ConfigDict()
+    method.name = "dssn"  # Which of configs/methods.py filled this section.
+    method.strong_views = 2  # Strong views that are trained on: 0 | 1 | 2.
+    method.feature_views = 2  # Channel-dropout views of the weak view: 0 | 1 | 2.
+    # Who labels for the strong views. teacher: the EMA network | student_eval: the student with running statistics |
+    # student: the student's training forward for the weak view, its running statistics for the CutMix partner.
+    method.labeler = "teacher"
+    method.strong_weight = 0.25  # Of each L_s.
+    method.feature_weight = 0.25  # Of each L_fp.
+    method.image_contrast_weight = 0.01  # Of C between the two strong views.
+    method.feature_contrast_weight = 0.01  # Of C between the two feature views.
+    method.selection = "class_aware"  # Pixels whose pseudo-label is used: class_aware | threshold.
+    method.threshold = 0.95  # Least confidence, for selection = threshold; 0 selects every pixel.
+    method.class_aware_ratio = 0.96  # A class keeps pixels above ratio * (its largest probability in the image) ...
+    method.class_aware_floor = 0.92  # ... if that largest probability is above the floor, else none.
+    method.labeled_loss = "ce"  # ce: cross-entropy | ohem: of hard pixels.
+    method.ohem_threshold = 0.7  # Pixels whose true class has at most this probability are hard.
+    method.ohem_min_kept = 100000  # At least so many pixels an image are kept.
+    method.ohem_group = 2  # Images among which hard pixels are chosen together (those of one GPU in the original).
+    return method
+
+
+def _teacher() -> ConfigDict:
+    teacher = ConfigDict()
+    teacher.keep_rate = 0.996  # Of the exponential moving average, of parameters and running statistics.
+    # During the warm-up the teacher is a copy of the student and strong views are not trained on.
+    # It lasts the longer of these two.
+    teacher.warmup_steps = 1
+    teacher.warmup_epochs = 0
+    teacher.batch_stats_epochs = 1  # The teacher labels with batch statistics in these first epochs.
+    return teacher
+
+
+def _optimizer() -> ConfigDict:
+    optimizer = ConfigDict()
+    optimizer.lr = 0.002  # Of the backbone at the start; falls to 0 as (1 - step / steps) ** power.
+    optimizer.lr_multi = 10.0  # Times lr: everything but the backbone.
+    optimizer.power = 0.9
+    optimizer.momentum = 0.9
+    optimizer.weight_decay = 1e-4  # On every parameter, batch-norm and biases included.
+    return optimizer
+
+
+def _train() -> ConfigDict:
+    train = ConfigDict()
+    train.epochs = 100  # Passes over the unlabeled list.
+    train.steps = 0  # If not 0, the number of steps instead of `epochs`.
+    train.log_every = 50  # Steps between log lines.
+    train.eval_every = 0  # Steps between evaluations; 0: every epoch. The last step is always evaluated.
+    train.checkpoint_every = 0  # Steps between checkpoints; 0: every epoch. Each evaluation makes one too.
+    train.pictures_every = 0  # Steps between TensorBoard picture panels; 0: at each evaluation.
+    return train
+
+
+def _eval() -> ConfigDict:
+    eval_ = ConfigDict()
+    eval_.mode = "original"  # original: whole images | sliding_window | center_crop.
+    eval_.crop = 0  # Side of the window or centre crop, pixels; 0: that of training.
+    eval_.batch = 8  # Images of equal size predicted together (rounded up to a multiple of the devices).
+    return eval_

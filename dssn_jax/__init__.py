@@ -1,0 +1,1 @@
+"""DSSN: semi-supervised semantic segmentation in JAX and Flax."""

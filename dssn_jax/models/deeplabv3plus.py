@@ -1,0 +1,114 @@
+"""DeepLabV3+ (Chen et al., ECCV 2018) as the original implementation of DSSN builds it. Names follow its state dicts."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dssn_jax.models import layers
+
+LOW_LEVEL_CHANNELS = 48
+
+
+class DeepLabV3Plus(nn.Module):
+    """Segmentation network: `backbone`, ASPP (`head`) and decoder (`reduce`, `fuse`, `classifier`)."""
+
+    backbone: nn.Module  # Returns (c1, c4), see `dssn_jax.models.resnet.ResNet`.
+    num_classes: int
+    aspp_dilations: tuple[int, ...] = (6, 12, 18)
+    channels: int = 256  # Of ASPP and of the decoder.
+    feature_dropout: float = 0.5
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def setup(self):
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        conv = functools.partial(layers.conv, **types)
+        norm = functools.partial(layers.BatchNorm, **types)
+        self.head = ASPP(self.channels, self.aspp_dilations, **types)
+        self.reduce_0 = conv(LOW_LEVEL_CHANNELS)
+        self.reduce_1 = norm()
+        self.fuse_0 = conv(self.channels, 3)
+        self.fuse_1 = norm()
+        self.fuse_3 = conv(self.channels, 3)
+        self.fuse_4 = norm()
+        self.classifier = conv(self.num_classes, use_bias=True, bias_init=layers.bias_init(self.channels))
+
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Images [B, H, W, 3] (normalised) -> logits [B, H, W, K], in at least float32."""
+        return self._decode(*self.features(x, train), x.shape[1:3], train)
+
+    def with_feature_views(self, x: jax.Array, views: int, train: bool = True) -> tuple[jax.Array, ...]:
+        """Logits of `x` [B, H, W, 3] and of `views` channel-dropout views of its features: `1 + views` x [B, H, W, K].
+
+        All are decoded together, so that the decoder's batch statistics are those of all views, as in the original.
+        The views of one image stay beside each other, so that a sharded batch is not moved between devices.
+        Draws from the rng `dropout` if `views` and `feature_dropout` are not 0.
+        """
+        perturbed = [self._with_views(features, views) for features in self.features(x, train)]
+        logits = self._decode(*perturbed, x.shape[1:3], train)
+        logits = logits.reshape(len(x), 1 + views, *logits.shape[1:])
+        return tuple(logits[:, view] for view in range(1 + views))
+
+    def features(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Images [B, H, W, 3] -> the backbone's c1 [B, H/4, W/4, C1] and c4 [B, H/16, W/16, C4], sizes rounded up."""
+        return self.backbone(x.astype(self.dtype), train)
+
+    def _with_views(self, features: jax.Array, views: int) -> jax.Array:
+        """[B, h, w, C] -> [B * (1 + views), h, w, C]: each image's features followed by their perturbed copies."""
+        copies = [features]
+        for _ in range(views):
+            if self.feature_dropout > 0:
+                copies.append(layers.channel_dropout(features, self.feature_dropout, self.make_rng("dropout")))
+            else:
+                copies.append(features)
+        return jnp.stack(copies, 1).reshape(-1, *features.shape[1:])
+
+    def _decode(self, c1: jax.Array, c4: jax.Array, size: tuple[int, int], train: bool) -> jax.Array:
+        c4 = layers.resize(self.head(c4, train), *c1.shape[1:3])
+        c1 = nn.relu(self.reduce_1(self.reduce_0(c1), train))
+        x = jnp.concatenate([c1, c4], -1)
+        x = nn.relu(self.fuse_1(self.fuse_0(x), train))
+        x = nn.relu(self.fuse_4(self.fuse_3(x), train))
+        logits = self.classifier(x)
+        return layers.resize(logits.astype(jnp.promote_types(self.dtype, jnp.float32)), *size)
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: `[B, h, w, C] -> [B, h, w, channels]`."""
+
+    channels: int
+    dilations: tuple[int, ...]
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        conv = functools.partial(layers.conv, self.channels, **types)
+        norm = functools.partial(layers.BatchNorm, **types)
+        branches = [nn.relu(norm(name="b0_1")(conv(name="b0_0")(x), train))]
+        for i, dilation in enumerate(self.dilations, start=1):
+            y = conv(kernel=3, dilation=dilation, name=f"b{i}_0")(x)
+            branches.append(nn.relu(norm(name=f"b{i}_1")(y, train)))
+        pooled = ImagePooling(self.channels, name=f"b{len(self.dilations) + 1}", **types)(x, train)
+        branches.append(jnp.broadcast_to(pooled, branches[0].shape))
+        x = conv(name="project_0")(jnp.concatenate(branches, -1))
+        return nn.relu(norm(name="project_1")(x, train))
+
+
+class ImagePooling(nn.Module):
+    """Global average pooling, 1x1 convolution, batch norm, ReLU: `[B, h, w, C] -> [B, 1, 1, channels]`."""
+
+    channels: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = x.mean((1, 2), keepdims=True, dtype=jnp.promote_types(self.dtype, jnp.float32)).astype(self.dtype)
+        x = layers.conv(self.channels, name="gap_1", **types)(x)
+        return nn.relu(layers.BatchNorm(name="gap_2", **types)(x, train))

@@ -1,0 +1,106 @@
+"""Layers with PyTorch's arithmetic, so that weights and numbers of the original carry over. All arrays are NHWC."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# PyTorch's default for convolutions, kaiming_uniform(a=sqrt(5)): U[-1/sqrt(fan_in), 1/sqrt(fan_in)].
+default_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def conv(features: int, kernel: int = 1, stride: int = 1, dilation: int = 1, groups: int = 1, **kwargs) -> nn.Conv:
+    """2-D convolution without bias, as `torch.nn.Conv2d` with `padding = dilation * (kernel - 1) / 2`.
+
+    `[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), features]`; `kwargs` go to `flax.linen.Conv`.
+    """
+    options = {"use_bias": False, "kernel_init": default_kernel_init, **kwargs}
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=stride,
+        padding=dilation * (kernel - 1) // 2,
+        kernel_dilation=dilation,
+        feature_group_count=groups,
+        **options,
+    )
+
+
+def bias_init(fan_in: int):
+    """PyTorch's default for the bias of a convolution: U[-1/sqrt(fan_in), 1/sqrt(fan_in)]."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation as `torch.nn.BatchNorm2d`: the running variance is the unbiased one.
+
+    Under `jit` with the batch sharded over devices the statistics are those of the global batch (`SyncBatchNorm`).
+    Statistics are computed and kept in `param_dtype`; the result is in `dtype`.
+    """
+
+    momentum: float = 0.1  # Share of the new statistics, PyTorch's sense.
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Normalises `x` [B, H, W, C] with batch statistics (and updates the running ones) or with the running ones."""
+        channels = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, self.param_dtype)
+        wide = x.astype(self.param_dtype)
+        if train:
+            mean = wide.mean((0, 1, 2))
+            var = jnp.square(wide - mean).mean((0, 1, 2))
+            if not self.is_initializing():
+                count = x.size // x.shape[-1]
+                unbiased = var * (count / max(count - 1, 1))
+                running_mean.value += self.momentum * (mean - running_mean.value)
+                running_var.value += self.momentum * (unbiased - running_var.value)
+        else:
+            mean, var = running_mean.value, running_var.value
+        normalised = (wide - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+        return normalised.astype(self.dtype)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """3x3 max pooling of stride 2 and padding 1."""
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+def resize(x: jax.Array, height: int, width: int) -> jax.Array:
+    """Bilinear resize of `x` [B, h, w, C] with aligned corners, in the dtype of `x`.
+
+    Equals `torch.nn.functional.interpolate(..., mode="bilinear", align_corners=True)`, as two matrix products.
+    """
+    rows = jnp.asarray(_interpolation_matrix(x.shape[1], height), x.dtype)
+    columns = jnp.asarray(_interpolation_matrix(x.shape[2], width), x.dtype)
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    return product("Ww,bHwc->bHWc", columns, product("Hh,bhwc->bHwc", rows, x))
+
+
+@functools.cache
+def _interpolation_matrix(size: int, new_size: int) -> np.ndarray:
+    """Returns the [new_size, size] float64 matrix that interpolates linearly with aligned corners."""
+    matrix = np.zeros((new_size, size))
+    scale = (size - 1) / (new_size - 1) if new_size > 1 else 0.0
+    positions = np.arange(new_size) * scale
+    lower = np.minimum(positions.astype(int), size - 1)
+    upper = np.minimum(lower + 1, size - 1)
+    weight = positions - lower
+    np.add.at(matrix, (np.arange(new_size), lower), 1 - weight)
+    np.add.at(matrix, (np.arange(new_size), upper), weight)
+    return matrix
+
+
+def channel_dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Zeroes whole channels of `x` [B, H, W, C] with probability `rate` and scales the rest by 1 / (1 - rate)."""
+    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1, x.shape[-1]))
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))

@@ -1,0 +1,101 @@
+"""ResNet backbones with a deep stem, dilated to a fixed output stride. Names follow the original's state dicts.
+
+He et al., CVPR 2016; the dilated form is torchvision's `replace_stride_with_dilation`.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dssn_jax.models import layers
+
+
+class ResNet(nn.Module):
+    """Returns the features of stage 1 (stride 4) and stage 4 (stride `output_stride`)."""
+
+    stage_sizes: tuple[int, int, int, int]
+    bottleneck: bool = True
+    width: int = 64  # Channels of the first stage inside a block; doubles with each stage.
+    output_stride: int = 16
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+        """`x` [B, H, W, 3] -> c1 [B, H/4, W/4, C1], c4 [B, H/stride, W/stride, C4], sizes rounded up."""
+        x = self._stem(x, train)
+        block = functools.partial(_rematerialised() if self.remat else Block, bottleneck=self.bottleneck)
+        block = functools.partial(block, dtype=self.dtype, param_dtype=self.param_dtype)
+        dilation, current_stride, features = 1, 4, []
+        for stage, size in enumerate(self.stage_sizes):
+            stride = 1 if stage == 0 else 2
+            first_dilation = dilation  # Where dilation replaces the stride, the first block keeps the old one.
+            if current_stride * stride > self.output_stride:
+                dilation, stride = dilation * stride, 1
+            current_stride *= stride
+            for i in range(size):
+                x = block(
+                    width=self.width * 2**stage,
+                    stride=stride if i == 0 else 1,
+                    dilation=first_dilation if i == 0 else dilation,
+                    project=i == 0 and (stage > 0 or x.shape[-1] != self._channels(stage)),
+                    name=f"layer{stage + 1}_{i}",
+                )(x, train)
+            features.append(x)
+        return features[0], features[-1]
+
+    def _channels(self, stage: int) -> int:
+        return self.width * 2**stage * (Block.expansion if self.bottleneck else 1)
+
+    def _stem(self, x: jax.Array, train: bool) -> jax.Array:
+        conv = functools.partial(layers.conv, dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = functools.partial(layers.BatchNorm, dtype=self.dtype, param_dtype=self.param_dtype)
+        x = conv(self.width, 3, stride=2, name="conv1_0")(x)
+        x = nn.relu(norm(name="conv1_1")(x, train))
+        x = conv(self.width, 3, name="conv1_3")(x)
+        x = nn.relu(norm(name="conv1_4")(x, train))
+        x = conv(2 * self.width, 3, name="conv1_6")(x)
+        x = nn.relu(norm(name="bn1")(x, train))
+        return layers.max_pool(x)
+
+
+class Block(nn.Module):
+    """Residual block: 1x1, 3x3, 1x1 (bottleneck, stride on the 3x3) or two 3x3 convolutions."""
+
+    width: int
+    stride: int
+    dilation: int
+    project: bool  # The shortcut is a strided 1x1 convolution.
+    bottleneck: bool
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    expansion = 4  # Output channels of a bottleneck over its width.
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        conv = functools.partial(layers.conv, dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = functools.partial(layers.BatchNorm, dtype=self.dtype, param_dtype=self.param_dtype)
+        spatial = {"stride": self.stride, "dilation": self.dilation}
+        if self.bottleneck:
+            channels = self.width * self.expansion
+            y = nn.relu(norm(name="bn1")(conv(self.width, name="conv1")(x), train))
+            y = nn.relu(norm(name="bn2")(conv(self.width, 3, **spatial, name="conv2")(y), train))
+            y = norm(name="bn3")(conv(channels, name="conv3")(y), train)
+        else:
+            channels = self.width
+            y = nn.relu(norm(name="bn1")(conv(self.width, 3, **spatial, name="conv1")(x), train))
+            y = norm(name="bn2")(conv(channels, 3, dilation=self.dilation, name="conv2")(y), train)
+        if self.project:
+            x = conv(channels, stride=self.stride, name="downsample_0")(x)
+            x = norm(name="downsample_1")(x, train)
+        return nn.relu(x + y)
+
+
+@functools.cache
+def _rematerialised() -> type[nn.Module]:
+    return nn.remat(Block, static_argnums=(2,))

@@ -1,0 +1,104 @@
+"""Aligned Xception-65 of DeepLabV3+, as the original builds it. Names follow its state dicts.
+
+Chollet, CVPR 2017; Chen et al., ECCV 2018. Two details of the original carry over (method.md, "Network"): a block
+without a projection adds relu(input), and the low-level features are block2's second separable convolution before ReLU.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dssn_jax.models import layers
+
+BATCH_NORM_MOMENTUM = 3e-4  # PyTorch's sense.
+
+
+class Xception(nn.Module):
+    """Xception-65: returns block2's features (stride 4, 256 channels) and conv5's (stride `output_stride`, 2048)."""
+
+    output_stride: int = 16
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+        """`x` [B, H, W, 3] -> c1 [B, H/4, W/4, 256], c4 [B, H/stride, W/stride, 2048], sizes rounded up."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        conv = functools.partial(layers.conv, **types)
+        norm = functools.partial(layers.BatchNorm, momentum=BATCH_NORM_MOMENTUM, **types)
+        block = functools.partial(_rematerialised() if self.remat else Block, **types)
+        separable = functools.partial(SeparableConv, **types)
+        dilation = 16 // self.output_stride  # From block 4 on.
+
+        x = nn.relu(norm(name="bn1")(conv(32, 3, stride=2, name="conv1")(x), train))
+        x = nn.relu(norm(name="bn2")(conv(64, 3, name="conv2")(x), train))
+        x, _ = block(128, stride=2, name="block1")(x, train)
+        x, c1 = block(256, stride=2, name="block2")(x, train)
+        x, _ = block(728, stride=2 if self.output_stride == 16 else 1, name="block3")(x, train)
+        for i in range(4, 20):
+            x, _ = block(728, dilation=dilation, name=f"block{i}")(x, train)
+        x, _ = block(1024, dilation=dilation, grow_first=False, name="block20")(x, train)
+        for name, channels in (("conv3", 1536), ("conv4", 1536), ("conv5", 2048)):
+            x = separable(channels, dilation=dilation, relu_first=False, name=name)(x, train)
+        return c1, x
+
+
+class Block(nn.Module):
+    """Three separable convolutions and a shortcut, projected where the size changes."""
+
+    features: int
+    stride: int = 1
+    dilation: int = 1
+    grow_first: bool = True  # The first convolution, not the second, changes the number of channels.
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Returns the output and the second convolution's features (before any stride)."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        separable = functools.partial(SeparableConv, dilation=self.dilation, **types)
+        first = self.features if self.grow_first else x.shape[-1]
+        if x.shape[-1] != self.features or self.stride != 1:
+            shortcut = layers.conv(self.features, stride=self.stride, name="skip", **types)(x)
+            shortcut = layers.BatchNorm(BATCH_NORM_MOMENTUM, name="skipbn", **types)(shortcut, train)
+        else:
+            shortcut = nn.relu(x)  # The original's first ReLU works in place.
+        x = separable(first, name="sepconv1")(x, train)
+        middle = separable(self.features, name="sepconv2")(x, train)
+        x = separable(self.features, stride=self.stride, name="sepconv3")(middle, train)
+        return x + shortcut, middle
+
+
+class SeparableConv(nn.Module):
+    """3x3 depthwise and 1x1 pointwise convolution, each with batch norm; one ReLU before or one after each."""
+
+    features: int
+    stride: int = 1
+    dilation: int = 1
+    relu_first: bool = True
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = functools.partial(layers.BatchNorm, momentum=BATCH_NORM_MOMENTUM, **types)
+        after = (lambda y: y) if self.relu_first else nn.relu
+        channels = x.shape[-1]
+        if self.relu_first:
+            x = nn.relu(x)
+        depthwise = layers.conv(
+            channels, 3, stride=self.stride, dilation=self.dilation, groups=channels, name="depthwise", **types
+        )
+        x = after(norm(name="bn1")(depthwise(x), train))
+        return after(norm(name="bn2")(layers.conv(self.features, name="pointwise", **types)(x), train))
+
+
+@functools.cache
+def _rematerialised() -> type[nn.Module]:
+    return nn.remat(Block, static_argnums=(2,))
