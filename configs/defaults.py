@@ -91,15 +91,17 @@ def _model() -> ConfigDict:
 def _method() -> ConfigDict:
     """The terms of the loss; `configs/methods.py` names the combinations.
 
-    loss = 0.5 [ labeled + unlabeled_weight * (strong_weight * sum L_s + feature_weight * sum L_fp)
-                 + contrast_weight * (C_image + C_feature) ], or `labeled` alone without any unlabeled view.
+    loss = 0.5 [ L_x + strong_weight * sum(L_s) + feature_weight * sum(L_fp)
+                 + image_contrast_weight * C_image + feature_contrast_weight * C_feature ],
+    or L_x alone when no unlabeled view is trained on (strong_views = feature_views = 0).
     """
     method = ConfigDict()
     method.name = "dssn"  # Which of configs/methods.py filled this section.
     method.strong_views = 2  # Strong views that are trained on: 0 | 1 | 2.
     method.feature_views = 2  # Channel-dropout views of the weak view: 0 | 1 | 2.
     # Who labels for the strong views. teacher: the EMA network | student_eval: the student with running statistics |
-    # student: the student's training forward for the weak view, its running statistics for the CutMix partner.
+    # student: the student's training forward for the weak view, its running statistics for the CutMix partner |
+    # none: nobody (supervised).
     method.labeler = "teacher"
     method.strong_weight = 0.25  # Of each L_s.
     method.feature_weight = 0.25  # Of each L_fp.

@@ -1,0 +1,52 @@
+"""Where arrays live: the global batch is split over all devices, the state is on every one."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA_AXIS = "data"
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the one-axis mesh of `devices` (default: all)."""
+    devices = jax.devices() if devices is None else list(devices)
+    # Explicit axes, the default of make_mesh, are not what linen's modules expect.
+    return jax.make_mesh((len(devices),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of the state: a whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharded(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: split along the first axis."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Moves this process's rows of a batch to its devices, as rows of one global array."""
+    sharding = batch_sharded(mesh)
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def interleave(*arrays: jax.Array) -> jax.Array:
+    """Joins batches [N_i, ...] into one [sum(N_i), ...] in which rows of the same device stay on it.
+
+    `jnp.concatenate` of batch-sharded arrays would move rows between devices (an all-to-all). Undone by `separate`.
+    """
+    groups = math.gcd(*(len(array) for array in arrays))
+    joined = jnp.concatenate([array.reshape(groups, -1, *array.shape[1:]) for array in arrays], 1)
+    return joined.reshape(-1, *joined.shape[2:])
+
+
+def separate(array: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """Splits what `interleave` joined from batches of `sizes`."""
+    groups = math.gcd(*sizes)
+    joined = array.reshape(groups, -1, *array.shape[1:])
+    parts = jnp.split(joined, np.cumsum([size // groups for size in sizes])[:-1], 1)
+    return [part.reshape(-1, *array.shape[1:]) for part in parts]

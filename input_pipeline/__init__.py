@@ -1,0 +1,28 @@
+"""From files to batches: sources, views and pipelines. NumPy, Pillow and grain only, never JAX.
+
+    sources = open_sources(config)                            # Lists and headers are checked here.
+    dataset = train_dataset(sources, config)                  # dataset[step] is a batch.
+    for batch in train_iterator(dataset, config, start_step): ...
+    for group in val_groups(sources.val, config.eval.batch): ...
+
+Everything that is wrong with the data is raised as a `DataError` that names the file.
+"""
+
+from input_pipeline.errors import DataError
+from input_pipeline.pipeline import Group, TrainIterator, steps_per_epoch, train_dataset, train_iterator, val_groups
+from input_pipeline.shapes import SHAPES_CLASSES
+from input_pipeline.sources import Source, Sources, open_sources
+
+__all__ = [
+    "SHAPES_CLASSES",
+    "DataError",
+    "Group",
+    "Source",
+    "Sources",
+    "TrainIterator",
+    "open_sources",
+    "steps_per_epoch",
+    "train_dataset",
+    "train_iterator",
+    "val_groups",
+]

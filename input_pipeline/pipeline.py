@@ -1,0 +1,300 @@
+"""Batches for training and groups of images for evaluation.
+
+The training batches are a pure function of (config, lists, step): any batch can be made alone, by any process or
+thread, which is why the number of threads, workers and hosts changes nothing in them and a run resumes from its step
+number. Each host makes its own rows of every global batch.
+"""
+
+import collections
+import functools
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from input_pipeline.cutmix import cutmix_box
+from input_pipeline.errors import DataError
+from input_pipeline.geometry import weak_view
+from input_pipeline.photometric import strong_view
+from input_pipeline.sources import Source, Sources
+
+MIX_PARTNERS = ("same", "other")
+
+Record = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray]
+
+
+def steps_per_epoch(sources: Sources, config: ConfigDict) -> int:
+    """Returns the number of full unlabeled batches in one pass over the unlabeled list.
+
+    Raises:
+      DataError: the list is shorter than one batch.
+    """
+    images, batch = len(sources.unlabeled), config.data.unlabeled_batch
+    if images < batch:
+        raise DataError(f"{images} unlabeled images are fewer than one batch of {batch} (config.data.unlabeled_batch)")
+    return images // batch
+
+
+def train_dataset(
+    sources: Sources, config: ConfigDict, process_index: int = 0, process_count: int = 1
+) -> grain.MapDataset:
+    """Returns the endless sequence of training batches, by step.
+
+    An epoch is one pass over the unlabeled list, in a new order, without the images that fill no batch. In it every
+    labeled image comes floor or ceil of (steps * labeled batch / labeled images) times, in a new order.
+
+    Args:
+      sources: what `open_sources` returned.
+      config: the whole configuration.
+      process_index: of this host.
+      process_count: number of hosts; this one gets the rows [i b / n, (i + 1) b / n) of each global batch of b.
+
+    Returns:
+      Batches of the arrays below, c being the crop, L and U the rows of this host:
+      image_x uint8 [L, c, c, 3], label_x uint8 [L, c, c]; if the method has views of unlabeled images, image_u uint8
+      [U, c, c, 3] and valid_u bool [U, c, c]; if it has strong views, the same of the CutMix partner, image_m and
+      valid_m, and for each strong view v of 1, 2: image_sv, image_mv uint8 [U, c, c, 3], boxv int32 [U, 4].
+
+    Raises:
+      DataError: lists or batch sizes that do not fit. Later, reading a batch: a file that cannot be used.
+    """
+    config = FrozenConfigDict(config)  # What a caller changes later must not reach into a running pipeline.
+    steps = steps_per_epoch(sources, config)
+    # Grain adds the epoch to the seed of a shuffle; neighbouring seeds would give two streams the same orders.
+    seeds = np.random.SeedSequence(config.seed).generate_state(4).tolist()
+    share = functools.partial(_rows, process_index=process_index, process_count=process_count)
+
+    records = _labeled_records(sources.labeled, config, steps * config.data.labeled_batch, *seeds[:2])
+    rows = share(config, "labeled_batch")
+    batches = _Batches(records, config.data.labeled_batch, rows, config.data.threads)
+    if config.method.strong_views or config.method.feature_views:
+        records = _unlabeled_records(sources.unlabeled, config, *seeds[2:])
+        rows = share(config, "unlabeled_batch")
+        unlabeled = _Batches(records, config.data.unlabeled_batch, rows, config.data.threads)
+        batches = grain.experimental.ZipMapDataset([batches, unlabeled]).map(_merge)
+    return batches.repeat()
+
+
+def _rows(config: ConfigDict, key: str, process_index: int, process_count: int) -> slice:
+    batch = config.data[key]
+    if batch < 1 or batch % process_count:
+        raise DataError(f"config.data.{key} is {batch}; expected a multiple of the {process_count} processes")
+    share = batch // process_count
+    return slice(process_index * share, (process_index + 1) * share)
+
+
+def _merge(batches: tuple[Batch, Batch]) -> Batch:
+    return batches[0] | batches[1]
+
+
+def _labeled_records(source: Source, config: FrozenConfigDict, per_epoch: int, order_seed: int, view_seed: int):
+    order = grain.MapDataset.range(per_epoch).shuffle(seed=order_seed)
+    # Successive epochs take successive stretches of the endlessly repeated list, so that no image is always among
+    # those that come once more than the others.
+    order = order.map_with_index(functools.partial(_tile, per_epoch, len(source)))
+    return order.random_map(functools.partial(_labeled_record, source, config), seed=view_seed)
+
+
+def _tile(per_epoch: int, images: int, position: int, drawn: int) -> int:
+    return (position // per_epoch * per_epoch + drawn) % images
+
+
+def _labeled_record(source: Source, config: FrozenConfigDict, index: int, rng: np.random.Generator) -> Record:
+    record = source[index]
+    image, label, _ = _weak_view(record["image"], record["label"], config.data, rng)
+    return {"image_x": image, "label_x": label}
+
+
+def _unlabeled_records(source: Source, config: FrozenConfigDict, order_seed: int, view_seed: int):
+    order = grain.MapDataset.range(len(source)).shuffle(seed=order_seed)
+    pairs = order.map_with_index(functools.partial(_pair, order, _partner_distance(len(source), config)))
+    return pairs.random_map(functools.partial(_unlabeled_record, source, config), seed=view_seed)
+
+
+def _partner_distance(images: int, config: FrozenConfigDict) -> int:
+    """Returns how many places further in the epoch's order the CutMix partner stands (cyclically); 0 is the image."""
+    partner = config.views.mix_partner
+    if partner not in MIX_PARTNERS:
+        raise DataError(f"config.views.mix_partner is {partner!r}; known: {', '.join(MIX_PARTNERS)}")
+    if partner == "same":
+        return 0
+    if images < 2:
+        raise DataError("config.views.mix_partner is 'other', which needs at least 2 unlabeled images; found 1")
+    # The order is random, so any distance pairs at random; half the list keeps partners out of each other's batch.
+    return images // 2
+
+
+def _pair(order: grain.MapDataset, distance: int, position: int, index: int) -> tuple[int, int]:
+    """Returns the image at `position` of the endless `order` and its partner from the same epoch."""
+    epoch, place = divmod(position, len(order))
+    return index, order[epoch * len(order) + (place + distance) % len(order)]
+
+
+def _unlabeled_record(
+    source: Source, config: FrozenConfigDict, pair: tuple[int, int], rng: np.random.Generator
+) -> Record:
+    index, partner = pair
+    image = source[index]["image"]
+    record = {}
+    record["image_u"], _, record["valid_u"] = _weak_view(image, None, config.data, rng)
+    if config.method.strong_views:
+        other = image if partner == index else source[partner]["image"]
+        record["image_m"], _, record["valid_m"] = _weak_view(other, None, config.data, rng)
+    for view in range(1, config.method.strong_views + 1):
+        record[f"image_s{view}"] = strong_view(record["image_u"], config.views, rng)
+        record[f"image_m{view}"] = strong_view(record["image_m"], config.views, rng)
+        record[f"box{view}"] = cutmix_box(config.data.crop, config.views, rng)
+    return record
+
+
+def _weak_view(image: np.ndarray, label: np.ndarray | None, data, rng: np.random.Generator):
+    return weak_view(image, label, data.crop, data.scale, data.flip, data.ignore, rng)
+
+
+class _Batches(grain.MapDataset):
+    """The given rows of the consecutive full batches of a dataset, epoch by epoch.
+
+    The records of a batch are made at once by a pool of threads. Grain's own threads make one element each, here a
+    whole batch: to use all cores they would need as many batches in memory as there are threads.
+    """
+
+    def __init__(self, records: grain.MapDataset, batch: int, rows: slice, threads: int):
+        super().__init__(records)
+        self._batch, self._rows, self._threads = batch, rows, threads
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, step = divmod(index, len(self))
+        first = epoch * len(self._parent) + step * self._batch
+        positions = range(first, first + self._batch)[self._rows]
+        records = list(_pool(self._threads).map(self._parent.__getitem__, positions))
+        return {key: np.stack([record[key] for record in records]) for key in records[0]}
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Returns this process's threads for records. Not part of a dataset: datasets are pickled to workers."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="records")
+
+
+class TrainIterator(grain.DatasetIterator):
+    """Iterates over the batches of `train_dataset`; its state is the number of the next step, {"step": int}.
+
+    A state fits any number of threads, workers and processes. `close` ends workers; without it they end when the
+    iterator is collected.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, workers: int, buffer: int, step: int):
+        super().__init__()
+        self._dataset, self._workers, self._buffer = dataset, workers, buffer
+        self._step = step
+        self._batches: grain.DatasetIterator | None = None
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise ValueError("the iterator is closed")
+        try:
+            self.start_prefetch()
+            batch = next(self._batches)
+        except BaseException:
+            self._stop()  # Grain's iterators are not usable after an error; the next call begins this step again.
+            raise
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns {"step": number of the batch that comes next}."""
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from a state of `get_state`, of this or of another iterator over an equal dataset."""
+        self._stop()
+        self._step = int(state["step"])
+
+    def start_prefetch(self) -> None:
+        """Begins making batches, without waiting for the first."""
+        if self._batches is None:
+            options = grain.ReadOptions(num_threads=self._buffer, prefetch_buffer_size=self._buffer)
+            batches = self._dataset[self._step :].to_iter_dataset(options)
+            if self._workers:
+                # Grain gives batches to workers in turn, which keeps their order.
+                batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+            self._batches = iter(batches)
+            self._batches.start_prefetch()
+
+    def close(self) -> None:
+        """Ends threads and workers."""
+        self._closed = True
+        self._stop()
+
+    def _stop(self) -> None:
+        batches, self._batches = self._batches, None
+        if batches is not None:
+            batches.close()
+
+
+def train_iterator(dataset: grain.MapDataset, config: ConfigDict, start_step: int = 0) -> TrainIterator:
+    """Returns an iterator over the batches from `start_step` on, made ahead by threads or worker processes.
+
+    Args:
+      dataset: of `train_dataset`.
+      config: the whole configuration: `config.data.{workers,threads,buffer}`. With workers > 0 absl's flags must be
+        parsed, which `absl.app.run` does.
+      start_step: number of the first batch.
+
+    Returns:
+      An iterator of batches that `grain.checkpoint.CheckpointSave` and `CheckpointRestore` take. An error of a thread
+      or a worker, such as `DataError`, is raised by `next`.
+    """
+    return TrainIterator(dataset, config.data.workers, config.data.buffer, start_step)
+
+
+class Group(NamedTuple):
+    """Images of one size with their labels, for evaluation."""
+
+    names: tuple[str, ...]  # Paths of the images.
+    images: np.ndarray  # uint8 [n, H, W, 3].
+    labels: np.ndarray  # uint8 [n, H, W].
+
+
+def val_groups(source: Source, batch: int, threads: int = 16, ahead: int = 2) -> Iterator[Group]:
+    """Yields every record of a labeled source once, in groups of at most `batch` images of one size.
+
+    Sizes come in the order of their first image, images of a size in the order of the list.
+
+    Args:
+      source: with labels.
+      batch: greatest number of images in a group.
+      threads: that decode.
+      ahead: groups decoded ahead.
+
+    Raises:
+      DataError: a file cannot be used.
+    """
+    by_size = collections.defaultdict(list)
+    for index in range(len(source)):
+        by_size[source.size(index)].append(index)
+    groups = [same[i : i + batch] for same in by_size.values() for i in range(0, len(same), batch)]
+    with ThreadPoolExecutor(threads, thread_name_prefix="val") as pool:
+        pending: collections.deque[list[Future]] = collections.deque()
+        try:
+            for number, indices in enumerate(groups):
+                for group in groups[number + len(pending) : number + 1 + ahead]:
+                    pending.append([pool.submit(source.__getitem__, index) for index in group])
+                records = [future.result() for future in pending.popleft()]
+                yield Group(
+                    tuple(source.name(index) for index in indices),
+                    np.stack([record["image"] for record in records]),
+                    np.stack([record["label"] for record in records]),
+                )
+        finally:
+            for future in (future for group in pending for future in group):
+                future.cancel()  # A consumer that stops early must not wait for what it will not see.

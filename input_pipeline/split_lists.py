@@ -1,0 +1,99 @@
+"""Split lists: which images are labeled, which are not, and which validate. Text files, one `image mask` a line."""
+
+import difflib
+import os
+from typing import NamedTuple
+
+from input_pipeline.errors import DataError
+
+LABELED, UNLABELED, VAL = "labeled.txt", "unlabeled.txt", "val.txt"
+
+
+class SplitLists(NamedTuple):
+    """Paths of the three lists of a split."""
+
+    labeled: str
+    unlabeled: str
+    val: str
+
+
+class Entry(NamedTuple):
+    """A line of a list: paths as written, relative to the data root; `mask` is None where the line has none."""
+
+    image: str
+    mask: str | None
+
+
+def find_split(root: str, splits: str, split: str) -> SplitLists:
+    """Returns the lists SPLITS/SPLIT/{labeled,unlabeled}.txt and SPLITS/val.txt.
+
+    Args:
+      root: the data root.
+      splits: folder of the splits: absolute, else under `root`, else under the current folder. The first of these that
+        has a folder `split` is taken.
+      split: name of the split.
+
+    Raises:
+      DataError: no such folder, naming the nearest and all existing splits; or a list is missing.
+    """
+    if os.path.isabs(os.path.expanduser(splits)):
+        folders = [os.path.expanduser(splits)]
+    else:
+        folders = [os.path.join(root, splits), os.path.abspath(splits)]
+    folder = next((f for f in folders if split and os.path.isdir(os.path.join(f, split))), None)
+    if folder is None:
+        raise DataError(_unknown_split(folders, split))
+    lists = SplitLists(
+        os.path.join(folder, split, LABELED), os.path.join(folder, split, UNLABELED), os.path.join(folder, VAL)
+    )
+    missing = [path for path in lists if not os.path.isfile(path)]
+    if missing:
+        raise DataError(f"split {split!r} of {folder}: missing list {', '.join(missing)}")
+    return lists
+
+
+def _unknown_split(folders: list[str], split: str) -> str:
+    present = [f for f in folders if os.path.isdir(f)]
+    if not present:
+        return f"no folder of split lists: tried {' and '.join(folders)} (config.data.splits)"
+    known = sorted({name for f in present for name in os.listdir(f) if os.path.isfile(os.path.join(f, name, LABELED))})
+    near = difflib.get_close_matches(split, known, n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    found = f"no split {split!r}" if split else "config.data.split is not set: no split"
+    return f"{found} in {' or '.join(present)}{hint}; splits there: {', '.join(known) or 'none'}"
+
+
+def read_list(path: str, labeled: bool) -> list[Entry]:
+    """Reads a list of `image mask` lines; blank lines are skipped.
+
+    Args:
+      path: the text file.
+      labeled: whether every line must name a mask; where not, a line may be an image alone.
+
+    Raises:
+      DataError: the file is missing, is not text, is empty, or has a line with a wrong number of columns.
+    """
+    try:
+        # utf-8-sig: some editors begin a file with a byte order mark, which would become part of the first name.
+        with open(path, encoding="utf-8-sig") as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        raise DataError(f"missing list {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a text list: {error}") from None
+    entries = [_parse(line, f"{path}:{n}", labeled) for n, line in enumerate(lines, 1) if line.strip()]
+    if not entries:
+        raise DataError(f"{path}: the list is empty; expected lines `image mask`")
+    return entries
+
+
+def _parse(line: str, where: str, labeled: bool) -> Entry:
+    columns = line.split()
+    if len(columns) == 2:
+        return Entry(*columns)
+    if len(columns) == 1 and not labeled:
+        return Entry(columns[0], None)
+    expected = "`image mask`" if labeled else "`image mask` or `image`"
+    spaces = " (paths must not hold spaces)" if len(columns) > 2 else ""
+    plural = "" if len(columns) == 1 else "s"
+    raise DataError(f"{where}: found {len(columns)} column{plural}, {line.strip()!r}; expected {expected}{spaces}")
