@@ -1,21 +1,7 @@
 """The argument string of a config file: `--config=configs/pascal.py:split=183,backbone=resnet50,method=unimatch`."""
 
-import difflib
-from collections.abc import Iterable
-
 from configs import methods
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run: the message names the key, what was found and the nearest known values."""
-
-
-def suggest(found: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean A or B? known: ..." for an unknown name."""
-    known = sorted(map(str, known))
-    near = difflib.get_close_matches(found, known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
-    return f"{hint} known: {', '.join(known)}"
+from dssn_jax.config import ConfigError, check_choice, suggest
 
 
 def parse(argument: str | None, **defaults):
@@ -38,12 +24,6 @@ def parse(argument: str | None, **defaults):
     if "method" in values:
         check_choice("method", values["method"], methods.METHODS)
     return values
-
-
-def check_choice(what: str, found: str, known: Iterable[str]) -> None:
-    """Raises ConfigError when `found` is not one of `known`."""
-    if found not in known:
-        raise ConfigError(f"unknown {what} {found!r}{suggest(str(found), known)}")
 
 
 def describe(dataset: str, values: dict) -> str:

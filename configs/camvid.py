@@ -7,6 +7,7 @@ There is no published recipe: crop 321 and the selection of VOC, learning rates 
 """
 
 from configs import arguments, defaults, methods
+from dssn_jax.config import check_choice
 
 SPLITS = ("1_16", "1_8", "1_4", "full")
 CLASSES = (
@@ -16,7 +17,7 @@ CLASSES = (
 
 def get_config(argument: str | None = None):
     values = arguments.parse(argument, split="1_8", backbone="resnet50", method="dssn", crop=321)
-    arguments.check_choice("split", values["split"], SPLITS)
+    check_choice("split", values["split"], SPLITS)
     config = defaults.get_config()
     config.name = arguments.describe("camvid", values)
     config.data.split = values["split"]

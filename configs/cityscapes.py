@@ -8,6 +8,7 @@ ResNet-50: 75.41, 77.31, 78.05, 78.73.
 """
 
 from configs import arguments, defaults, methods
+from dssn_jax.config import check_choice
 
 SPLITS = ("1_30", "1_16", "1_8", "1_4", "1_2")
 CLASSES = (
@@ -18,7 +19,7 @@ CLASSES = (
 
 def get_config(argument: str | None = None):
     values = arguments.parse(argument, split="1_8", backbone="resnet101", method="dssn", crop=801)
-    arguments.check_choice("split", values["split"], SPLITS)
+    check_choice("split", values["split"], SPLITS)
     config = defaults.get_config()
     config.name = arguments.describe("cityscapes", values)
     config.data.splits = "splits/cityscapes"

@@ -6,6 +6,7 @@ Arguments: split (1_512, 1_256, 1_128, 1_64, 1_32), backbone, method, crop.
 """
 
 from configs import arguments, defaults, methods
+from dssn_jax.config import check_choice
 
 SPLITS = ("1_512", "1_256", "1_128", "1_64", "1_32")
 CLASSES = (
@@ -22,7 +23,7 @@ CLASSES = (
 
 def get_config(argument: str | None = None):
     values = arguments.parse(argument, split="1_128", backbone="xception", method="dssn", crop=513)
-    arguments.check_choice("split", values["split"], SPLITS)
+    check_choice("split", values["split"], SPLITS)
     config = defaults.get_config()
     config.name = arguments.describe("coco", values)
     config.data.splits = "splits/coco"

@@ -146,7 +146,7 @@ def _train() -> ConfigDict:
     train.log_every = 50  # Steps between log lines.
     train.eval_every = 0  # Steps between evaluations; 0: every epoch. The last step is always evaluated.
     train.checkpoint_every = 0  # Steps between checkpoints; 0: every epoch. Each evaluation makes one too.
-    train.pictures_every = 0  # Steps between TensorBoard picture panels; 0: at each evaluation.
+    train.pictures = 4  # Images in the TensorBoard panels that each evaluation draws; 0: no panels.
     return train
 
 

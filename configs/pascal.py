@@ -9,6 +9,7 @@ Published, ResNet-101, crop 513, best mIoU of student or teacher: 92: 75.24, 183
 """
 
 from configs import arguments, defaults, methods
+from dssn_jax.config import check_choice
 
 SPLITS = ("92", "183", "366", "732", "1464", "1_16", "1_8", "1_4", "1_2", "u2pl_1_16", "u2pl_1_8", "u2pl_1_4", "u2pl_1_2")
 CLASSES = (
@@ -19,7 +20,7 @@ CLASSES = (
 
 def get_config(argument: str | None = None):
     values = arguments.parse(argument, split="183", backbone="resnet101", method="dssn", crop=513)
-    arguments.check_choice("split", values["split"], SPLITS)
+    check_choice("split", values["split"], SPLITS)
     config = defaults.get_config()
     config.name = arguments.describe("pascal", values)
     config.data.splits = "splits/pascal"

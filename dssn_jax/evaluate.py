@@ -1,34 +1,17 @@
-"""Evaluation: class maps of whole images, sliding windows or centre crops, and their scores. method.md, "Evaluation"."""
+"""Evaluation: confusion matrices of the networks over the validation images. method.md, "Evaluation"."""
 
+import pathlib
+import time
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dssn_jax import metrics, sharding, views
+import input_pipeline
+from dssn_jax import checkpoint, experiment, inference, metrics, report, scores, sharding, views
 from dssn_jax.models import DeepLabV3Plus
-
-MODES = ("original", "sliding_window", "center_crop")
-
-
-def predict(model: DeepLabV3Plus, variables: dict, images: jax.Array, mode: str = "original", crop: int = 0) -> jax.Array:
-    """Class maps int32 [B, H, W] of normalised images [B, H, W, 3]; mode center_crop sees the images as they are.
-
-    Sliding windows of side `crop` start every int(crop * 2 / 3) pixels; those at the right and bottom edges are cut
-    short; class probabilities of overlapping windows are summed.
-    """
-    if mode != "sliding_window":
-        return model.apply(variables, images).argmax(-1).astype(jnp.int32)
-    height, width = images.shape[1:3]
-    stride = int(crop * 2 / 3)
-    total = jnp.zeros((*images.shape[:3], model.num_classes), jnp.promote_types(model.dtype, jnp.float32))
-    for y in range(0, height, stride):
-        for x in range(0, width, stride):
-            window = (slice(None), slice(y, min(y + crop, height)), slice(x, min(x + crop, width)))
-            total = total.at[window].add(jax.nn.softmax(model.apply(variables, images[window])))
-    return total.argmax(-1).astype(jnp.int32)
-
+from dssn_jax.report import duration, logger
 
 class Evaluator:
     """Scores networks on groups of equally sized images; one compilation a size."""
@@ -43,30 +26,35 @@ class Evaluator:
         self._confusion = jax.jit(
             self._confusion_of_batch, in_shardings=(everywhere, split, split), out_shardings=everywhere
         )
+        self._whole = jax.jit(lambda variables, images: inference.predict(model, variables, self._normalise(images)))
 
     def __call__(
         self,
         networks: dict[str, dict],
-        groups: Iterable[tuple[np.ndarray, np.ndarray]],
+        groups: Iterable[input_pipeline.Group],
         progress: Callable[[int], None] = lambda images: None,
     ) -> dict[str, np.ndarray]:
         """Returns the confusion matrix int64 [K, K] of each network (name -> variables), reading the images once.
 
-        `groups` yields images uint8 [n, H, W, 3] and labels uint8 [n, H, W]; `progress` is told the images done.
+        `progress` is told the images done.
         """
         classes = self._model.num_classes
         totals = {name: np.zeros((classes, classes), np.int64) for name in networks}
         done = 0
-        for images, labels in groups:
+        for _, images, labels in groups:
             done += len(images)
             if self._mode == "center_crop":
                 images, labels = (_center_crop(array, self._crop) for array in (images, labels))
             batch = sharding.put_batch(self._padded(images, labels), self._mesh)
-            counts = {name: self._confusion(variables, **batch) for name, variables in networks.items()}
+            counts = {name: self._confusion(variables, batch["images"], batch["labels"]) for name, variables in networks.items()}
             for name, count in counts.items():
                 totals[name] += np.asarray(count, np.int64)
             progress(done)
         return totals
+
+    def class_maps(self, variables: dict, images: np.ndarray) -> np.ndarray:
+        """Predicts whole images uint8 [n, H, W, 3] of one size: int32 [n, H, W]."""
+        return np.asarray(self._whole(variables, images))
 
     def _padded(self, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
         """Fills up to a power of two times the devices with images that do not count: few sizes to compile."""
@@ -78,10 +66,12 @@ class Evaluator:
         return {"images": np.pad(images, [*missing, (0, 0)]), "labels": labels}
 
     def _confusion_of_batch(self, variables: dict, images: jax.Array, labels: jax.Array) -> jax.Array:
-        dtype = jnp.promote_types(self._model.dtype, jnp.float32)
-        images = views.normalise(images, self._data.mean, self._data.std, dtype)
-        prediction = predict(self._model, variables, images, self._mode, self._crop)
+        prediction = inference.predict(self._model, variables, self._normalise(images), self._mode, self._crop)
         return metrics.confusion_matrix(prediction, labels, self._model.num_classes, self._data.ignore)
+
+    def _normalise(self, images: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(self._model.dtype, jnp.float32)
+        return views.normalise(images, self._data.mean, self._data.std, dtype)
 
 
 def _center_crop(array: np.ndarray, crop: int) -> np.ndarray:
@@ -90,7 +80,40 @@ def _center_crop(array: np.ndarray, crop: int) -> np.ndarray:
     return array[:, y : y + crop, x : x + crop]
 
 
-def scores(confusion: np.ndarray, classes: tuple[str, ...]) -> dict:
-    """Returns {"miou": per cent, "iou": {class: per cent}} of a confusion matrix."""
-    iou = 100 * metrics.iou(confusion)
-    return {"miou": float(iou.mean()), "iou": {name: float(value) for name, value in zip(classes, iou, strict=True)}}
+def log_progress(total: int, every: float = 10.0) -> Callable[[int], None]:
+    """Returns a callback for `Evaluator` that logs the images done, at most once in `every` seconds."""
+    started = last = time.monotonic()
+
+    def progress(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= every:
+            last = now
+            left = (now - started) / done * (total - done)
+            logger.info("evaluating: %d/%d images, %s left", done, total, duration(left))
+
+    return progress
+
+
+def evaluate(config, workdir: str, which: str) -> dict:
+    """Scores the networks of a checkpoint ("latest", "best" or a step) of `workdir`; `--mode=eval`.
+
+    Logs a table, writes and returns `workdir/eval_STEP.json`: {"student": {"miou", "iou"}, "teacher": ...}, per cent.
+    """
+    parts = experiment.build(config)
+    report.log_to(None)
+    saved = checkpoint.Checkpointer(workdir, read_only=True)
+    step = saved.resolve(which)
+    state, _ = saved.restore(step, parts.abstract_state(), config)
+    saved.close()
+    val = parts.sources.val
+    logger.info("evaluating step %d of %s on %d images: %s", step, workdir, len(val), config.eval.mode)
+    networks = state.networks()
+    groups = input_pipeline.val_groups(val, config.eval.batch, config.data.threads)
+    confusions = Evaluator(parts.model, config, parts.mesh)(networks, groups, log_progress(len(val)))
+    found = {name: scores.of_confusion(confusion, config.data.classes) for name, confusion in confusions.items()}
+    logger.info("IoU, per cent\n%s", report.class_table(found))
+    path = pathlib.Path(workdir) / f"eval_{step}.json"
+    report.write_json(path, {"name": config.name, "step": step, "mode": config.eval.mode, **found})
+    logger.info("wrote %s", path)
+    return found

@@ -34,6 +34,11 @@ class TrainState:
             return None
         return {"params": self.teacher_params, "batch_stats": self.teacher_batch_stats}
 
+    def networks(self) -> dict[str, dict]:
+        """The variables of the networks that there are: student, and teacher if the method has one."""
+        networks = {"student": self.student, "teacher": self.teacher}
+        return {name: variables for name, variables in networks.items() if variables is not None}
+
 
 def create(variables: dict, optimizer: optax.GradientTransformation, rng: jax.Array, teacher: bool) -> TrainState:
     """Returns the state at step 0; the teacher starts as a copy of the student `variables`."""

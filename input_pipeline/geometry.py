@@ -58,7 +58,7 @@ def resize_window(image: np.ndarray, size: tuple[int, int], window: tuple[slice,
     """Returns `window` (rows, columns) of `image` resized to `size` (height, width), bilinear with antialiasing.
 
     Only the window is computed: Pillow takes the source box with fractions of a pixel and looks beyond its edges, so
-    the result is that of resizing everything and cropping.
+    the result is that of resizing everything and cropping, but for a rounding of a unit here and there.
     """
     rows, columns = window
     y, x = image.shape[0] / size[0], image.shape[1] / size[1]

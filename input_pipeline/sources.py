@@ -59,10 +59,12 @@ class FolderSource:
           labeled: whether records have a label. Where not, no mask is opened, even if the list names some.
 
         Raises:
-          DataError: `root` is not a folder, or the list cannot be used.
+          DataError: `root` is not a folder, the list cannot be used, or the ids do not fit in 8 bits.
         """
         if not os.path.isdir(root):
             raise DataError(f"the data root {root!r} is not a folder (config.data.root)")
+        if not (0 < num_classes <= 256 and 0 <= ignore <= 255):
+            raise DataError(f"{num_classes} classes and ignored value {ignore} do not fit in 8-bit masks")
         self.root, self.list_path, self.labeled = root, list_path, labeled
         self._entries = split_lists.read_list(list_path, labeled)
         self._num_classes, self._ignore = num_classes, ignore

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dssn_jax import convert, evaluate, losses, metrics, models, pseudo_labels, train_state, train_step, views
+from dssn_jax import convert, inference, losses, metrics, models, pseudo_labels, train_state, train_step, views
 from dssn_jax.methods import Method
 
 TOLERANCES = {"forward": 1e-9, "losses": 1e-9, "step": 1e-6, "evaluate": 1e-9}
@@ -208,7 +208,7 @@ def evaluation(case: Case) -> dict[str, np.ndarray]:
     found, confusion = {}, dict.fromkeys(("original", "sliding"), 0)
     count = sum(name.endswith("/mask") for name in case.stored)
     for mode, full_name in (("original", "original"), ("sliding", "sliding_window")):
-        run = jax.jit(lambda v, x: evaluate.predict(model, v, x, full_name, case.entry["crop"]))  # noqa: B023
+        run = jax.jit(lambda v, x: inference.predict(model, v, x, full_name, case.entry["crop"]))  # noqa: B023
         for i in range(count):
             prediction = run(variables, case.input(f"eval{i}", case.stored[f"{i}/shape"]))
             found[f"{i}/pred_{mode}"] = prediction

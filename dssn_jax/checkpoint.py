@@ -1,0 +1,129 @@
+"""Checkpoints of training: WORKDIR/checkpoints/STEP/{state,data,meta}, written in the background.
+
+The latest and the best (by the larger mean IoU of student and teacher) are kept. `data` is the position of the data
+iterator, `meta` the configuration and the scores so far.
+"""
+
+import json
+import pathlib
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+FOLDER = "checkpoints"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of another model: the message names it and what is expected."""
+
+
+class Checkpointer:
+    """Saves and restores the training of one work directory."""
+
+    def __init__(self, workdir: str | pathlib.Path, read_only: bool = False):
+        """Opens (and unless `read_only`, creates) the checkpoints of `workdir`."""
+        self._folder = pathlib.Path(workdir).absolute() / FOLDER
+        if read_only and not self._folder.is_dir():
+            raise CheckpointError(f"{self._folder}: no such folder; expected the work directory of a training run")
+        policies = [
+            preservation_policy.LatestN(1),
+            preservation_policy.BestN(
+                n=1, get_metric_fn=lambda metrics: metrics["miou"], keep_checkpoints_without_metrics=False
+            ),
+        ]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
+            enable_async_checkpointing=not read_only,
+        )
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=options,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": grain.checkpoint.CheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state, iterator: grain.DatasetIterator, meta: dict, miou: float | None) -> None:
+        """Starts writing the checkpoint of `step`; `miou` (per cent, None where not evaluated) ranks it.
+
+        Returns when the arrays may be overwritten. Waits for an earlier save, and raises its error if it failed.
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=grain.checkpoint.CheckpointSave(iterator),
+            meta=ocp.args.JsonSave(meta),
+        )
+        metrics = None if miou is None else {"miou": miou}
+        self._manager.save(step, args=items, metrics=metrics, force=True)
+
+    def meta(self, step: int) -> dict:
+        """Returns what `save` was given as `meta`."""
+        return self._restore(step, meta=ocp.args.JsonRestore()).meta
+
+    def restore(self, step: int, like, config) -> tuple:
+        """Returns (state, meta) of `step`; the state has the shapes, dtypes and shardings of `like`.
+
+        Raises CheckpointError when the checkpoint is of another model than that of `config`, or cannot be read.
+        """
+        meta = self.meta(step)
+        difference = _model_difference(meta["config"], json.loads(config.to_json()))
+        if difference:
+            raise CheckpointError(f"{self._folder / str(step)} is of another model: {difference}")
+        return self._restore(step, state=ocp.args.StandardRestore(like)).state, meta
+
+    def restore_iterator(self, step: int, iterator: grain.DatasetIterator) -> None:
+        """Moves `iterator` to the batch that follows `step`."""
+        self._restore(step, data=grain.checkpoint.CheckpointRestore(iterator))
+
+    def resolve(self, which: str) -> int:
+        """Turns "latest", "best" or a number into the step of an existing checkpoint."""
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise CheckpointError(f"{self._folder}: no checkpoint in it")
+        if which == "latest":
+            return steps[-1]
+        if which == "best":
+            best = self.meta(steps[-1])["scores"].get("best_step")
+            if best in steps:
+                return best
+            raise CheckpointError(f"{self._folder}: nothing was evaluated yet, so there is no best checkpoint; take latest")
+        if which.isdigit() and int(which) in steps:
+            return int(which)
+        raise CheckpointError(f"{self._folder}: no checkpoint {which!r}; there are: latest, best, {', '.join(map(str, steps))}")
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _restore(self, step: int, **items):
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, OSError, KeyError) as error:  # What orbax, tensorstore and JSON raise for damaged files.
+            raise CheckpointError(f"{self._folder / str(step)}: cannot be read: {error}") from error
+
+
+
+
+def _model_difference(saved: dict, current: dict) -> str:
+    """Names the keys in which two configurations build different networks, or returns ""."""
+    saved = {**saved["model"], "classes": saved["data"]["classes"], "labeler": saved["method"]["labeler"]}
+    current = {**current["model"], "classes": current["data"]["classes"], "labeler": current["method"]["labeler"]}
+    free = {"dtype", "remat", "feature_dropout", "output_stride"}  # These change no array of the state.
+    for part in (saved, current):  # Only whether there is a teacher matters.
+        part["teacher"] = part.pop("labeler") == "teacher"
+    return "; ".join(
+        f"{key} is {saved.get(key)!r} there, {current[key]!r} in the config"
+        for key in current
+        if key not in free and saved.get(key) != current[key]
+    )

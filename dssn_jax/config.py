@@ -1,0 +1,115 @@
+"""Checks of a configuration before anything runs. The keys are defined in `configs/defaults.py`."""
+
+import difflib
+from collections.abc import Iterable
+
+import jax
+
+from dssn_jax import inference, methods, models, pseudo_labels
+from input_pipeline.pipeline import MIX_PARTNERS
+from input_pipeline.sources import SOURCES
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run: the message names the key, what was found and what is known or expected."""
+
+
+def suggest(found: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean A or B? known: ..." for an unknown name."""
+    known = [str(name) for name in known]
+    near = difflib.get_close_matches(str(found), known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
+    return f"{hint} known: {', '.join(known)}"
+
+
+def check_choice(what: str, found: str, known: Iterable[str]) -> None:
+    """Raises ConfigError when `found` is not one of `known`."""
+    known = list(known)
+    if found not in known:
+        raise ConfigError(f"unknown {what} {found!r}{suggest(found, known)}")
+
+
+def validate(config, device_count: int) -> None:
+    """Raises ConfigError for the first value that cannot be run on `device_count` devices (of all hosts)."""
+    _check_choices(config)
+    _check_numbers(config)
+    _check_method(config)
+    _check_batches(config, device_count)
+    for key in ("dtype", "param_dtype"):
+        if config.model[key] == "float64" and not jax.config.jax_enable_x64:
+            raise ConfigError(f"config.model.{key}=float64 needs the environment variable JAX_ENABLE_X64=1")
+
+
+def _check_choices(config) -> None:
+    for key, known in (
+        ("data.source", SOURCES),
+        ("views.mix_partner", MIX_PARTNERS),
+        ("model.backbone", models.BACKBONES),
+        ("model.output_stride", (8, 16)),
+        ("model.dtype", DTYPES),
+        ("model.param_dtype", DTYPES),
+        ("method.labeler", methods.LABELERS),
+        ("method.selection", pseudo_labels.SELECTIONS),
+        ("method.labeled_loss", methods.LABELED_LOSSES),
+        ("eval.mode", inference.MODES),
+    ):
+        section, name = key.split(".")
+        check_choice(f"config.{key}", config[section][name], known)
+
+
+def _check_numbers(config) -> None:
+    if not 1 < len(config.data.classes) <= 255:
+        raise ConfigError(f"config.data.classes has {len(config.data.classes)} names; expected 2 to 255")
+    for key, least in (
+        ("data.crop", 1), ("data.labeled_batch", 1), ("data.unlabeled_batch", 1), ("data.threads", 1),
+        ("data.buffer", 1), ("data.workers", 0), ("model.decoder_channels", 1), ("method.strong_views", 0),
+        ("method.feature_views", 0), ("method.ohem_group", 1), ("method.ohem_min_kept", 0), ("optimizer.lr", 0),
+        ("train.epochs", 0), ("train.steps", 0), ("train.log_every", 1), ("train.eval_every", 0),
+        ("train.checkpoint_every", 0), ("train.pictures", 0), ("eval.crop", 0), ("eval.batch", 1),
+    ):  # fmt: skip
+        section, name = key.split(".")
+        if config[section][name] < least:
+            raise ConfigError(f"config.{key} is {config[section][name]}; expected at least {least}")
+    if config.train.steps == 0 and config.train.epochs == 0:
+        raise ConfigError("config.train.epochs and config.train.steps are both 0; nothing to train")
+    for key in ("data.flip", "views.jitter", "views.grey", "views.blur", "views.cutmix", "teacher.keep_rate"):
+        section, name = key.split(".")
+        if not 0 <= config[section][name] <= 1:
+            raise ConfigError(f"config.{key} is {config[section][name]}; expected 0 to 1")
+    for key in ("data.scale", "views.blur_sigma", "views.operations", "views.cutmix_area", "views.cutmix_aspect"):
+        section, name = key.split(".")
+        pair = tuple(config[section][name])
+        if len(pair) != 2 or not 0 <= pair[0] <= pair[1]:
+            raise ConfigError(f"config.{key} is {pair}; expected (least, greatest)")
+    if config.data.scale[0] <= 0:
+        raise ConfigError(f"config.data.scale is {tuple(config.data.scale)}; expected positive numbers")
+    if not 0 <= config.model.feature_dropout < 1:
+        raise ConfigError(f"config.model.feature_dropout is {config.model.feature_dropout}; expected 0 to below 1")
+
+
+def _check_method(config) -> None:
+    method = config.method
+    for key in ("strong_views", "feature_views"):
+        if method[key] > 2:
+            raise ConfigError(f"config.method.{key} is {method[key]}; expected 0, 1 or 2")
+    if method.strong_views and method.labeler == "none":
+        raise ConfigError("config.method.labeler is 'none' but config.method.strong_views is not 0: nobody labels them")
+    for key, views in (("image_contrast_weight", "strong_views"), ("feature_contrast_weight", "feature_views")):
+        if method[key] and method[views] != 2:
+            raise ConfigError(f"config.method.{key} is {method[key]}, which needs config.method.{views}=2")
+
+
+def _check_batches(config, device_count: int) -> None:
+    keys = ["labeled_batch"]
+    if config.method.strong_views or config.method.feature_views:
+        keys.append("unlabeled_batch")
+    for key in keys:
+        if config.data[key] % device_count:
+            raise ConfigError(f"config.data.{key} is {config.data[key]}; expected a multiple of {device_count} devices")
+    if config.method.labeled_loss == "ohem" and config.data.labeled_batch % config.method.ohem_group:
+        raise ConfigError(
+            f"config.data.labeled_batch is {config.data.labeled_batch}; expected a multiple of "
+            f"config.method.ohem_group ({config.method.ohem_group})"
+        )

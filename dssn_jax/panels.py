@@ -1,0 +1,62 @@
+"""TensorBoard panels of what training sees and what the networks make of it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import input_pipeline
+from dssn_jax import experiment, inference, pictures, pseudo_labels, sharding, train_step, views
+
+
+class Panels:
+    """Draws `config.train.pictures` images of the training batch and of the validation images."""
+
+    def __init__(self, parts: experiment.Experiment):
+        self._parts, self._rows = parts, parts.config.train.pictures
+        look = functools.partial(_look, parts=parts)
+        self._look = jax.jit(look, out_shardings=sharding.replicated(parts.mesh))
+
+    def __call__(self, state, batch: dict, evaluator) -> dict[str, np.ndarray]:
+        """Returns pictures uint8 [H, W, 3] by name: labeled, unlabeled (if the method has views of those), validation."""
+        seen = {name: np.asarray(value[: self._rows]) for name, value in self._look(state, batch).items()}
+        colour = functools.partial(pictures.colourise, num_classes=len(self._parts.config.data.classes))
+        panels = {
+            "labeled/image-prediction-truth": pictures.panel(
+                seen["image_x"], colour(seen["prediction_x"]), colour(seen["label_x"])
+            )
+        }
+        if "pseudo_label" in seen:
+            strong = [seen[name] for name in ("image_s1", "image_s2") if name in seen]
+            maps = [colour(seen["pseudo_label"]), pictures.mask(seen["selected"]), colour(seen["prediction_u"])]
+            names = "-".join(["weak", "strong1", "strong2"][: 1 + len(strong)])
+            panels[f"unlabeled/{names}-pseudo_label-selected-prediction"] = pictures.panel(
+                seen["image_u"], *strong, *maps
+            )
+        return panels | self._validation(state, evaluator, colour)
+
+    def _validation(self, state, evaluator, colour) -> dict[str, np.ndarray]:
+        config, networks = self._parts.config, state.networks()
+        group = next(input_pipeline.val_groups(self._parts.sources.val, self._rows, config.data.threads, ahead=0))
+        maps = [colour(evaluator.class_maps(variables, group.images)) for variables in networks.values()]
+        name = "-".join(["validation/image", *networks, "truth"])
+        return {name: pictures.panel(group.images, *maps, colour(group.labels))}
+
+
+def _look(state, batch: dict, parts: experiment.Experiment) -> dict[str, jax.Array]:
+    """What the step reads of a batch, as pictures and class maps; `selected` are the pixels of the weak view."""
+    model, method, data = parts.model, parts.method, parts.config.data
+    seen = views.from_batch(batch, data.mean, data.std, jnp.promote_types(model.dtype, jnp.float32))
+    found = {"image_x": batch["image_x"], "label_x": batch["label_x"]}
+    found["prediction_x"] = inference.predict(model, state.student, seen.image_x)
+    if not method.uses_unlabeled:
+        return found
+    labels, _ = train_step.label(state, seen, model, method)
+    logits = model.apply(state.student, seen.image_u)
+    label, selected = pseudo_labels.pseudo_label(logits if labels.weak is None else labels.weak, method.selection)
+    found |= {"image_u": batch["image_u"], "pseudo_label": label, "selected": selected & seen.valid_u}
+    found["prediction_u"] = logits.argmax(-1)
+    for i in range(method.strong_views):
+        found[f"image_s{i + 1}"] = seen.mixing(i, batch[f"image_s{i + 1}"], batch[f"image_m{i + 1}"])
+    return found

@@ -1,0 +1,243 @@
+"""The training loop: steps, log lines, evaluations, checkpoints."""
+
+import json
+import pathlib
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import numpy as np
+
+import input_pipeline
+from dssn_jax import checkpoint, evaluate, experiment, panels, report, scores, sharding, train_step
+from dssn_jax.report import duration, logger
+
+
+class DivergedError(RuntimeError):
+    """The loss became infinite or not a number."""
+
+
+def train(config, workdir: str | pathlib.Path) -> dict:
+    """Trains what `config` describes in `workdir`, continuing from its latest checkpoint if there is one.
+
+    Returns the summary, which is also written to `workdir/summary.json`. Raises ConfigError, DataError, CheckpointError
+    before anything is written when the input is bad, and DivergedError when the loss is not finite.
+    """
+    parts = experiment.build(config)  # Before the work directory is made: bad input leaves nothing behind.
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    report.log_to(workdir)
+    trainer = Trainer(parts, workdir)
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """A run in progress."""
+
+    def __init__(self, parts: experiment.Experiment, workdir: pathlib.Path):
+        self._parts, self._workdir, config = parts, workdir, parts.config
+        self._saved = checkpoint.Checkpointer(workdir)
+        dataset = input_pipeline.train_dataset(
+            parts.sources, config, jax.process_index(), jax.process_count()
+        )
+        self._iterator = input_pipeline.train_iterator(dataset, config)
+        self._scores = scores.new()
+        self.state = self._start()
+        self._step = int(self.state.step)
+        self._take_step = train_step.compile_step(
+            parts.model, parts.method, parts.optimizer, parts.schedule, config.data, parts.mesh
+        )
+        self._evaluator = evaluate.Evaluator(parts.model, config, parts.mesh)
+        self._panels = panels.Panels(parts)
+        self._recorder = report.Recorder(workdir, self._step)
+        self._feeder = Feeder(self._iterator, parts.mesh)
+        self._pending: list[dict] = []  # Metrics of the steps since the last log line, on the device.
+        self._clock = Clock()
+
+    def _start(self):
+        """Restores the latest checkpoint, or begins."""
+        parts, step = self._parts, self._saved.latest_step()
+        report.write_json(self._workdir / "config.json", json.loads(parts.config.to_json()))
+        if step is None:
+            logger.info(_description(parts))
+            return parts.initial_state()
+        state, meta = self._saved.restore(step, parts.abstract_state(), parts.config)
+        self._saved.restore_iterator(step, self._iterator)
+        self._scores = meta["scores"]
+        logger.info(_description(parts))
+        logger.info("continuing from step %d of %s", step, self._workdir)
+        return state
+
+    def run(self) -> dict:
+        """Trains to the last step; returns the summary."""
+        started = time.monotonic()
+        while self._step < self._parts.steps:
+            batch, waited = self._feeder.take(busy=self._pending[-1:])
+            self.state, metrics = self._take_step(self.state, batch)
+            self._pending.append(metrics)
+            self._step += 1
+            if not (self._due("eval_every") or self._due("checkpoint_every")):
+                self._feeder.start()  # A checkpoint holds the iterator's position, so it must not run ahead of that.
+            self._clock.stepped(waited)
+            self._after_step(batch)
+        return self._summarise(time.monotonic() - started)
+
+    def _due(self, key: str) -> bool:
+        """Whether the event of `config.train[key]` comes after this step; 0 means every epoch."""
+        every = self._parts.config.train[key] or self._parts.steps_per_epoch
+        return self._step % every == 0 or self._step == self._parts.steps
+
+    def _after_step(self, batch: dict) -> None:
+        evaluation = self._due("eval_every")
+        save = evaluation or self._due("checkpoint_every")
+        if self._step % self._parts.config.train.log_every == 0 or save or self._clock.steps == 1:
+            self._log()
+        if evaluation:
+            self._evaluate(batch)
+        if save:
+            meta = {"config": json.loads(self._parts.config.to_json()), "scores": self._scores}
+            miou = scores.last_miou(self._scores) if evaluation else None
+            self._saved.save(self._step, self.state, self._iterator, meta, miou)
+            self._clock.other_work_done()
+
+    def _log(self) -> None:
+        """Fetches the metrics of the steps since the last line, checks and reports them."""
+        fetched, self._pending = jax.device_get(self._pending), []
+        for step, metrics in enumerate(fetched, self._step - len(fetched) + 1):
+            if not np.isfinite(metrics["loss"]):
+                raise DivergedError(
+                    f"the loss is not finite at step {step} ({_terms(metrics)}); a lower config.optimizer.lr may help. "
+                    f"Checkpoints of earlier steps are in {self._workdir}"
+                )
+        means = {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}
+        means["lr"] = float(fetched[-1]["lr"])
+        per_step, waiting, left = self._clock.read(self._parts.steps - self._step)
+        rows = self._parts.config.data.labeled_batch
+        rows += self._parts.config.data.unlabeled_batch if self._parts.method.uses_unlabeled else 0
+        mious = [f"{name} {entry['miou']:.2f}" for name, entry in scores.last(self._scores).items()]
+        logger.info(
+            "step %d/%d epoch %.1f | %s | mIoU %s | %.1f images/s, waiting %.0f%% | %s left",
+            self._step, self._parts.steps, self._step / self._parts.steps_per_epoch, _terms(means),
+            " ".join(mious) or "-", rows / per_step, 100 * waiting, duration(left),
+        )  # fmt: skip
+        self._recorder.scalars(self._step, {**means, "images_per_second": rows / per_step, "waiting": waiting})
+
+    def _evaluate(self, batch: dict) -> None:
+        config, networks, started = self._parts.config, self.state.networks(), time.monotonic()
+        val = self._parts.sources.val
+        groups = input_pipeline.val_groups(val, config.eval.batch, config.data.threads)
+        confusions = self._evaluator(networks, groups, evaluate.log_progress(len(val)))
+        found = {name: scores.of_confusion(counts, config.data.classes) for name, counts in confusions.items()}
+        scores.update(self._scores, self._step, found)
+        self._recorder.scalars(self._step, {f"miou_{name}": entry["miou"] for name, entry in found.items()})
+        if config.train.pictures:
+            for name, picture in self._panels(self.state, batch, self._evaluator).items():
+                self._recorder.picture(self._step, name, picture)
+        logger.info(
+            "step %d: mIoU %s on %d images in %s; best %.2f at step %d",
+            self._step, ", ".join(f"{name} {entry['miou']:.2f}" for name, entry in found.items()), len(val),
+            duration(time.monotonic() - started), self._scores["best_miou"], self._scores["best_step"],
+        )  # fmt: skip
+
+    def _summarise(self, seconds: float) -> dict:
+        parts = self._parts
+        summary = {"name": parts.config.name, "steps": self._step, "seconds": seconds, **self._scores}
+        report.write_json(self._workdir / "summary.json", summary)
+        last = scores.last(self._scores)
+        if last:
+            logger.info("IoU per class after step %d, per cent\n%s", self._step, report.class_table(last))
+        logger.info("finished %d steps; %s", self._step, self._workdir / "summary.json")
+        return summary
+
+    def close(self) -> None:
+        """Waits for checkpoints and ends threads and workers."""
+        self._feeder.close()
+        self._iterator.close()
+        self._recorder.close()
+        self._saved.close()
+
+
+class Feeder:
+    """Brings batches to the devices in the background, one ahead."""
+
+    def __init__(self, iterator, mesh: jax.sharding.Mesh):
+        self._iterator, self._mesh = iterator, mesh
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feeder")
+        self._next: Future | None = None
+
+    def start(self) -> None:
+        """Begins to fetch the next batch."""
+        if self._next is None:
+            self._next = self._thread.submit(lambda: sharding.put_batch(next(self._iterator), self._mesh))
+
+    def take(self, busy) -> tuple[dict[str, jax.Array], float]:
+        """Returns the next batch, and for how many seconds the devices, done with `busy`, had to wait for it."""
+        self.start()
+        jax.block_until_ready(busy)
+        idle = time.monotonic()
+        batch = self._next.result()
+        self._next = None
+        return batch, time.monotonic() - idle
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+class Clock:
+    """Measures the steps: speed, share of it spent waiting for data, and the time left.
+
+    The first step (which compiles), evaluations and checkpoints are no part of the speed; what evaluations and
+    checkpoints took so far is part of the time left.
+    """
+
+    def __init__(self):
+        self.steps = 0  # Taken by this process.
+        self._mark = time.monotonic()
+        self._waited, self._counted = 0.0, 0  # Since the last reading.
+        self._busy_seconds, self._busy_steps = 0.0, 0  # At the last readings.
+        self._other_seconds = 0.0
+
+    def stepped(self, waited: float) -> None:
+        """Counts a step for whose batch the devices waited so many seconds."""
+        self.steps += 1
+        self._counted += 1
+        self._waited += waited
+
+    def read(self, steps_left: int) -> tuple[float, float, float]:
+        """Returns (seconds a step, share waiting, seconds left) of the steps since the last reading."""
+        seconds, counted, waited = time.monotonic() - self._mark, self._counted, self._waited
+        self._mark, self._counted, self._waited = time.monotonic(), 0, 0.0
+        if self.steps > counted or not self._busy_steps and counted > 1:  # Not the step that compiles.
+            self._busy_seconds, self._busy_steps = self._busy_seconds + seconds, self._busy_steps + counted
+        per_step = seconds / max(counted, 1)
+        busy = self._busy_seconds / self._busy_steps if self._busy_steps else per_step
+        return per_step, waited / max(seconds, 1e-9), steps_left * (busy + self._other_seconds / max(self.steps, 1))
+
+    def other_work_done(self) -> None:
+        """Tells that the time since the last reading went into something else than steps."""
+        now = time.monotonic()
+        self._other_seconds += now - self._mark
+        self._mark = now
+
+
+def _terms(metrics: dict[str, float]) -> str:
+    """Writes "loss 1.234 loss_x 2.345 ..."; all of them, the total first."""
+    return " ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
+
+
+def _description(parts: experiment.Experiment) -> str:
+    config, method = parts.config, parts.method
+    weights = parts.abstract_state().params
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(weights)) / 1e6
+    batch = f"{config.data.labeled_batch} labeled"
+    if method.uses_unlabeled:
+        batch += f" + {config.data.unlabeled_batch} unlabeled"
+    return (
+        f"{config.name or 'run'}: {config.model.backbone} with {parameters:.1f} M parameters, "
+        f"{len(config.data.classes)} classes; {len(parts.sources.labeled)} labeled, {len(parts.sources.unlabeled)} "
+        f"unlabeled, {len(parts.sources.val)} validation images; {parts.steps} steps of {batch} at crop "
+        f"{config.data.crop} ({parts.steps_per_epoch} an epoch); {jax.device_count()} x {jax.devices()[0].device_kind}"
+    )

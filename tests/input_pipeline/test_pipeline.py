@@ -1,0 +1,387 @@
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from input_pipeline import (
+    SHAPES_CLASSES,
+    DataError,
+    open_sources,
+    pipeline,
+    steps_per_epoch,
+    train_dataset,
+    train_iterator,
+    val_groups,
+)
+from input_pipeline.sources import Sources
+
+
+class CountingSource:
+    """Images whose red is their number; counts what is read."""
+
+    def __init__(self, images, labeled, size=8):
+        self.images, self.labeled, self.side, self.reads = images, labeled, size, []
+
+    def __len__(self):
+        return self.images
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        image = np.full((self.side, self.side, 3), (index, 7, 7), np.uint8)
+        return {"image": image, "label": image[..., 0] % 3} if self.labeled else {"image": image}
+
+
+def _sources(labeled=3, unlabeled=10):
+    return Sources(CountingSource(labeled, True), CountingSource(unlabeled, False), CountingSource(2, True))
+
+
+def _numbers(batches, key):
+    """The image numbers in a list of batches."""
+    return np.concatenate([batch[key][:, 0, 0, 0] for batch in batches])
+
+
+def _assert_equal(batch, other):
+    assert batch.keys() == other.keys()
+    for key in batch:
+        np.testing.assert_array_equal(batch[key], other[key], err_msg=key)
+
+
+def _augmented(config):
+    """All randomness on."""
+    config.data.scale, config.data.flip = (0.5, 2.0), 0.5
+    config.views.jitter, config.views.grey, config.views.blur = 0.8, 0.2, 0.5
+    config.views.operations = (1, 3)
+    return config
+
+
+def test_batch_arrays(folder, config):
+    batch = train_dataset(open_sources(config), _augmented(config))[0]
+    shapes = {key: (value.shape, value.dtype.name) for key, value in batch.items()}
+    images = ((4, 16, 16, 3), "uint8")
+    expected = {"image_x": ((2, 16, 16, 3), "uint8"), "label_x": ((2, 16, 16), "uint8")}
+    expected |= dict.fromkeys(["image_u", "image_m", "image_s1", "image_s2", "image_m1", "image_m2"], images)
+    expected |= dict.fromkeys(["valid_u", "valid_m"], ((4, 16, 16), "bool"))
+    expected |= dict.fromkeys(["box1", "box2"], ((4, 4), "int32"))
+    assert shapes == expected
+
+
+@pytest.mark.parametrize(
+    ("strong", "feature", "keys"),
+    [
+        (0, 0, ""),
+        (0, 1, "image_u valid_u"),
+        (1, 0, "image_u valid_u image_m valid_m image_s1 image_m1 box1"),
+        (2, 1, "image_u valid_u image_m valid_m image_s1 image_m1 box1 image_s2 image_m2 box2"),
+    ],
+)
+def test_only_what_the_method_needs(config, strong, feature, keys):
+    config.method.strong_views, config.method.feature_views = strong, feature
+    sources = _sources()
+    batch = train_dataset(sources, config)[0]
+    assert set(batch) == {"image_x", "label_x", *keys.split()}
+    assert len(sources.unlabeled.reads) == (4 if keys else 0)  # "same" decodes each image once.
+
+
+def test_labels_belong_to_their_images(config):
+    batch = train_dataset(_sources(), config)[0]
+    size = slice(0, 8)  # The crop of 16 pads the images of 8.
+    np.testing.assert_array_equal(batch["image_x"][:, size, size, 0] % 3, batch["label_x"][:, size, size])
+    assert (batch["label_x"][:, 8:] == 255).all() and (batch["label_x"][:, :, 8:] == 255).all()
+    assert batch["valid_u"].sum() == 4 * 64
+
+
+def test_unlabeled_epochs(config):
+    """Each image at most once an epoch, 8 of 10 with batches of 4, in another order each time."""
+    sources = _sources(unlabeled=10)
+    assert steps_per_epoch(sources, config) == 2
+    dataset = train_dataset(sources, config)
+    epochs = [tuple(_numbers([dataset[2 * e], dataset[2 * e + 1]], "image_u")) for e in range(20)]
+    assert all(len(set(numbers)) == 8 for numbers in epochs)
+    assert len(set(epochs)) == 20
+    counts = np.bincount(np.concatenate(epochs), minlength=10)
+    assert counts.min() >= 10  # The two that are left out change: 16 expected of each.
+
+
+def test_labeled_counts(config):
+    """2 steps of 4 over 3 images: each 2 or 3 times an epoch, and equally often over 3 epochs."""
+    config.data.labeled_batch = 4
+    dataset = train_dataset(_sources(labeled=3), config)
+    epochs = [_numbers([dataset[2 * e], dataset[2 * e + 1]], "image_x") for e in range(9)]
+    counts = np.array([np.bincount(numbers, minlength=3) for numbers in epochs])
+    assert set(counts.ravel()) == {2, 3}
+    np.testing.assert_array_equal(counts.reshape(3, 3, 3).sum(1), 8)
+    assert len({tuple(numbers) for numbers in epochs}) > 5
+
+
+def test_more_labeled_than_an_epoch_takes(config):
+    """9 images, 4 an epoch: each 0 or 1 times, and all within 9 epochs equally often."""
+    dataset = train_dataset(_sources(labeled=9, unlabeled=8), config)
+    epochs = [_numbers([dataset[2 * e], dataset[2 * e + 1]], "image_x") for e in range(9)]
+    assert all(len(set(numbers)) == 4 for numbers in epochs)
+    np.testing.assert_array_equal(np.bincount(np.concatenate(epochs), minlength=9), 4)
+
+
+def test_streams_have_their_own_orders(config):
+    """With as many labeled as unlabeled images, neither stream follows the other, in any pair of near epochs."""
+    config.data.labeled_batch = config.data.unlabeled_batch
+    dataset = train_dataset(_sources(labeled=40, unlabeled=40), config)
+    epochs = [[dataset[10 * e + s] for s in range(10)] for e in range(4)]
+    for first, second in itertools.product(epochs, repeat=2):
+        assert (_numbers(first, "image_x") == _numbers(second, "image_u")).mean() < 0.3
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_seed_changes_everything(config, seed):
+    batches = []
+    for config.seed in (seed, seed + 1):
+        dataset = train_dataset(_sources(labeled=50, unlabeled=50), config)
+        batches.append([dataset[step] for step in range(10)])
+    for key in ("image_x", "image_u"):
+        assert (_numbers(batches[0], key) == _numbers(batches[1], key)).mean() < 0.3
+    boxes = [np.concatenate([batch["box1"] for batch in some]) for some in batches]
+    assert (boxes[0] != boxes[1]).any(1).mean() > 0.5
+
+
+def test_partner_same(config):
+    """The same image under another crop, and other photometry and box."""
+    config.data.source, config.data.classes, config.data.crop = "shapes", SHAPES_CLASSES, 48
+    config.data.shapes.unlabeled = 32
+    sources = open_sources(config)
+    originals = np.array([sources.unlabeled[i]["image"] for i in range(32)])
+    config.views.jitter = 1.0
+    batch = train_dataset(sources, config)[0]
+    for view, partner in zip(batch["image_u"], batch["image_m"], strict=True):
+        windows = [_find(originals, crop) for crop in (view, partner)]
+        assert windows[0][0] == windows[1][0] and windows[0][1:] != windows[1][1:]
+    strong = [batch[key] for key in ("image_s1", "image_s2", "image_m1", "image_m2")]
+    for first, second in itertools.combinations(strong, 2):
+        assert (first != second).any((1, 2, 3)).all()
+    assert (batch["box1"] != batch["box2"]).any()
+
+
+def _find(originals, crop):
+    """(image, y, x) of the window of `originals` that equals `crop`."""
+    side, number = len(crop), originals.shape[1] - len(crop) + 1
+    first = np.argwhere((originals[:, :number, :number] == crop[0, 0]).all(-1))
+    found = [p for p in first if (originals[p[0], p[1] : p[1] + side, p[2] : p[2] + side] == crop).all()]
+    assert len(found) == 1
+    return tuple(found[0])
+
+
+@pytest.mark.parametrize("images", [2, 9, 10])
+def test_partner_other(config, images):
+    """Never the image itself; in whole epochs each image is a partner once."""
+    config.views.mix_partner = "other"
+    config.data.unlabeled_batch = images
+    dataset = train_dataset(_sources(unlabeled=images), config)
+    pairs = [np.stack([_numbers([dataset[e]], key) for key in ("image_u", "image_m")], 1) for e in range(12)]
+    for epoch in pairs:
+        assert (epoch[:, 0] != epoch[:, 1]).all()
+        assert sorted(epoch[:, 0]) == sorted(epoch[:, 1]) == list(range(images))
+    kinds = {tuple(pair) for epoch in pairs for pair in epoch}
+    assert len(kinds) > 0.5 * images * (images - 1)  # Who pairs with whom changes.
+
+
+def test_partner_errors(config):
+    config.data.unlabeled_batch = 1
+    config.views.mix_partner = "other"
+    with pytest.raises(DataError, match="needs at least 2 unlabeled images"):
+        train_dataset(_sources(unlabeled=1), config)
+    config.views.mix_partner = "another"
+    with pytest.raises(DataError, match="mix_partner is 'another'; known: same, other"):
+        train_dataset(_sources(), config)
+
+
+def test_batch_errors(config):
+    with pytest.raises(DataError, match="3 unlabeled images are fewer than one batch of 4"):
+        train_dataset(_sources(unlabeled=3), config)
+    with pytest.raises(DataError, match=r"labeled_batch is 2; expected a multiple of the 4 processes"):
+        train_dataset(_sources(), config, 0, 4)
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_the_global_batch(folder, config, process_count):
+    config.data.labeled_batch = 4
+    sources, config = open_sources(config), _augmented(config)
+    whole = train_dataset(sources, config)
+    parts = [train_dataset(sources, config, index, process_count) for index in range(process_count)]
+    for step in (0, 1, 5):
+        rows = [part[step] for part in parts]
+        _assert_equal(whole[step], {key: np.concatenate([row[key] for row in rows]) for key in rows[0]})
+
+
+def test_change_of_config_does_not_reach_a_running_pipeline(config):
+    dataset = train_dataset(_sources(), config)
+    config.data.crop = 4
+    assert dataset[0]["image_x"].shape[1] == 16
+
+
+def _take(iterator, count):
+    batches = list(itertools.islice(iterator, count))
+    iterator.close()
+    return batches
+
+
+@pytest.mark.parametrize(("workers", "threads", "buffer"), [(0, 1, 1), (0, 4, 3), (1, 2, 1), (2, 2, 2)])
+def test_same_batches_whatever_the_threads_and_workers(folder, config, workers, threads, buffer):
+    """Against the batches made one by one, over the end of an epoch (2 steps)."""
+    config = _augmented(config)
+    expected = train_dataset(open_sources(config), config)
+    config.data.workers, config.data.threads, config.data.buffer = workers, threads, buffer
+    batches = _take(train_iterator(train_dataset(open_sources(config), config), config), 5)
+    for step, batch in enumerate(batches):
+        _assert_equal(batch, expected[step])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume(folder, config, workers):
+    """A fresh iterator, one started at a step, and one restored from a state (as JSON) give the same batches."""
+    config = _augmented(config)
+    config.data.workers = workers
+    dataset = train_dataset(open_sources(config), config)
+    iterator = train_iterator(dataset, config)
+    for _ in range(3):
+        next(iterator)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = _take(iterator, 3)
+    assert state == {"step": 3}
+    restored = train_iterator(dataset, config)
+    if not workers:
+        next(restored)  # It may have begun; for workers this only takes time, their iterator is made anew all the same.
+    restored.set_state(state)
+    assert restored.get_state() == state
+    for batch, started, resumed in zip(
+        expected, _take(train_iterator(dataset, config, start_step=3), 3), _take(restored, 3), strict=True
+    ):
+        _assert_equal(batch, started)
+        _assert_equal(batch, resumed)
+
+
+def test_state_counts_what_was_taken_not_what_was_made_ahead(config):
+    iterator = train_iterator(train_dataset(_sources(), config), config)
+    assert iterator.get_state() == {"step": 0}
+    next(iterator)
+    assert iterator.get_state() == {"step": 1}
+    iterator.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(iterator)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_reach_the_consumer(folder, config, workers):
+    config.data.workers = workers
+    dataset = train_dataset(open_sources(config), config)
+    png = (folder / "images/4.png").read_bytes()
+    (folder / "images/4.png").write_bytes(png[: len(png) * 2 // 3])
+    iterator = train_iterator(dataset, config)
+    with pytest.raises(DataError, match=r"images/4\.png: damaged image"):
+        list(itertools.islice(iterator, 20))  # Ten epochs: the image is left out of some.
+    state = iterator.get_state()
+    with pytest.raises(DataError, match=r"images/4\.png: damaged image"):
+        next(iterator)  # The step is not skipped,
+    (folder / "images/4.png").write_bytes(png)
+    _assert_equal(next(iterator), dataset[state["step"]])  # and it can be made once the file is whole.
+    iterator.close()
+
+
+def test_mask_errors_reach_the_consumer(folder, config):
+    Image.fromarray(np.full((16, 16), 200, np.uint8)).save(folder / "masks/1.png")
+    iterator = train_iterator(train_dataset(open_sources(config), config), config)
+    with pytest.raises(DataError, match=r"masks/1\.png: mask values 200 found"):
+        _take(iterator, 20)
+
+
+def test_bounded_ahead(config):
+    """Before the first batch is taken, no more than `buffer` batches are made."""
+    config.data.buffer = 2
+    sources = _sources(unlabeled=100)
+    iterator = train_iterator(train_dataset(sources, config), config)
+    next(iterator)
+    time.sleep(0.3)
+    assert len(sources.unlabeled.reads) <= (1 + 2) * 4
+    iterator.close()
+
+
+class SizedSource(CountingSource):
+    """Sizes by turns: 6 x 8, 5 x 5, 6 x 8, ..."""
+
+    sizes = ((6, 8), (5, 5), (6, 8))
+
+    def size(self, index):
+        return self.sizes[index % 3]
+
+    def name(self, index):
+        return f"{index}.png"
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        height, width = self.size(index)
+        image = np.full((height, width, 3), index, np.uint8)
+        return {"image": image, "label": image[..., 0] + 100}
+
+
+def test_val_groups():
+    source = SizedSource(20, True)
+    groups = list(val_groups(source, batch=4, threads=3, ahead=2))
+    assert sorted(source.reads) == list(range(20))
+    assert {name for group in groups for name in group.names} == {f"{i}.png" for i in range(20)}
+    assert [len(group.names) for group in groups] == [4, 4, 4, 1, 4, 3]  # 13 of one size, then 7 of the other.
+    for group in groups:
+        numbers = [int(name[:-4]) for name in group.names]
+        height, width = source.size(numbers[0])
+        assert group.images.shape == (len(numbers), height, width, 3)
+        np.testing.assert_array_equal(group.images[:, 0, 0, 0], numbers)
+        np.testing.assert_array_equal(group.labels, group.images[..., 0] + 100)
+
+
+def test_val_groups_reads_a_bounded_number_ahead():
+    source = SizedSource(300, True)
+    groups = val_groups(source, batch=4, threads=3, ahead=2)
+    next(groups)
+    time.sleep(0.3)
+    groups.close()
+    assert 4 <= len(source.reads) <= 4 * 3
+
+
+def test_val_groups_errors(folder, config):
+    sources = open_sources(config)
+    (folder / "images/11.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"images/11\.png"):
+        list(val_groups(sources.val, batch=1))
+
+
+def test_iterator_is_checkpointable_by_orbax(config, tmp_path):
+    """As the training loop saves it, next to the model."""
+    dataset = train_dataset(_sources(), config)
+    iterator = train_iterator(dataset, config)
+    for _ in range(3):
+        next(iterator)
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        manager.wait_until_finished()
+        expected = next(iterator)
+        restored = train_iterator(dataset, config)
+        manager.restore(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
+    _assert_equal(next(restored), expected)
+    iterator.close()
+    restored.close()
+
+
+def test_no_module_imports_jax():
+    """Worker processes must not open accelerators. (Grain itself imports jax where it is installed.)"""
+    code = (
+        "import sys; sys.modules['jax'] = None; import input_pipeline as p; "
+        "print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'cv2', 'tensorflow')))"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(pipeline.__file__)))
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,113 @@
+import pickle
+import time
+
+import numpy as np
+import pytest
+
+from input_pipeline import SHAPES_CLASSES, DataError, open_sources, shapes
+from input_pipeline.shapes import ShapesSource, contact_sheet
+
+
+@pytest.fixture
+def shapes_config(config):
+    config.data.source = "shapes"
+    config.data.classes = SHAPES_CLASSES
+    return config
+
+
+def _classes(source, count):
+    """bool [count, 6]: the classes of each image."""
+    return np.array([np.bincount(source[i]["label"].ravel(), minlength=6) > 0 for i in range(count)])
+
+
+def test_records_and_sizes(shapes_config):
+    sources = open_sources(shapes_config)
+    assert [len(source) for source in sources] == [16, 512, 64]
+    record = sources.labeled[0]
+    assert record["image"].shape == (96, 96, 3) and record["label"].shape == (96, 96) == sources.labeled.size(0)
+    assert record["image"].dtype == record["label"].dtype == np.uint8
+    assert set(sources.unlabeled[0]) == {"image"}
+    with pytest.raises(IndexError):
+        sources.labeled[16]
+
+
+def test_labeled_are_the_first_unlabeled_and_val_is_apart(shapes_config):
+    sources = open_sources(shapes_config)
+    for index in range(16):
+        np.testing.assert_array_equal(sources.labeled[index]["image"], sources.unlabeled[index]["image"])
+        assert sources.labeled.name(index) == sources.unlabeled.name(index)
+    images = [source[i]["image"].tobytes() for source in (sources.unlabeled, sources.val) for i in range(64)]
+    assert len(set(images)) == 128
+    assert sources.val.name(0) != sources.labeled.name(0)
+
+
+def test_deterministic_whatever_the_order_and_process():
+    source = ShapesSource(48, 8, 5, "train", labeled=True)
+    forward = [source[i] for i in range(8)]
+    copy = pickle.loads(pickle.dumps(ShapesSource(48, 100, 5, "train", labeled=True)))
+    for index in reversed(range(8)):
+        for key in ("image", "label"):
+            np.testing.assert_array_equal(copy[index][key], forward[index][key])
+    assert (ShapesSource(48, 8, 6, "train", labeled=True)[0]["image"] != forward[0]["image"]).any()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_class_is_labeled_and_validated(seed):
+    for part, count in (("train", 16), ("val", 16)):
+        classes = _classes(ShapesSource(96, count, seed, part, labeled=True), count)
+        assert classes.any(0).all()
+        assert set(np.flatnonzero(classes[:, shapes.CROSS])) == {3, 13}
+        assert classes[:4].any(0)[1:5].all()
+
+
+def test_rare_class_is_rare_and_small():
+    source = ShapesSource(96, 200, 0, "train", labeled=True)
+    pixels = sum(np.bincount(source[i]["label"].ravel(), minlength=6) for i in range(200))
+    share = pixels / pixels.sum()
+    assert share[0] > 0.7 and share[shapes.CROSS] < 0.01 and (share[1:5] > 0.015).all()
+
+
+def test_outlines_have_their_areas():
+    """At radius 1: disk pi, rectangle 1.9 x 1.2, triangle 3 sqrt(3) / 4, ring pi (1 - 1/4), cross 4 (0.6) - 0.36."""
+    v, u = np.mgrid[-1.5:1.5:601j, -1.5:1.5:601j]
+    expected = (np.pi, 1.9 * 1.2, 3 * np.sqrt(3) / 4, 0.75 * np.pi, 2 * 2 * 0.6 - 0.36)
+    for shape, area in enumerate(expected, 1):
+        assert shapes._outline(shape, v, u, 1.0).sum() * (3 / 600) ** 2 == pytest.approx(area, rel=0.02)
+
+
+def test_colour_does_not_tell_the_class():
+    """Mean colours of classes and background lie within a fraction of the spread of one class."""
+    source = ShapesSource(96, 200, 0, "train", labeled=True)
+    means = [[] for _ in SHAPES_CLASSES]
+    for index in range(200):
+        record = source[index]
+        for shape in np.unique(record["label"]):
+            means[shape].append(record["image"][record["label"] == shape].mean(0))
+    centres = np.array([np.mean(m, 0) for m in means[:5]])
+    assert np.ptp(centres, axis=0).max() < 0.6 * np.concatenate(means).std(0).min()
+
+
+def test_fast():
+    source = ShapesSource(96, 100, 0, "train", labeled=True)
+    start = time.process_time()
+    for index in range(100):
+        source[index]
+    assert (time.process_time() - start) / 100 < 0.01  # 2.6 ms when written; the margin is for slow machines.
+
+
+def test_open_shapes_bad_config(shapes_config):
+    shapes_config.data.classes = ("a", "b")
+    with pytest.raises(DataError, match="the generated shapes have"):
+        open_sources(shapes_config)
+    shapes_config.data.classes = SHAPES_CLASSES
+    shapes_config.data.shapes.labeled = 600
+    with pytest.raises(DataError, match="labeled 600, unlabeled 512"):
+        open_sources(shapes_config)
+
+
+def test_contact_sheet():
+    source = ShapesSource(48, 8, 0, "val", labeled=True)
+    sheet = contact_sheet(source, count=5, columns=3)
+    assert sheet.shape == (2 * 2 * 48, 3 * 48, 3)
+    np.testing.assert_array_equal(sheet[96:144, 48:96], source[4]["image"])
+    np.testing.assert_array_equal(sheet[48:96, :48].any(-1), source[0]["label"] > 0)

@@ -1,0 +1,74 @@
+import pytest
+
+from input_pipeline import DataError
+from input_pipeline.split_lists import Entry, find_split, read_list
+
+
+def _write(tmp_path, text):
+    path = tmp_path / "list.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def test_read_list_pairs(tmp_path):
+    path = _write(tmp_path, b"\xef\xbb\xbfa.jpg m/a.png\r\n\r\n  b.jpg\tm/b.png  \n")
+    assert read_list(path, labeled=True) == [Entry("a.jpg", "m/a.png"), Entry("b.jpg", "m/b.png")]
+
+
+def test_read_list_image_only_where_unlabeled(tmp_path):
+    path = _write(tmp_path, "a.jpg\nb.jpg m/b.png\n")
+    assert read_list(path, labeled=False) == [Entry("a.jpg", None), Entry("b.jpg", "m/b.png")]
+    with pytest.raises(DataError, match=r"list\.txt:1: found 1 column, 'a\.jpg'; expected `image mask`$"):
+        read_list(path, labeled=True)
+
+
+@pytest.mark.parametrize("labeled", [True, False])
+def test_read_list_three_columns(tmp_path, labeled):
+    path = _write(tmp_path, "a.jpg a.png\n\nmy image.jpg b.png\n")
+    with pytest.raises(DataError, match=r"list\.txt:3: found 3 columns, 'my image\.jpg b\.png'.*spaces"):
+        read_list(path, labeled)
+
+
+def test_read_list_bad_files(tmp_path):
+    with pytest.raises(DataError, match="the list is empty"):
+        read_list(_write(tmp_path, "\n  \n"), labeled=True)
+    with pytest.raises(DataError, match="missing list .*absent"):
+        read_list(str(tmp_path / "absent.txt"), labeled=True)
+    with pytest.raises(DataError, match=r"list\.txt: cannot be read as a text list"):
+        read_list(_write(tmp_path, b"\xff\xd8\xff\xe0"), labeled=True)
+
+
+def _make_split(folder, name):
+    (folder / name).mkdir(parents=True)
+    for part in (f"{name}/labeled.txt", f"{name}/unlabeled.txt", "val.txt"):
+        (folder / part).write_text("a.jpg a.png\n")
+
+
+def test_find_split_under_root_absolute_and_current(tmp_path, monkeypatch):
+    _make_split(tmp_path / "root" / "splits", "1_8")
+    _make_split(tmp_path / "here" / "lists", "1_4")
+    monkeypatch.chdir(tmp_path / "here")
+    root = str(tmp_path / "root")
+    in_root = tmp_path / "root" / "splits"
+    expected = tuple(str(in_root / part) for part in ("1_8/labeled.txt", "1_8/unlabeled.txt", "val.txt"))
+    assert find_split(root, "splits", "1_8") == expected
+    assert find_split("elsewhere", str(in_root), "1_8") == expected
+    assert find_split(root, "lists", "1_4").val == str(tmp_path / "here" / "lists" / "val.txt")
+
+
+def test_find_split_names_nearest_and_all(tmp_path):
+    for name in ("1_8", "1_16", "full"):
+        _make_split(tmp_path / "splits", name)
+    with pytest.raises(DataError, match=r"no split '1_6' .*did you mean '1_16'.*; splits there: 1_16, 1_8, full"):
+        find_split(str(tmp_path), "splits", "1_6")
+    with pytest.raises(DataError, match=r"config\.data\.split is not set.*splits there: 1_16, 1_8, full"):
+        find_split(str(tmp_path), "splits", "")
+    with pytest.raises(DataError, match=r"no folder of split lists: tried .*/absent and .*/absent"):
+        find_split(str(tmp_path), "absent", "1_8")
+
+
+def test_find_split_missing_list(tmp_path):
+    _make_split(tmp_path / "splits", "1_8")
+    (tmp_path / "splits" / "val.txt").unlink()
+    with pytest.raises(DataError, match=r"missing list .*splits/val\.txt"):
+        find_split(str(tmp_path), "splits", "1_8")
