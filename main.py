@@ -1,6 +1,7 @@
 """Trains and evaluates: `python main.py --config=configs/shapes.py --workdir=/tmp/shapes`."""
 
 import logging as python_logging
+import pathlib
 import sys
 
 from absl import app, flags, logging
@@ -8,7 +9,9 @@ from ml_collections import config_flags
 
 MODES = ("train", "eval")
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with arguments after a colon.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/, with arguments after a colon.", lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, summary.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "train (continues a stopped run) or eval (scores a checkpoint).")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "For --mode=eval: best, latest or a step.")
@@ -16,15 +19,29 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
-    """Parses the command line; a mistake in it ends the program with one line and exit code 2."""
+    """Parses the command line; a mistake in it, or in the config file, ends the program with one line."""
+    from configs import defaults
+    from dssn_jax.config import ConfigError, check_keys
+
     try:
-        return flags.FLAGS(arguments)
-    except flags.Error as error:
-        message = str(error)
-    except (AttributeError, KeyError) as error:  # What ml_collections raises for an unknown key.
-        message = f"unknown config key {str(error.args[0]).strip(chr(34))}".replace("\\n", "; ")
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        check_keys(arguments, defaults.get_config())
+        rest = flags.FLAGS(arguments)
+        _CONFIG.value.name  # A file that cannot be read is noticed here.  # noqa: B018
+        return rest
+    except (flags.Error, ConfigError) as error:
+        _fail(str(error))
+    except OSError:
+        path = str(flags.FLAGS["config"].config_filename)
+        _fail(f"config file {path!r} cannot be read{suggest_config(path)}")
+
+
+def suggest_config(path: str) -> str:
+    """Names the config files that there are."""
+    from dssn_jax.config import suggest
+
+    folder = pathlib.Path(__file__).parent / "configs"
+    helpers = {"__init__", "arguments", "defaults", "methods"}
+    return suggest(path, sorted(f"configs/{file.name}" for file in folder.glob("*.py") if file.stem not in helpers))
 
 
 def main(arguments: list[str]) -> None:

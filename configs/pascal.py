@@ -11,7 +11,21 @@ Published, ResNet-101, crop 513, best mIoU of student or teacher: 92: 75.24, 183
 from configs import arguments, defaults, methods
 from dssn_jax.config import check_choice
 
-SPLITS = ("92", "183", "366", "732", "1464", "1_16", "1_8", "1_4", "1_2", "u2pl_1_16", "u2pl_1_8", "u2pl_1_4", "u2pl_1_2")
+SPLITS = (
+    "92",
+    "183",
+    "366",
+    "732",
+    "1464",
+    "1_16",
+    "1_8",
+    "1_4",
+    "1_2",
+    "u2pl_1_16",
+    "u2pl_1_8",
+    "u2pl_1_4",
+    "u2pl_1_2",
+)
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor",

@@ -8,7 +8,6 @@ import json
 import pathlib
 
 import grain
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -96,10 +95,14 @@ class Checkpointer:
             best = self.meta(steps[-1])["scores"].get("best_step")
             if best in steps:
                 return best
-            raise CheckpointError(f"{self._folder}: nothing was evaluated yet, so there is no best checkpoint; take latest")
+            raise CheckpointError(
+                f"{self._folder}: nothing was evaluated yet, so there is no best checkpoint; take latest"
+            )
         if which.isdigit() and int(which) in steps:
             return int(which)
-        raise CheckpointError(f"{self._folder}: no checkpoint {which!r}; there are: latest, best, {', '.join(map(str, steps))}")
+        raise CheckpointError(
+            f"{self._folder}: no checkpoint {which!r}; there are: latest, best, {', '.join(map(str, steps))}"
+        )
 
     def close(self) -> None:
         """Waits for the last save."""
@@ -111,8 +114,6 @@ class Checkpointer:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, OSError, KeyError) as error:  # What orbax, tensorstore and JSON raise for damaged files.
             raise CheckpointError(f"{self._folder / str(step)}: cannot be read: {error}") from error
-
-
 
 
 def _model_difference(saved: dict, current: dict) -> str:

@@ -12,8 +12,11 @@ from input_pipeline.sources import SOURCES
 DTYPES = ("float32", "bfloat16", "float64")
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run: the message names the key, what was found and what is known or expected."""
+class ConfigError(Exception):
+    """A configuration that cannot be run: the message names the key, what was found and what is known or expected.
+
+    Not a ValueError: ml_collections turns one raised in a config file into a traceback.
+    """
 
 
 def suggest(found: str, known: Iterable[str]) -> str:
@@ -29,6 +32,20 @@ def check_choice(what: str, found: str, known: Iterable[str]) -> None:
     known = list(known)
     if found not in known:
         raise ConfigError(f"unknown {what} {found!r}{suggest(found, known)}")
+
+
+def check_keys(arguments: Iterable[str], defaults) -> None:
+    """Raises ConfigError for the first override `--config.KEY=...` in `arguments` whose key is not in `defaults`."""
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            continue
+        section, path = defaults, argument.removeprefix("--config.").partition("=")[0]
+        for depth, key in enumerate(path.split(".")):
+            if not hasattr(section, "keys") or key not in section:
+                known = section.keys() if hasattr(section, "keys") else ()
+                where = ".".join(["config", *path.split(".")[:depth]])
+                raise ConfigError(f"unknown config key {path!r}: {where} has no {key!r}{suggest(key, known)}")
+            section = section[key]
 
 
 def validate(config, device_count: int) -> None:

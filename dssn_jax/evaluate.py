@@ -13,6 +13,7 @@ from dssn_jax import checkpoint, experiment, inference, metrics, report, scores,
 from dssn_jax.models import DeepLabV3Plus
 from dssn_jax.report import duration, logger
 
+
 class Evaluator:
     """Scores networks on groups of equally sized images; one compilation a size."""
 
@@ -46,7 +47,10 @@ class Evaluator:
             if self._mode == "center_crop":
                 images, labels = (_center_crop(array, self._crop) for array in (images, labels))
             batch = sharding.put_batch(self._padded(images, labels), self._mesh)
-            counts = {name: self._confusion(variables, batch["images"], batch["labels"]) for name, variables in networks.items()}
+            counts = {
+                name: self._confusion(variables, batch["images"], batch["labels"])
+                for name, variables in networks.items()
+            }
             for name, count in counts.items():
                 totals[name] += np.asarray(count, np.int64)
             progress(done)

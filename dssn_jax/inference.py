@@ -8,7 +8,9 @@ from dssn_jax.models import DeepLabV3Plus
 MODES = ("original", "sliding_window", "center_crop")
 
 
-def predict(model: DeepLabV3Plus, variables: dict, images: jax.Array, mode: str = "original", crop: int = 0) -> jax.Array:
+def predict(
+    model: DeepLabV3Plus, variables: dict, images: jax.Array, mode: str = "original", crop: int = 0
+) -> jax.Array:
     """Class maps int32 [B, H, W] of normalised images [B, H, W, 3]; mode center_crop sees the images as they are.
 
     Sliding windows of side `crop` start every int(crop * 2 / 3) pixels; those at the right and bottom edges are cut

@@ -44,9 +44,7 @@ def ohem_cross_entropy(
     return (jnp.where(kept, flat_losses, 0).sum(-1) / jnp.maximum(kept.sum(-1), 1)).mean()
 
 
-def consistency(
-    logits: jax.Array, labels: jax.Array, selected: jax.Array, valid: jax.Array
-) -> jax.Array:
+def consistency(logits: jax.Array, labels: jax.Array, selected: jax.Array, valid: jax.Array) -> jax.Array:
     """Cross-entropy to pseudo-labels [B, H, W] over the selected valid pixels, divided by the number of valid ones."""
     return pixel_cross_entropy(logits, labels, selected & valid).sum() / jnp.maximum(valid.sum(), 1)
 

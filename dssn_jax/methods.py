@@ -49,9 +49,7 @@ class Method:
 def from_config(config, steps_per_epoch: int) -> Method:
     """Returns the method of a validated config; epochs of the teacher's schedule become steps."""
     method, teacher = config.method, config.teacher
-    same_name = {
-        field.name: method[field.name] for field in dataclasses.fields(Method) if field.name in method
-    }
+    same_name = {field.name: method[field.name] for field in dataclasses.fields(Method) if field.name in method}
     same_name["selection"] = pseudo_labels.from_config(method)
     same_name["ohem_min_kept"] = method.ohem_min_kept * method.ohem_group
     return Method(

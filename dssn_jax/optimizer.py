@@ -9,7 +9,9 @@ def poly(lr: float, steps: int, power: float = 0.9) -> optax.Schedule:
     return optax.polynomial_schedule(lr, 0.0, power, steps)
 
 
-def sgd(schedule: optax.Schedule, lr_multi: float, momentum: float, weight_decay: float) -> optax.GradientTransformation:
+def sgd(
+    schedule: optax.Schedule, lr_multi: float, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
     """SGD as `torch.optim.SGD`: decay on every parameter, then momentum, then the learning rate of the group.
 
     The backbone has the rate of `schedule`, everything else `lr_multi` times that.

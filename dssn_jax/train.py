@@ -40,9 +40,7 @@ class Trainer:
     def __init__(self, parts: experiment.Experiment, workdir: pathlib.Path):
         self._parts, self._workdir, config = parts, workdir, parts.config
         self._saved = checkpoint.Checkpointer(workdir)
-        dataset = input_pipeline.train_dataset(
-            parts.sources, config, jax.process_index(), jax.process_count()
-        )
+        dataset = input_pipeline.train_dataset(parts.sources, config, jax.process_index(), jax.process_count())
         self._iterator = input_pipeline.train_iterator(dataset, config)
         self._scores = scores.new()
         self.state = self._start()

@@ -103,9 +103,7 @@ def _teacher_labels(state: TrainState, seen: Views, model: DeepLabV3Plus, method
         return model.apply(variables, seen.image_u), model.apply(variables, seen.image_m), batch_stats
 
     early = state.step < method.teacher_batch_stats_steps
-    return jax.lax.stop_gradient(
-        jax.lax.cond(early, with_batch_stats, with_running_stats, state.teacher_batch_stats)
-    )
+    return jax.lax.stop_gradient(jax.lax.cond(early, with_batch_stats, with_running_stats, state.teacher_batch_stats))
 
 
 def forward(variables: dict, seen: Views, model: DeepLabV3Plus, method: Method, dropout_key: jax.Array) -> Forward:

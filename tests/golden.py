@@ -164,7 +164,9 @@ def _step_views(case: Case, i: int) -> views.Views:
     shape = (entry["batch"], entry["crop"], entry["crop"], 3)
     images = {name: case.input(f"step{i}:img_{name}", shape) for name in ("x", "u_w", "u_s1", "u_s2")}
     partners = {name: case.input(f"step{i}:img_{name}_mix", shape) for name in ("u_w", "u_s1", "u_s2")}
-    masks = {name: jnp.asarray(stored[f"step{i}/{name}"]) for name in ("mask_x", "ignore", "ignore_mix", "box1", "box2")}
+    masks = {
+        name: jnp.asarray(stored[f"step{i}/{name}"]) for name in ("mask_x", "ignore", "ignore_mix", "box1", "box2")
+    }
     return views.mix(
         images["x"], masks["mask_x"], images["u_w"], partners["u_w"],
         [images["u_s1"], images["u_s2"]], [partners["u_s1"], partners["u_s2"]],
@@ -238,11 +240,15 @@ def check(folder: str | os.PathLike, file: str, report=print) -> bool:
     case, kind = Case(folder, manifest, entry), entry["kind"]
     found = KINDS[kind](case)
     expected = {name: value for name, value in case.stored.items() if is_output(kind, name)}
-    errors = {name: relative_error(found[name], value) if name in found else float("inf") for name, value in expected.items()}
+    errors = {
+        name: relative_error(found[name], value) if name in found else float("inf") for name, value in expected.items()
+    }
     worst = max(errors, key=errors.get)
     passed = errors[worst] <= TOLERANCES[kind]
     verdict = "ok    " if passed else "FAILED"
-    report(f"{verdict} {file:36s} {len(errors):4d} arrays, error {errors[worst]:.1e} <= {TOLERANCES[kind]:.0e} ({worst})")
+    report(
+        f"{verdict} {file:36s} {len(errors):4d} arrays, error {errors[worst]:.1e} <= {TOLERANCES[kind]:.0e} ({worst})"
+    )
     return passed
 
 

@@ -1,0 +1,1 @@
+"""Tests; `tests.golden` is also the command that checks a folder of golden numbers."""

@@ -1,0 +1,34 @@
+"""Settings that must precede the first use of JAX: CPU only, four simulated devices; and small configurations."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+
+import pytest
+from absl import flags
+
+from configs import shapes
+
+
+@pytest.fixture(autouse=True, scope="session")
+def parsed_flags():
+    """Grain's worker processes read absl's flags."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["tests"])
+
+
+@pytest.fixture
+def tiny_config():
+    """Returns a function that makes a configuration of a small network on a few small images, by method."""
+
+    def make(method: str = "dssn", **options):
+        config = shapes.get_config(f"method={method},backbone=resnet10w16,crop=33,labeled=8,steps=6")
+        config.model.decoder_channels = 16
+        config.data.labeled_batch = config.data.unlabeled_batch = 4
+        config.data.shapes.update({"size": 48, "unlabeled": 16, "val": 6})
+        config.train.update({"log_every": 1, "eval_every": 3})
+        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in options.items()})
+        return config
+
+    return make

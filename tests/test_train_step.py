@@ -1,0 +1,159 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import input_pipeline
+from dssn_jax import experiment, sharding, train_step, views
+
+METHODS = ("supervised", "fixmatch", "unimatch", "dssn")
+TERMS = {
+    "supervised": {"loss_x"},
+    "fixmatch": {"loss_x", "loss_s1"},
+    "unimatch": {"loss_x", "loss_s1", "loss_s2", "loss_fp1"},
+    "dssn": {"loss_x", "loss_s1", "loss_s2", "loss_fp1", "loss_fp2", "contrast_image", "contrast_feature"},
+}
+
+
+def start(config, devices=1):
+    """Returns (experiment, state, jitted step) over so many devices."""
+    parts = experiment.build(config)._replace(mesh=sharding.make_mesh(jax.devices()[:devices]))
+    step = train_step.compile_step(
+        parts.model, parts.method, parts.optimizer, parts.schedule, config.data, parts.mesh
+    )
+    return parts, parts.initial_state(), step
+
+
+def batches(parts, count):
+    dataset = input_pipeline.train_dataset(parts.sources, parts.config)
+    return [sharding.put_batch(dataset[i], parts.mesh) for i in range(count)]
+
+
+def run(config, steps, devices=1):
+    parts, state, step = start(config, devices)
+    metrics = []
+    for batch in batches(parts, steps):
+        state, found = step(state, batch)
+        metrics.append(jax.device_get(found))
+    return jax.device_get(state), metrics
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_has_its_terms_and_they_sum_up(tiny_config, method):
+    config = tiny_config(method, method__threshold=0.0, method__selection="threshold")
+    state, (first, second) = run(config, 2)
+    weights = config.method
+    for metrics, strong in ((first, 0.0 if method == "dssn" else 1.0), (second, 1.0)):  # DSSN's teacher warms up.
+        assert {name for name in metrics if name.startswith(("loss_", "contrast_"))} == TERMS[method]
+        total = metrics["loss_x"]
+        total += strong * weights.strong_weight * sum(v for k, v in metrics.items() if k.startswith("loss_s"))
+        total += weights.feature_weight * sum(v for k, v in metrics.items() if k.startswith("loss_fp"))
+        total += 0.01 * sum(v for k, v in metrics.items() if k.startswith("contrast_"))
+        total *= 1.0 if method == "supervised" else 0.5
+        assert metrics["loss"] == pytest.approx(total, rel=1e-5)
+        if method != "supervised":
+            assert metrics["mask_ratio"] == 1.0
+    assert (state.teacher_params is None) == (method != "dssn")
+
+
+def test_one_and_four_devices_agree(tiny_config):
+    config = tiny_config(method__threshold=0.0, method__selection="threshold")
+    alone, alone_metrics = run(config, 3, devices=1)
+    shared, shared_metrics = run(config, 3, devices=4)
+    for one, four in zip(alone_metrics, shared_metrics, strict=True):
+        for name in one:
+            assert one[name] == pytest.approx(four[name], rel=2e-3, abs=1e-6), name
+    for one, four in zip(jax.tree.leaves(alone.params), jax.tree.leaves(shared.params), strict=True):
+        np.testing.assert_allclose(one, four, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("labeled", [4, 8])
+def test_no_all_to_all_in_the_compiled_step(tiny_config, labeled):
+    parts, state, step = start(tiny_config(data__labeled_batch=labeled), devices=4)
+    text = step.lower(state, batches(parts, 1)[0]).compile().as_text()
+    assert "all-reduce" in text  # It is a program for several devices,
+    assert "all-to-all" not in text  # which do not exchange images.
+
+
+def test_same_seed_same_run(tiny_config):
+    first, second = run(tiny_config(), 3), run(tiny_config(), 3)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    other = run(tiny_config(seed=1), 3)
+    assert other[1][0]["loss"] != first[1][0]["loss"]
+
+
+@pytest.mark.parametrize("loss", ["ce", "ohem"])
+def test_a_batch_without_a_valid_pixel_is_harmless(tiny_config, loss):
+    config = tiny_config(method__labeled_loss=loss, teacher__warmup_steps=0)
+    parts, state, _ = start(config)
+    batch = batches(parts, 1)[0]
+    batch["label_x"] = jnp.full_like(batch["label_x"], 255)
+    batch["valid_u"] = batch["valid_m"] = jnp.zeros_like(batch["valid_u"])
+    seen = views.from_batch(batch, config.data.mean, config.data.std, jnp.float32)
+    new_state, metrics = jax.jit(
+        lambda state, seen: train_step.step(state, seen, parts.model, parts.method, parts.optimizer)
+    )(state, seen)
+    for name, value in metrics.items():
+        assert np.isfinite(value), name
+    assert metrics["loss_x"] == metrics["loss_s1"] == metrics["loss_fp2"] == metrics["mask_ratio"] == 0
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(new_state.params))
+
+
+def test_teacher_is_a_copy_after_warm_up_and_an_average_later(tiny_config):
+    parts, state, step = start(tiny_config(teacher__keep_rate=0.9))
+    first, second = batches(parts, 2)
+    state, _ = step(state, first)
+    jax.tree.map(np.testing.assert_array_equal, state.teacher_params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, state.teacher_batch_stats, state.batch_stats)
+    before = jax.device_get(state.teacher_params)
+    state, _ = step(state, second)
+    jax.tree.map(
+        lambda old, new, student: np.testing.assert_allclose(new, 0.9 * old + 0.1 * np.asarray(student), rtol=1e-5, atol=1e-7),
+        before, state.teacher_params, state.params,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("epochs", "moves"), [(0, False), (1, True)])
+def test_teacher_uses_batch_statistics_in_the_first_epochs_only(tiny_config, epochs, moves):
+    config = tiny_config(teacher__batch_stats_epochs=epochs)
+    parts, state, _ = start(config)
+    seen = views.from_batch(batches(parts, 1)[0], config.data.mean, config.data.std, jnp.float32)
+    labels, stats = jax.jit(lambda state, seen: train_step.label(state, seen, parts.model, parts.method))(state, seen)
+    changed = any(
+        not np.array_equal(*leaves)
+        for leaves in zip(jax.tree.leaves(stats), jax.tree.leaves(state.teacher_batch_stats), strict=True)
+    )
+    assert changed == moves
+    if not moves:
+        expected = jax.jit(parts.model.apply)(state.teacher, seen.image_u)
+        np.testing.assert_allclose(labels.weak, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cutmix_box_pastes_images_and_valid_pixels():
+    image = jnp.zeros((2, 6, 8, 3))
+    boxes = [views.box_mask(jnp.array([[1, 2, 4, 7], [0, 0, 0, 0]]), 6, 8)]
+    valid = jnp.ones((2, 6, 8), bool)
+    seen = views.mix(None, None, image, image + 1, [image], [image + 1], valid, ~valid, boxes)
+    expected = np.zeros((2, 6, 8), bool)
+    expected[0, 1:4, 2:7] = True
+    np.testing.assert_array_equal(seen.strong[0][..., 0] == 1, expected)
+    np.testing.assert_array_equal(seen.mixing(0, seen.valid_u, seen.valid_m), ~expected)
+
+
+def test_normalise_by_hand():
+    image = np.array([[[0, 128, 255]]], np.uint8)
+    found = views.normalise(image, (0.5, 0.4, 0.3), (0.1, 0.2, 0.5))
+    np.testing.assert_allclose(found[0, 0], [-5, (128 / 255 - 0.4) / 0.2, 1.4], rtol=1e-5)
+
+
+def test_loss_falls_on_a_repeated_batch(tiny_config):
+    config = tiny_config("unimatch", train__steps=30, optimizer__lr=0.05)
+    parts, state, step = start(config)
+    batch = batches(parts, 1)[0]
+    values = []
+    for _ in range(20):
+        state, metrics = step(state, batch)
+        values.append(float(metrics["loss_x"]))
+    assert values[-1] < 0.5 * values[0]
+    assert optax.tree_utils.tree_get(state.opt_state, "count") == 20
