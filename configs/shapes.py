@@ -11,7 +11,7 @@ from input_pipeline.shapes import SHAPES_CLASSES
 
 
 def get_config(argument: str | None = None):
-    values = arguments.parse(argument, labeled=16, backbone="resnet18w16", method="dssn", crop=65, steps=300)
+    values = arguments.parse(argument, labeled=16, backbone="resnet18w16", method="dssn", crop=65, steps=200)
     config = defaults.get_config()
     config.name = arguments.describe("shapes", values)
     config.data.source = "shapes"
@@ -23,7 +23,10 @@ def get_config(argument: str | None = None):
     config.optimizer.lr = 0.05
     config.optimizer.lr_multi = 1.0
     config.train.steps = values["steps"]
+    # A run is so short that the teacher must follow the student sooner than over 250 steps.
+    config.teacher.keep_rate = 0.98
+    config.teacher.warmup_steps = 50
     config.train.eval_every = 100
-    config.train.log_every = 20
+    config.train.log_every = 25
     methods.apply(config, values["method"])
     return config

@@ -74,7 +74,7 @@ def step(
     )
     if method.has_teacher:
         state = _move_teacher(state, jnp.where(warming_up, 0.0, method.keep_rate))
-    return state, {"loss": loss, **metrics, "grad_norm": optax.global_norm(gradients)}
+    return state, {"loss": loss, **metrics, "grad_norm": optax.tree.norm(gradients)}
 
 
 def label(state: TrainState, seen: Views, model: DeepLabV3Plus, method: Method) -> tuple[Labels, dict | None]:
@@ -93,14 +93,19 @@ def _teacher_labels(state: TrainState, seen: Views, model: DeepLabV3Plus, method
     """The partner first, then the weak view, with batch statistics (updating the running ones) in the first epochs."""
 
     def with_batch_stats(batch_stats):
-        apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
-        partner, updated = apply({"params": state.teacher_params, "batch_stats": batch_stats}, seen.image_m)
-        weak, updated = apply({"params": state.teacher_params, **updated}, seen.image_u)
-        return weak, partner, updated["batch_stats"]
+        def one(batch_stats, image):
+            variables = {"params": state.teacher_params, "batch_stats": batch_stats}
+            logits, updated = model.apply(variables, image, train=True, mutable=["batch_stats"])
+            return updated["batch_stats"], logits
+
+        # A loop over the two batches, in the original's order: its body is compiled once.
+        batch_stats, logits = jax.lax.scan(one, batch_stats, jnp.stack([seen.image_m, seen.image_u]))
+        return logits[1], logits[0], batch_stats
 
     def with_running_stats(batch_stats):
         variables = {"params": state.teacher_params, "batch_stats": batch_stats}
-        return model.apply(variables, seen.image_u), model.apply(variables, seen.image_m), batch_stats
+        logits = model.apply(variables, sharding.interleave(seen.image_u, seen.image_m))
+        return *sharding.separate(logits, [len(seen.image_u), len(seen.image_m)]), batch_stats
 
     early = state.step < method.teacher_batch_stats_steps
     return jax.lax.stop_gradient(jax.lax.cond(early, with_batch_stats, with_running_stats, state.teacher_batch_stats))
@@ -144,9 +149,9 @@ def loss_terms(outputs: Forward, labels: Labels, seen: Views, method: Method) ->
         ratios["mask_ratio"] = _ratio(selected, seen.valid_u)
         for i, logits in enumerate(outputs.feature):
             terms[f"loss_fp{i + 1}"] = losses.consistency(logits, target, selected, seen.valid_u)
-    if len(outputs.strong) == 2:
+    if method.image_contrast_weight:
         terms["contrast_image"] = losses.contrast(*outputs.strong)
-    if len(outputs.feature) == 2:
+    if method.feature_contrast_weight:
         terms["contrast_feature"] = losses.contrast(*outputs.feature)
     return terms, ratios
 

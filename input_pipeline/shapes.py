@@ -1,9 +1,11 @@
 """A generated data set: textured shapes on clutter. Exact masks, no files, any number of images.
 
-It is made so that a few labels do not settle it: shapes and clutter draw from the same colours, and a class has only a
-liking for some textures, so that the outline is what tells. Every image depends on (seed, part, index) alone.
+It is made so that a few labels do not settle it: a class has only a liking for some hues and textures, neighbouring
+classes share hues, and clutter takes any, so that colour hints and the outline tells. Every image depends on (seed, part,
+index) alone.
 """
 
+import colorsys
 import math
 from collections.abc import Callable
 
@@ -16,8 +18,11 @@ PARTS = ("train", "val")
 _COMMON = (DISK, RECTANGLE, TRIANGLE, RING)
 # The rare class is in every tenth image, and small.
 _RARE_PERIOD, _RARE_OFFSET = 10, 3
-_RADIUS = (0.11, 0.24)  # Of the image side.
-_RARE_RADIUS = (0.09, 0.13)
+_RADIUS = (0.13, 0.27)  # Of the image side.
+_RARE_RADIUS = (0.11, 0.16)
+# Hue in the middle of a class's range, in turns; the ranges of neighbours overlap.
+_HUE_OF = {DISK: 0.0, RECTANGLE: 0.2, TRIANGLE: 0.4, RING: 0.6, CROSS: 0.8}
+_HUE_RANGE = 0.1
 
 Grid = tuple[np.ndarray, np.ndarray]  # y and x of every pixel, float32 [size, size].
 
@@ -75,7 +80,7 @@ def _draw(size: int, index: int, rng: np.random.Generator) -> tuple[np.ndarray, 
         low, high = _RARE_RADIUS if shape == CROSS else _RADIUS
         radius = size * rng.uniform(low, high)
         inside = _outline(shape, *_local(y, x, size, radius, rng), radius)
-        _paint(image, inside, _texture(y, x, _TEXTURES_OF[shape], rng))
+        _paint(image, inside, _texture(y, x, _TEXTURES_OF[shape], rng, _class_color(shape, rng)))
         label[inside] = shape
     return _expose(image, y, x, rng), label
 
@@ -108,8 +113,15 @@ def _outline(shape: int, v: np.ndarray, u: np.ndarray, radius: float) -> np.ndar
 
 
 def _color(rng: np.random.Generator) -> np.ndarray:
-    """Returns any colour: float32 [3] in 0..255."""
-    return rng.uniform(20, 235, 3).astype(np.float32)
+    """Returns any colour, mostly a pale one: float32 [3] in 0..255."""
+    return (rng.uniform(40, 215) + rng.uniform(-40, 40, 3)).astype(np.float32)
+
+
+def _class_color(shape: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns a vivid colour of the class's range of hues: float32 [3] in 0..255."""
+    hue = (_HUE_OF[shape] + rng.uniform(-_HUE_RANGE, _HUE_RANGE)) % 1
+    color = colorsys.hsv_to_rgb(hue, rng.uniform(0.45, 1), rng.uniform(0.45, 1))
+    return 255 * np.array(color, np.float32)
 
 
 def _wave(y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -156,10 +168,16 @@ _TEXTURES_OF = {
 }
 
 
-def _texture(y: np.ndarray, x: np.ndarray, kinds: tuple[Callable, ...], rng: np.random.Generator) -> np.ndarray:
-    """Returns a two-coloured texture of a random kind: float32 [size, size, 3]."""
+def _texture(
+    y: np.ndarray,
+    x: np.ndarray,
+    kinds: tuple[Callable, ...],
+    rng: np.random.Generator,
+    first: np.ndarray | None = None,
+) -> np.ndarray:
+    """Returns a two-coloured texture of a random kind, float32 [size, size, 3]; `first` is one of its colours."""
     amount = kinds[rng.integers(len(kinds))](y, x, rng)[..., None]
-    first, second = _color(rng), _color(rng)
+    first, second = _color(rng) if first is None else first, _color(rng)
     second = first + rng.uniform(0.2, 0.8) * (second - first)  # From faint to strong.
     return first + amount * (second - first)
 

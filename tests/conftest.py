@@ -1,7 +1,12 @@
 """Settings that must precede the first use of JAX: CPU only, four simulated devices; and small configurations."""
 
 import os
+import tempfile
 
+# Tests, and the processes that they start, compile the same small programs many times.
+_CACHE = tempfile.TemporaryDirectory(prefix="dssn_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
@@ -27,6 +32,7 @@ def tiny_config():
         config.model.decoder_channels = 16
         config.data.labeled_batch = config.data.unlabeled_batch = 4
         config.data.shapes.update({"size": 48, "unlabeled": 16, "val": 6})
+        config.teacher.update({"warmup_steps": 1, "keep_rate": 0.9})
         config.train.update({"log_every": 1, "eval_every": 3})
         config.update_from_flattened_dict({key.replace("__", "."): value for key, value in options.items()})
         return config

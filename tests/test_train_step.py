@@ -44,7 +44,8 @@ def test_each_method_has_its_terms_and_they_sum_up(tiny_config, method):
     config = tiny_config(method, method__threshold=0.0, method__selection="threshold")
     state, (first, second) = run(config, 2)
     weights = config.method
-    for metrics, strong in ((first, 0.0 if method == "dssn" else 1.0), (second, 1.0)):  # DSSN's teacher warms up.
+    for found, strong in ((first, 0.0 if method == "dssn" else 1.0), (second, 1.0)):  # DSSN's teacher warms up.
+        metrics = {name: float(value) for name, value in found.items()}
         assert {name for name in metrics if name.startswith(("loss_", "contrast_"))} == TERMS[method]
         total = metrics["loss_x"]
         total += strong * weights.strong_weight * sum(v for k, v in metrics.items() if k.startswith("loss_s"))

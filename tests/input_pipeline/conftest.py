@@ -5,8 +5,9 @@ import os
 import numpy as np
 import pytest
 from absl import flags
-from configs import defaults
 from PIL import Image
+
+from configs import defaults
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,9 +6,9 @@ import zlib
 
 import numpy as np
 import pytest
-from configs import camvid
 from PIL import Image
 
+from configs import camvid
 from input_pipeline import DataError, open_sources
 from input_pipeline.sources import FolderSource
 

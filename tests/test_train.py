@@ -1,0 +1,150 @@
+"""The training loop: files of a run, resuming, evaluation of its checkpoints, divergence."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from dssn_jax import checkpoint, evaluate, experiment, train
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def parameters(config, workdir):
+    """The state of the latest checkpoint."""
+    saved = checkpoint.Checkpointer(workdir, read_only=True)
+    state, _ = saved.restore(saved.resolve("latest"), experiment.build(config).abstract_state(), config)
+    saved.close()
+    return jax.device_get(state)
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_a_run_leaves_its_scores_logs_and_checkpoints(tiny_config, tmp_path):
+    config = tiny_config()
+    summary = train.train(config, tmp_path)
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    for network in ("student", "teacher"):
+        best, last = summary[network]["best"], summary[network]["last"]
+        assert last["step"] == 6 and best["step"] in (3, 6) and best["miou"] >= last["miou"]
+        assert list(last["iou"]) == list(config.data.classes)
+        assert last["miou"] == pytest.approx(np.mean(list(last["iou"].values())))
+    assert list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+    log = (tmp_path / "log.txt").read_text()
+    for part in ("step 6/6", "loss_fp2", "contrast_image", "mask_ratio", "lr ", "images/s", "waiting", "left", "mIoU"):
+        assert part in log, part
+    board = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    for tag in (b"miou_teacher", b"weak-strong1-strong2-pseudo_label-selected-prediction", b"student-teacher-truth"):
+        assert tag in board, tag
+    steps = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert steps[-1] == "6" and len(steps) <= 2  # The latest and the best.
+
+    found = evaluate.evaluate(config, tmp_path, "latest")
+    for network in ("student", "teacher"):
+        assert found[network]["miou"] == pytest.approx(summary[network]["last"]["miou"])
+    assert json.loads((tmp_path / "eval_6.json").read_text())["teacher"] == found["teacher"]
+
+
+def test_finished_runs_are_not_trained_again(tiny_config, tmp_path):
+    config = tiny_config("supervised", train__steps=2, train__eval_every=0)
+    first = train.train(config, tmp_path)
+    again = train.train(config, tmp_path)
+    assert again["steps"] == first["steps"] == 2
+    assert again["student"] == first["student"]
+
+
+def command(workdir, *options):
+    arguments = [
+        "--config=configs/shapes.py:backbone=resnet10w16,crop=33,labeled=8,steps=12", f"--workdir={workdir}",
+        "--config.model.decoder_channels=16", "--config.data.labeled_batch=4", "--config.data.unlabeled_batch=4",
+        "--config.data.shapes.size=48", "--config.data.shapes.unlabeled=16", "--config.data.shapes.val=6",
+        "--config.train.log_every=1", "--config.train.eval_every=7", "--config.train.checkpoint_every=3", *options,
+    ]  # fmt: skip
+    return [sys.executable, "main.py", *arguments]
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f"the run ended before {text!r}")
+
+
+def test_killed_and_continued_runs_end_with_the_same_parameters(tiny_config, tmp_path):
+    """SIGKILL in the middle of the second epoch and again later; then all parameters equal those of a run left alone."""
+    config = tiny_config(train__steps=12)
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    subprocess.run(command(tmp_path / "whole"), cwd=ROOT, env=environment, check=True, capture_output=True)
+    for step in (6, 11):
+        with subprocess.Popen(
+            command(tmp_path / "killed"), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        ) as process:
+            wait_for(process, f"step {step}/12")
+            process.send_signal(signal.SIGKILL)
+    last = subprocess.run(
+        command(tmp_path / "killed"), cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+    )
+    assert "continuing from step" in last.stdout
+    whole, killed = (parameters(config, tmp_path / name) for name in ("whole", "killed"))
+    assert int(whole.step) == int(killed.step) == 12
+    jax.tree.map(np.testing.assert_array_equal, whole, killed)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    scores = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed")]
+    assert scores[0]["student"] == scores[1]["student"] and scores[0]["teacher"] == scores[1]["teacher"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
+    config = tiny_config("supervised", optimizer__lr=1e30)
+    with pytest.raises(train.DivergedError, match=r"not finite at step \d+ .*loss_x"):
+        train.train(config, tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model__decoder_channels": 24}, "decoder_channels is 16 there, 24 in the config"),
+        ({"data__classes": ("a", "b", "c", "d", "e", "f")}, "config.data.classes|classes is"),
+        ({"method__labeler": "student"}, "teacher is True there, False in the config"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tiny_config, trained, options, message):
+    with pytest.raises((checkpoint.CheckpointError, ValueError), match=message):
+        evaluate.evaluate(tiny_config(**options), trained, "latest")
+    with pytest.raises((checkpoint.CheckpointError, ValueError), match=message):
+        train.train(tiny_config(**options), trained)
+
+
+def test_missing_checkpoints_are_named(tiny_config, trained, tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match="no such folder"):
+        evaluate.evaluate(tiny_config(), tmp_path / "nowhere", "best")
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint '5'; there are: latest, best, 6"):
+        evaluate.evaluate(tiny_config(), trained, "5")
+
+
+def test_a_damaged_checkpoint_is_named(tiny_config, trained):
+    data = sorted((trained / "checkpoints" / "6" / "state").rglob("*"), key=lambda path: path.stat().st_size)[-1]
+    whole = data.read_bytes()
+    data.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(checkpoint.CheckpointError, match="checkpoints/6"):
+        evaluate.evaluate(tiny_config(), trained, "6")
+    data.write_bytes(whole)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The work directory of a finished DSSN run of the tiny configuration."""
+    workdir = tmp_path_factory.mktemp("trained")
+    options = ["--config.train.steps=6", "--config.train.eval_every=6", "--config.train.checkpoint_every=6"]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    subprocess.run(command(workdir, *options), cwd=ROOT, env=environment, check=True, capture_output=True)
+    return workdir
