@@ -4,6 +4,7 @@ The latest and the best (by the larger mean IoU of student and teacher) are kept
 iterator, `meta` the configuration and the scores so far.
 """
 
+import gc
 import json
 import pathlib
 
@@ -112,8 +113,10 @@ class Checkpointer:
     def _restore(self, step: int, **items):
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, OSError, KeyError) as error:  # What orbax, tensorstore and JSON raise for damaged files.
-            raise CheckpointError(f"{self._folder / str(step)}: cannot be read: {error}") from error
+        except Exception as error:  # Orbax raises no narrower one for damaged files.
+            message = str(error)
+        gc.collect()  # Orbax leaves unfinished coroutines behind, which otherwise complain when Python ends.
+        raise CheckpointError(f"{self._folder / str(step)}: cannot be read: {message}")
 
 
 def _model_difference(saved: dict, current: dict) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -108,7 +109,8 @@ def test_unknown_keys_name_the_nearest():
         ({"data__scale": (0.0, 1.0)}, "config.data.scale"),
         ({"method__labeled_loss": "ohem", "method__ohem_group": 3}, "multiple of config.method.ohem_group"),
         ({"views__mix_partner": "others"}, "did you mean 'other'"),
-        ({"data__shapes__unlabeled": 3}, "3 unlabeled images are fewer than one batch of 4"),
+        ({"data__unlabeled_batch": 20}, "16 unlabeled images are fewer than one batch of 20"),
+        ({"data__shapes__labeled": 17}, "labeled 17, unlabeled 16"),
     ],
 )
 def test_values_that_cannot_run(tiny_config, options, message, tmp_path):
@@ -137,7 +139,7 @@ def folder(tmp_path):
 
 def configure(tiny_config, root, **options):
     data = {"data__source": "folder", "data__root": str(root), "data__split": "few", "data__classes": ("a", "b", "c")}
-    return tiny_config("supervised", train__steps=1, **data, **options)
+    return tiny_config("supervised", **data, **{"train__steps": 1, "train__pictures": 0} | options)
 
 
 def test_trains_on_a_folder(tiny_config, folder, tmp_path):
@@ -178,8 +180,6 @@ def test_bad_data_is_named(tiny_config, folder, spoil, messages, tmp_path):
     config = configure(tiny_config, folder, train__steps=4)
     with pytest.raises(DataError) as error:
         train.train(config, tmp_path / "run")
-    import re
-
     for message in messages:
         assert re.search(message, str(error.value)), str(error.value)
     assert not (tmp_path / "run" / "summary.json").exists()
