@@ -1,4 +1,4 @@
-"""Named methods: which views are drawn, which forwards run, which terms count. Chosen by `method=NAME` in a config's argument.
+"""Named methods: which views are drawn, which forwards run, which terms count; `method=NAME` picks one.
 
 Supervised, FixMatch, UniMatch and DSSN share one training step (`dssn_jax/train_step.py`) and differ by these values.
 """

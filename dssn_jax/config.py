@@ -48,6 +48,18 @@ def check_keys(arguments: Iterable[str], defaults) -> None:
             section = section[key]
 
 
+def differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
+    """Lists the keys in which two configurations (as nested dicts) differ, such as "config.seed: 0, now 1"."""
+    found = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}.{key}")
+        elif before != after:
+            found.append(f"{prefix}.{key}: {before!r}, now {after!r}")
+    return found
+
+
 def validate(config, device_count: int) -> None:
     """Raises ConfigError for the first value that cannot be run on `device_count` devices (of all hosts)."""
     _check_choices(config)

@@ -1,7 +1,7 @@
 """The names of the original's PyTorch state dicts, derived from ours.
 
-Modules carry the original's names, so one rule maps every variable: `layer1_0` is `layer1.0`, a `kernel` or `scale` is a
-`weight`, and batch statistics are `running_mean` and `running_var`.
+Modules carry the original's names, so one rule maps every variable: `layer1_0` is `layer1.0`, a `kernel` or `scale` is
+a `weight`, and batch statistics are `running_mean` and `running_var`.
 """
 
 import re

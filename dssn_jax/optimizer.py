@@ -31,4 +31,4 @@ def from_config(optimizer, steps: int) -> tuple[optax.GradientTransformation, op
 
 
 def _outside_backbone(params: dict) -> dict:
-    return {name: jax.tree.map(lambda _: name != "backbone", part) for name, part in params.items()}
+    return {name: jax.tree.map(lambda _, outside=name != "backbone": outside, part) for name, part in params.items()}

@@ -19,7 +19,7 @@ class Panels:
         self._look = jax.jit(look, out_shardings=sharding.replicated(parts.mesh))
 
     def __call__(self, state, batch: dict, evaluator) -> dict[str, np.ndarray]:
-        """Returns pictures uint8 [H, W, 3] by name: labeled, unlabeled (if the method has views of those), validation."""
+        """Returns pictures uint8 [H, W, 3] by name: labeled, unlabeled (if the method has views of it), validation."""
         seen = {name: np.asarray(value[: self._rows]) for name, value in self._look(state, batch).items()}
         colour = functools.partial(pictures.colourise, num_classes=len(self._parts.config.data.classes))
         panels = {

@@ -10,6 +10,7 @@ import numpy as np
 
 import input_pipeline
 from dssn_jax import checkpoint, evaluate, experiment, panels, report, scores, sharding, train_step
+from dssn_jax import config as configuration
 from dssn_jax.report import duration, logger
 
 
@@ -58,15 +59,18 @@ class Trainer:
     def _start(self):
         """Restores the latest checkpoint, or begins."""
         parts, step = self._parts, self._saved.latest_step()
-        report.write_json(self._workdir / "config.json", json.loads(parts.config.to_json()))
-        if step is None:
-            logger.info(_description(parts))
-            return parts.initial_state()
-        state, meta = self._saved.restore(step, parts.abstract_state(), parts.config)
-        self._saved.restore_iterator(step, self._iterator)
-        self._scores = meta["scores"]
+        config = json.loads(parts.config.to_json())
         logger.info(_description(parts))
-        logger.info("continuing from step %d of %s", step, self._workdir)
+        if step is None:
+            state = parts.initial_state()
+        else:
+            state, meta = self._saved.restore(step, parts.abstract_state(), parts.config)
+            self._saved.restore_iterator(step, self._iterator)
+            self._scores = meta["scores"]
+            logger.info("continuing from step %d of %s", step, self._workdir)
+            for change in configuration.differences(meta["config"], config):
+                logger.warning("changed since that checkpoint: %s", change)
+        report.write_json(self._workdir / "config.json", config)
         return state
 
     def run(self) -> dict:
@@ -208,8 +212,9 @@ class Clock:
         """Returns (seconds a step, share waiting, seconds left) of the steps since the last reading."""
         seconds, counted, waited = time.monotonic() - self._mark, self._counted, self._waited
         self._mark, self._counted, self._waited = time.monotonic(), 0, 0.0
-        if self.steps > counted or not self._busy_steps and counted > 1:  # Not the step that compiles.
-            self._busy_seconds, self._busy_steps = self._busy_seconds + seconds, self._busy_steps + counted
+        if self.steps > counted:  # Not the first step, which compiles.
+            self._busy_seconds += seconds
+            self._busy_steps += counted
         per_step = seconds / max(counted, 1)
         busy = self._busy_seconds / self._busy_steps if self._busy_steps else per_step
         return per_step, waited / max(seconds, 1e-9), steps_left * (busy + self._other_seconds / max(self.steps, 1))

@@ -16,7 +16,7 @@ from dssn_jax.views import Views
 
 
 class Labels(NamedTuple):
-    """Logits [U, H, W, K] that pseudo-labels of the strong views come from; `weak` is None when the student makes it."""
+    """Logits [U, H, W, K] that label the strong views; `weak` is None when the student's training forward makes it."""
 
     weak: jax.Array | None
     partner: jax.Array | None

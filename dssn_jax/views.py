@@ -39,7 +39,7 @@ def normalise(image: jax.Array, mean: tuple[float, ...], std: tuple[float, ...],
 
 
 def box_mask(box: jax.Array, height: int, width: int) -> jax.Array:
-    """Boxes int32 [U, 4] as (y0, x0, y1, x1) -> bool [U, height, width], True inside; an empty box is False throughout."""
+    """Boxes int32 [U, 4] as (y0, x0, y1, x1) -> bool [U, height, width], True inside; an empty box has no inside."""
     y0, x0, y1, x1 = (box[:, i, None, None] for i in range(4))
     y, x = jnp.arange(height)[:, None], jnp.arange(width)
     return (y >= y0) & (y < y1) & (x >= x0) & (x < x1)

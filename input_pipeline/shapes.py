@@ -1,8 +1,7 @@
 """A generated data set: textured shapes on clutter. Exact masks, no files, any number of images.
 
-It is made so that a few labels do not settle it: a class has only a liking for some hues and textures, neighbouring
-classes share hues, and clutter takes any, so that colour hints and the outline tells. Every image depends on (seed, part,
-index) alone.
+It is made so that a few labels do not settle it: a class has only a liking for some hues and textures, shapes cover
+each other, and clutter takes any texture. Every image depends on (seed, part, index) alone.
 """
 
 import colorsys
@@ -20,7 +19,7 @@ _COMMON = (DISK, RECTANGLE, TRIANGLE, RING)
 _RARE_PERIOD, _RARE_OFFSET = 10, 3
 _RADIUS = (0.13, 0.27)  # Of the image side.
 _RARE_RADIUS = (0.11, 0.16)
-# Hue in the middle of a class's range, in turns; the ranges of neighbours overlap.
+# Hue in the middle of a class's range, in turns of the colour circle; the ranges of neighbours touch.
 _HUE_OF = {DISK: 0.0, RECTANGLE: 0.2, TRIANGLE: 0.4, RING: 0.6, CROSS: 0.8}
 _HUE_RANGE = 0.1
 

@@ -1,7 +1,7 @@
 """Checks this implementation against golden numbers of the original one: `python -m tests.golden DIR`.
 
-DIR holds `golden.json`, which lists cases, and one .npz a case. Weights and inputs are not stored: they are computed from
-names (see `weight` and `Case.input`), so that any backbone, size and seed can be checked. Everything is float64.
+DIR holds `golden.json`, which lists cases, and one .npz a case. Weights and inputs are not stored: they are computed
+from names (see `weight` and `Case.input`), so that any backbone, size and seed can be checked. Everything is float64.
 Prints a line for each case and exits with 1 if an error is over the tolerance.
 """
 
@@ -112,7 +112,8 @@ def loss_terms(case: Case) -> dict[str, np.ndarray]:
     given = {name[3:]: value for name, value in case.stored.items() if name.startswith("in/")}
     logits = {name: jnp.asarray(value, jnp.float64) for name, value in given.items() if value.ndim == 4}
     seen = views.Views(
-        None, given["mask_x"], valid_u=jnp.asarray(given["ignore"] != 255), valid_m=jnp.asarray(given["ignore_mix"] != 255),
+        None, given["mask_x"],
+        valid_u=jnp.asarray(given["ignore"] != 255), valid_m=jnp.asarray(given["ignore_mix"] != 255),
         mixing=views.Mixing((jnp.asarray(given["box1"] == 1), jnp.asarray(given["box2"] == 1))),
     )  # fmt: skip
     outputs = train_step.Forward(

@@ -18,7 +18,8 @@ def probabilities(logits):
 
 def true_class_probability(logits, labels):
     valid = labels != 255
-    return np.take_along_axis(probabilities(logits), np.where(valid, labels, 0)[..., None].astype(int), -1)[..., 0], valid
+    index = np.where(valid, labels, 0)[..., None].astype(int)
+    return np.take_along_axis(probabilities(logits), index, -1)[..., 0], valid
 
 
 def test_cross_entropy_by_hand():
@@ -31,7 +32,7 @@ def ohem_by_hand(logits, labels, threshold, min_kept, group):
     for start in range(0, len(labels), group):
         p, valid = true_class_probability(logits[start : start + group], labels[start : start + group])
         kept = valid
-        if 0 < valid.sum() and min_kept <= valid.sum():
+        if valid.sum() > 0 and min_kept <= valid.sum():
             ordered = np.sort(np.where(valid, p, 1).ravel())
             kept = valid & (p <= max(threshold, ordered[min(min_kept, p.size) - 1]))
         total.append(-np.log(p[kept]).mean() if kept.any() else 0.0)

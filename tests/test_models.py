@@ -71,7 +71,7 @@ def test_bfloat16_computes_over_float32_weights(tiny_config):
 
 def test_initial_weights_are_pytorchs(tiny_config):
     params = variables_of(build(tiny_config()))["params"]
-    kernel = params["fuse_0"]["kernel"]  # [3, 3, 64, 16]: uniform within 1 / sqrt(fan_in), whose deviation is that / sqrt(3).
+    kernel = params["fuse_0"]["kernel"]  # Uniform within 1 / sqrt(fan_in), whose deviation is that / sqrt(3).
     bound = (3 * 3 * kernel.shape[2]) ** -0.5
     assert np.abs(kernel).max() <= bound
     assert np.std(kernel) == pytest.approx(bound / 3**0.5, rel=0.05)

@@ -6,7 +6,7 @@ from dssn_jax import optimizer
 
 
 def test_sgd_by_hand():
-    """Three steps of torch.optim.SGD's rule: d = g + wd p; b = m b + d; p -= lr b, with lr_multi outside the backbone."""
+    """Three steps of torch.optim.SGD's rule: d = g + wd p; b = m b + d; p -= lr b; lr_multi outside the backbone."""
     transformation = optimizer.sgd(lambda step: 0.1 / (step + 1), lr_multi=10.0, momentum=0.9, weight_decay=0.01)
     params = {"backbone": {"w": jnp.array([1.0, -2.0])}, "head": {"b": jnp.array([3.0])}}
     state = transformation.init(params)

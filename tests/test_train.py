@@ -80,7 +80,7 @@ def wait_for(process, text):
 
 
 def test_killed_and_continued_runs_end_with_the_same_parameters(tiny_config, tmp_path):
-    """SIGKILL in the middle of the second epoch and again later; then all parameters equal those of a run left alone."""
+    """SIGKILL in the middle of the second epoch and again later; the parameters equal those of a run left alone."""
     config = tiny_config(train__steps=12)
     environment = {**os.environ, "XLA_FLAGS": ""}
     subprocess.run(command(tmp_path / "whole"), cwd=ROOT, env=environment, check=True, capture_output=True)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +21,7 @@ TERMS = {
 def start(config, devices=1):
     """Returns (experiment, state, jitted step) over so many devices."""
     parts = experiment.build(config)._replace(mesh=sharding.make_mesh(jax.devices()[:devices]))
-    step = train_step.compile_step(
-        parts.model, parts.method, parts.optimizer, parts.schedule, config.data, parts.mesh
-    )
+    step = train_step.compile_step(parts.model, parts.method, parts.optimizer, parts.schedule, config.data, parts.mesh)
     return parts, parts.initial_state(), step
 
 
@@ -109,10 +109,9 @@ def test_teacher_is_a_copy_after_warm_up_and_an_average_later(tiny_config):
     jax.tree.map(np.testing.assert_array_equal, state.teacher_batch_stats, state.batch_stats)
     before = jax.device_get(state.teacher_params)
     state, _ = step(state, second)
-    jax.tree.map(
-        lambda old, new, student: np.testing.assert_allclose(new, 0.9 * old + 0.1 * np.asarray(student), rtol=1e-5, atol=1e-7),
-        before, state.teacher_params, state.params,
-    )  # fmt: skip
+    averages = jax.tree.map(lambda old, student: 0.9 * old + 0.1 * np.asarray(student), before, state.params)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, state.teacher_params, averages)
 
 
 @pytest.mark.parametrize(("epochs", "moves"), [(0, False), (1, True)])

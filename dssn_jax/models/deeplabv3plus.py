@@ -1,4 +1,4 @@
-"""DeepLabV3+ (Chen et al., ECCV 2018) as the original implementation of DSSN builds it. Names follow its state dicts."""
+"""DeepLabV3+ (Chen et al., ECCV 2018) as the original of DSSN builds it. Names follow its state dicts."""
 
 import functools
 from typing import Any
