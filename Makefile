@@ -15,7 +15,7 @@ demo: setup
 	$(VENV)/bin/python -m benchmarks.demo
 
 test: setup
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(VENV)/bin/ruff check .

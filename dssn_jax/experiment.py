@@ -1,6 +1,5 @@
 """What a configuration builds: data sources, network, method, optimiser, on the devices that there are."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,19 +25,17 @@ class Experiment(NamedTuple):
 
     def initial_state(self) -> train_state.TrainState:
         """The state at step 0, on every device."""
-        return jax.jit(self._initialise, out_shardings=sharding.replicated(self.mesh))()
+        key = jax.random.PRNGKey(self.config.seed)
+        return jax.jit(self._initialise, out_shardings=sharding.replicated(self.mesh))(key)
 
     def abstract_state(self) -> train_state.TrainState:
         """Shapes, dtypes and shardings of the state, without computing it."""
         where = sharding.replicated(self.mesh)
-        shapes = jax.eval_shape(self._initialise)
+        shapes = jax.eval_shape(self._initialise, jax.random.PRNGKey(self.config.seed))
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes)
 
-    @property
-    def _initialise(self):
-        return functools.partial(
-            train_state.initialise, self.model, self.optimizer, self.config.seed, self.method.has_teacher
-        )
+    def _initialise(self, key: jax.Array) -> train_state.TrainState:
+        return train_state.initialise(self.model, self.optimizer, key, self.method.has_teacher)
 
 
 def build(config) -> Experiment:

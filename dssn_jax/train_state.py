@@ -54,8 +54,10 @@ def create(variables: dict, optimizer: optax.GradientTransformation, rng: jax.Ar
     )
 
 
-def initialise(model: DeepLabV3Plus, optimizer: optax.GradientTransformation, seed: int, teacher: bool) -> TrainState:
-    """Returns the state at step 0 with random weights of `seed`."""
-    init_key, rng = jax.random.split(jax.random.PRNGKey(seed))
+def initialise(
+    model: DeepLabV3Plus, optimizer: optax.GradientTransformation, key: jax.Array, teacher: bool
+) -> TrainState:
+    """Returns the state at step 0; its random weights, and the randomness of the run, come from `key`."""
+    init_key, rng = jax.random.split(key)
     image = jnp.zeros((1, 33, 33, 3), model.dtype)  # Parameters do not depend on the image size.
     return create(model.init(init_key, image), optimizer, rng, teacher)

@@ -3,12 +3,14 @@
 import os
 import tempfile
 
-# Tests, and the processes that they start, compile the same small programs many times.
-_CACHE = tempfile.TemporaryDirectory(prefix="dssn_tests_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+# Compiling takes most of the time of the tests. They, and the processes that they start, share what was compiled.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="dssn_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+ONE_DEVICE = "--xla_backend_optimization_level=0"  # Compiled faster; the programs run for seconds at most.
+os.environ["XLA_FLAGS"] = f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"
 
 import pytest
 from absl import flags

@@ -6,6 +6,7 @@ Prints a line for each case and exits with 1 if an error is over the tolerance.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -29,6 +30,8 @@ DSSN = dict(
     strong_views=2, feature_views=2, labeler="teacher", strong_weight=0.25, feature_weight=0.25,
     image_contrast_weight=0.01, feature_contrast_weight=0.01,
 )  # fmt: skip
+# Each program runs only a few times: compiling it counts for more.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 # Our names of the terms -> those of the original.
 TERMS = {
     "loss_x": "loss_x", "loss_s1": "loss_u_s1", "loss_s2": "loss_u_s2", "loss_fp1": "loss_u_w_fp1",
@@ -76,11 +79,16 @@ class Case:
 
     def variables(self, seed_suffix: str = "") -> dict:
         """Variables filled by `weight`."""
-        shapes = jax.eval_shape(self.model().init, jax.random.PRNGKey(0), jnp.zeros((1, 33, 33, 3)))
+        shapes = _shapes(self.model())
         zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
         state_dict = convert.to_state_dict(zeros)
         filled = {name: weight(self.seed + seed_suffix, name, value.shape) for name, value in state_dict.items()}
         return convert.from_state_dict(filled, shapes)
+
+
+@functools.cache
+def _shapes(model: models.DeepLabV3Plus) -> dict:
+    return jax.eval_shape(model.init, jax.random.PRNGKey(0), jnp.zeros((1, 33, 33, 3)))
 
 
 def relative_error(found, expected) -> float:
@@ -98,9 +106,9 @@ def forward(case: Case) -> dict[str, np.ndarray]:
     """Evaluation- and training-mode outputs of the network."""
     model, variables = case.model(), case.variables()
     x = case.input(case.entry["name"], case.entry["input_shape"])
-    c1, c4 = jax.jit(lambda v, x: model.apply(v, x, method="features"))(variables, x)
-    logits = jax.jit(model.apply)(variables, x)
-    train_logits, updated = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))(variables, x)
+    c1, c4 = jit(lambda v, x: model.apply(v, x, method="features"))(variables, x)
+    logits = jit(model.apply)(variables, x)
+    train_logits, updated = jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))(variables, x)
     found = {"logits": logits[:, ::3, ::3], "c1_mean": c1.mean((1, 2)), "c4_mean": c4.mean((1, 2))}
     found["train_logits"] = train_logits[:, ::3, ::3]
     statistics = convert.to_state_dict({"params": {}, **updated})
@@ -185,7 +193,7 @@ def steps(case: Case) -> dict[str, np.ndarray]:
     teacher = case.variables("t")
     state = state.replace(teacher_params=teacher["params"], teacher_batch_stats=teacher["batch_stats"])
     # SGD's momentum buffer tells each gradient: buffer = 0.9 * old buffer + gradient + decay * parameter.
-    take = jax.jit(lambda state, seen: train_step.step(state, seen, model, method, optimizer))
+    take = jit(lambda state, seen: train_step.step(state, seen, model, method, optimizer))
     found = {}
     for i in range(entry["steps"]):
         new_state, terms = take(state, _step_views(case, i))
@@ -211,7 +219,7 @@ def evaluation(case: Case) -> dict[str, np.ndarray]:
     found, confusion = {}, dict.fromkeys(("original", "sliding"), 0)
     count = sum(name.endswith("/mask") for name in case.stored)
     for mode, full_name in (("original", "original"), ("sliding", "sliding_window")):
-        run = jax.jit(lambda v, x: inference.predict(model, v, x, full_name, case.entry["crop"]))  # noqa: B023
+        run = jit(lambda v, x: inference.predict(model, v, x, full_name, case.entry["crop"]))  # noqa: B023
         for i in range(count):
             prediction = run(variables, case.input(f"eval{i}", case.stored[f"{i}/shape"]))
             found[f"{i}/pred_{mode}"] = prediction

@@ -15,12 +15,13 @@ from configs import shapes as shapes_config
 from dssn_jax import train
 from dssn_jax.config import ConfigError, check_keys, validate
 from input_pipeline import DataError
+from tests.conftest import ONE_DEVICE
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 def run_main(*options):
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
     return subprocess.run(
         [sys.executable, "main.py", *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 from dssn_jax import checkpoint, evaluate, experiment, train
+from tests.conftest import ONE_DEVICE
 
 ROOT = pathlib.Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
 
 
 def parameters(config, workdir):
@@ -54,20 +57,13 @@ def test_a_run_leaves_its_scores_logs_and_checkpoints(tiny_config, tmp_path):
     assert json.loads((tmp_path / "eval_6.json").read_text())["teacher"] == found["teacher"]
 
 
-def test_finished_runs_are_not_trained_again(tiny_config, tmp_path):
-    config = tiny_config("supervised", train__steps=2, train__eval_every=0)
-    first = train.train(config, tmp_path)
-    again = train.train(config, tmp_path)
-    assert again["steps"] == first["steps"] == 2
-    assert again["student"] == first["student"]
-
-
 def command(workdir, *options):
     arguments = [
         "--config=configs/shapes.py:backbone=resnet10w16,crop=33,labeled=8,steps=12", f"--workdir={workdir}",
         "--config.model.decoder_channels=16", "--config.data.labeled_batch=4", "--config.data.unlabeled_batch=4",
         "--config.data.shapes.size=48", "--config.data.shapes.unlabeled=16", "--config.data.shapes.val=6",
-        "--config.train.log_every=1", "--config.train.eval_every=7", "--config.train.checkpoint_every=3", *options,
+        "--config.train.log_every=1", "--config.train.eval_every=7", "--config.train.checkpoint_every=3",
+        "--config.train.pictures=0", *options,
     ]  # fmt: skip
     return [sys.executable, "main.py", *arguments]
 
@@ -79,27 +75,41 @@ def wait_for(process, text):
     pytest.fail(f"the run ended before {text!r}")
 
 
-def test_killed_and_continued_runs_end_with_the_same_parameters(tiny_config, tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The work directory of a run that was left alone."""
+    workdir = tmp_path_factory.mktemp("trained")
+    subprocess.run(command(workdir), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    return workdir
+
+
+def test_killed_and_continued_runs_end_with_the_same_parameters(tiny_config, trained, tmp_path):
     """SIGKILL in the middle of the second epoch and again later; the parameters equal those of a run left alone."""
-    config = tiny_config(train__steps=12)
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    subprocess.run(command(tmp_path / "whole"), cwd=ROOT, env=environment, check=True, capture_output=True)
     for step in (6, 11):
         with subprocess.Popen(
-            command(tmp_path / "killed"), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+            command(tmp_path), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
         ) as process:
             wait_for(process, f"step {step}/12")
             process.send_signal(signal.SIGKILL)
-    last = subprocess.run(
-        command(tmp_path / "killed"), cwd=ROOT, env=environment, check=True, capture_output=True, text=True
-    )
+    last = subprocess.run(command(tmp_path), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
     assert "continuing from step" in last.stdout
-    whole, killed = (parameters(config, tmp_path / name) for name in ("whole", "killed"))
+    whole, killed = (parameters(tiny_config(), workdir) for workdir in (trained, tmp_path))
     assert int(whole.step) == int(killed.step) == 12
     jax.tree.map(np.testing.assert_array_equal, whole, killed)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
-    scores = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed")]
+    assert losses(trained) == losses(tmp_path)
+    scores = [json.loads((workdir / "summary.json").read_text()) for workdir in (trained, tmp_path)]
     assert scores[0]["student"] == scores[1]["student"] and scores[0]["teacher"] == scores[1]["teacher"]
+
+
+def test_finished_runs_are_not_trained_again(tiny_config, trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    again, first = (
+        train.train(tiny_config(train__steps=12), tmp_path),
+        json.loads((trained / "summary.json").read_text()),
+    )
+    assert again["steps"] == first["steps"] == 12
+    assert again["student"] == first["student"] and again["teacher"] == first["teacher"]
+    assert losses(tmp_path) == losses(trained)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
@@ -127,24 +137,14 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_config, trained, options,
 def test_missing_checkpoints_are_named(tiny_config, trained, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="no such folder"):
         evaluate.evaluate(tiny_config(), tmp_path / "nowhere", "best")
-    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint '5'; there are: latest, best, 6"):
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint '5'; there are: latest, best, .*12"):
         evaluate.evaluate(tiny_config(), trained, "5")
 
 
-def test_a_damaged_checkpoint_is_named(tiny_config, trained):
-    data = sorted((trained / "checkpoints" / "6" / "state").rglob("*"), key=lambda path: path.stat().st_size)[-1]
-    whole = data.read_bytes()
-    data.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(checkpoint.CheckpointError, match="checkpoints/6"):
-        evaluate.evaluate(tiny_config(), trained, "6")
-    data.write_bytes(whole)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The work directory of a finished DSSN run of the tiny configuration."""
-    workdir = tmp_path_factory.mktemp("trained")
-    options = ["--config.train.steps=6", "--config.train.eval_every=6", "--config.train.checkpoint_every=6"]
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    subprocess.run(command(workdir, *options), cwd=ROOT, env=environment, check=True, capture_output=True)
-    return workdir
+def test_a_damaged_checkpoint_is_named(tiny_config, trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    files = (tmp_path / "checkpoints" / "12" / "state").rglob("*")
+    data = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(checkpoint.CheckpointError, match="checkpoints/12"):
+        evaluate.evaluate(tiny_config(), tmp_path, "12")
