@@ -13,6 +13,9 @@ from dssn_jax import checkpoint, evaluate, experiment, panels, report, scores, s
 from dssn_jax import config as configuration
 from dssn_jax.report import duration, logger
 
+# Beginnings of the names of metrics, in the order of the log line.
+_LOGGED = ("loss", "contrast", "mask_ratio", "lr", "grad_norm")
+
 
 class DivergedError(RuntimeError):
     """The loss became infinite or not a number."""
@@ -227,8 +230,9 @@ class Clock:
 
 
 def _terms(metrics: dict[str, float]) -> str:
-    """Writes "loss 1.234 loss_x 2.345 ..."; all of them, the total first."""
-    return " ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
+    """Writes "loss 1.234 loss_fp1 0.12 ..."; all of them, the total first."""
+    names = sorted(metrics, key=lambda name: ([not name.startswith(start) for start in _LOGGED], name))
+    return " ".join(f"{name} {float(metrics[name]):.4g}" for name in names)
 
 
 def _description(parts: experiment.Experiment) -> str:
