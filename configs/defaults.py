@@ -154,5 +154,8 @@ def _eval() -> ConfigDict:
     eval_ = ConfigDict()
     eval_.mode = "original"  # original: whole images | sliding_window | center_crop.
     eval_.crop = 0  # Side of the window or centre crop, pixels; 0: that of training.
-    eval_.batch = 8  # Images of equal size predicted together (rounded up to a multiple of the devices).
+    eval_.batch = 8  # Images predicted together (rounded up to a multiple of the devices).
+    eval_.buckets = 4  # Sizes that images are padded to, at most; a program is compiled for each. Scores do not change.
+    eval_.flip = False  # Test-time augmentation: adds the mirrored image to the class probabilities.
+    eval_.scales = (1.0,)  # Test-time augmentation: the image is seen at these parts of its size.
     return eval_

@@ -97,6 +97,7 @@ def _check_numbers(config) -> None:
         ("method.feature_views", 0), ("method.ohem_group", 1), ("method.ohem_min_kept", 0), ("optimizer.lr", 0),
         ("train.epochs", 0), ("train.steps", 0), ("train.log_every", 1), ("train.eval_every", 0),
         ("train.checkpoint_every", 0), ("train.pictures", 0), ("eval.crop", 0), ("eval.batch", 1),
+        ("eval.buckets", 1),
     ):  # fmt: skip
         section, name = key.split(".")
         if config[section][name] < least:
@@ -112,6 +113,8 @@ def _check_numbers(config) -> None:
         pair = tuple(config[section][name])
         if len(pair) != 2 or not 0 <= pair[0] <= pair[1]:
             raise ConfigError(f"config.{key} is {pair}; expected (least, greatest)")
+    if not config.eval.scales or min(config.eval.scales) <= 0:
+        raise ConfigError(f"config.eval.scales is {tuple(config.eval.scales)}; expected positive numbers")
     if config.data.scale[0] <= 0:
         raise ConfigError(f"config.data.scale is {tuple(config.data.scale)}; expected positive numbers")
     if not 0 <= config.model.feature_dropout < 1:

@@ -1,8 +1,10 @@
 """Evaluation: confusion matrices of the networks over the validation images. method.md, "Evaluation"."""
 
+import collections
+import itertools
 import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +13,34 @@ import numpy as np
 import input_pipeline
 from dssn_jax import checkpoint, experiment, inference, metrics, report, scores, sharding, views
 from dssn_jax.models import DeepLabV3Plus
+from dssn_jax.models.layers import Extent
 from dssn_jax.report import duration, logger
 
 
 class Evaluator:
-    """Scores networks on groups of equally sized images; one compilation a size."""
+    """Predicts and scores images of any size; one compilation for each size that they are padded to."""
 
     def __init__(self, model: DeepLabV3Plus, config, mesh: jax.sharding.Mesh):
         """Takes `config.eval` and `config.data` of a validated config; batches are split over `mesh`."""
-        self._model, self._mesh = model, mesh
-        self._mode = config.eval.mode
-        self._crop = config.eval.crop or config.data.crop
-        self._data = config.data
+        self._model, self._mesh, self._config = model, mesh, config
+        self._inference = inference.from_config(config)
         everywhere, split = sharding.replicated(mesh), sharding.batch_sharded(mesh)
-        self._confusion = jax.jit(
-            self._confusion_of_batch, in_shardings=(everywhere, split, split), out_shardings=everywhere
+        self._score = jax.jit(self._score_batch, in_shardings=(everywhere, split), out_shardings=(everywhere, split))
+
+    def groups(self, source: input_pipeline.Source) -> Iterator[input_pipeline.Group]:
+        """The images of `source` as `config.eval` wants them batched, this process's rows."""
+        config = self._config
+        crop = (config.eval.crop or config.data.crop) if config.eval.mode == "center_crop" else 0
+        return input_pipeline.eval_groups(
+            source,
+            batch=-(-config.eval.batch // self._mesh.size) * self._mesh.size,
+            ignore=config.data.ignore,
+            buckets=config.eval.buckets,
+            crop=crop,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=config.data.threads,
         )
-        self._whole = jax.jit(lambda variables, images: inference.predict(model, variables, self._normalise(images)))
 
     def __call__(
         self,
@@ -37,51 +50,49 @@ class Evaluator:
     ) -> dict[str, np.ndarray]:
         """Returns the confusion matrix int64 [K, K] of each network (name -> variables), reading the images once.
 
-        `progress` is told the images done.
+        `progress` is told the images done (of this process).
         """
         classes = self._model.num_classes
         totals = {name: np.zeros((classes, classes), np.int64) for name in networks}
-        done = 0
-        for _, images, labels in groups:
-            done += len(images)
-            if self._mode == "center_crop":
-                images, labels = (_center_crop(array, self._crop) for array in (images, labels))
-            batch = sharding.put_batch(self._padded(images, labels), self._mesh)
-            counts = {
-                name: self._confusion(variables, batch["images"], batch["labels"])
-                for name, variables in networks.items()
-            }
-            for name, count in counts.items():
-                totals[name] += np.asarray(count, np.int64)
-            progress(done)
+        done, ahead = 0, collections.deque()
+        for group in itertools.chain(groups, [None]):
+            if group is not None:
+                batch = self._put(group)
+                counts = {name: self._score(variables, batch)[0] for name, variables in networks.items()}
+                ahead.append((len(group.indices), counts))
+            while len(ahead) > (group is not None):  # The devices are one group ahead of the sums.
+                images, counts = ahead.popleft()
+                for name, count in counts.items():
+                    totals[name] += np.asarray(count, np.int64)
+                done += images
+                progress(done)
         return totals
 
-    def class_maps(self, variables: dict, images: np.ndarray) -> np.ndarray:
-        """Predicts whole images uint8 [n, H, W, 3] of one size: int32 [n, H, W]."""
-        return np.asarray(self._whole(variables, images))
+    def class_maps(self, variables: dict, group: input_pipeline.Group) -> np.ndarray:
+        """Predicts a group: uint8 [rows, H, W], ignored where there is no image."""
+        found = np.asarray(self._score(variables, self._put(group))[1])
+        return np.where(_inside(group.sizes, found.shape[1:]), found, self._config.data.ignore).astype(np.uint8)
 
-    def _padded(self, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-        """Fills up to a power of two times the devices with images that do not count: few sizes to compile."""
-        size = self._mesh.size
-        while size < len(images):
-            size *= 2
-        missing = [(0, size - len(images)), (0, 0), (0, 0)]
-        labels = np.pad(labels, missing, constant_values=self._data.ignore)
-        return {"images": np.pad(images, [*missing, (0, 0)]), "labels": labels}
+    def _put(self, group: input_pipeline.Group) -> dict[str, jax.Array]:
+        arrays = {"images": group.images, "labels": group.labels, "sizes": group.sizes}
+        return sharding.put_batch(arrays, self._mesh)
 
-    def _confusion_of_batch(self, variables: dict, images: jax.Array, labels: jax.Array) -> jax.Array:
-        prediction = inference.predict(self._model, variables, self._normalise(images), self._mode, self._crop)
-        return metrics.confusion_matrix(prediction, labels, self._model.num_classes, self._data.ignore)
-
-    def _normalise(self, images: jax.Array) -> jax.Array:
+    def _score_batch(self, variables: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+        """The confusion matrix int32 [K, K] and class maps uint8 [rows, H, W] of a group."""
+        data = self._config.data
         dtype = jnp.promote_types(self._model.dtype, jnp.float32)
-        return views.normalise(images, self._data.mean, self._data.std, dtype)
+        images = views.normalise(batch["images"], data.mean, data.std, dtype)
+        extent = Extent(batch["sizes"][:, 0], batch["sizes"][:, 1])
+        found = self._inference.predict(self._model, variables, images, extent)
+        confusion = metrics.confusion_matrix(found, batch["labels"], self._model.num_classes, data.ignore)
+        return confusion, found.astype(jnp.uint8)
 
 
-def _center_crop(array: np.ndarray, crop: int) -> np.ndarray:
-    """The central `crop` x `crop` part of [n, H, W, ...], or all of a side that is shorter."""
-    y, x = (max((size - crop) // 2, 0) for size in array.shape[1:3])
-    return array[:, y : y + crop, x : x + crop]
+def _inside(sizes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """bool [rows, H, W], True where there is an image; sizes are int [rows, 2]."""
+    rows = np.arange(shape[0]) < sizes[:, :1]
+    columns = np.arange(shape[1]) < sizes[:, 1:]
+    return rows[:, :, None] & columns[:, None, :]
 
 
 def log_progress(total: int, every: float = 10.0) -> Callable[[int], None]:
@@ -113,8 +124,8 @@ def evaluate(config, workdir: str, which: str) -> dict:
     val = parts.sources.val
     logger.info("evaluating step %d of %s on %d images: %s", step, workdir, len(val), config.eval.mode)
     networks = state.networks()
-    groups = input_pipeline.val_groups(val, config.eval.batch, config.data.threads)
-    confusions = Evaluator(parts.model, config, parts.mesh)(networks, groups, log_progress(len(val)))
+    evaluator = Evaluator(parts.model, config, parts.mesh)
+    confusions = evaluator(networks, evaluator.groups(val), log_progress(len(val)))
     found = {name: scores.of_confusion(confusion, config.data.classes) for name, confusion in confusions.items()}
     logger.info("IoU, per cent\n%s", report.class_table(found))
     path = pathlib.Path(workdir) / f"eval_{step}.json"

@@ -22,3 +22,15 @@ def iou(confusion: np.ndarray) -> np.ndarray:
     intersection = np.diag(confusion)
     union = confusion.sum(0) + confusion.sum(1) - intersection
     return intersection / np.maximum(union, 1)
+
+
+def pixel_accuracy(confusion: np.ndarray) -> float:
+    """Share of the counted pixels that are predicted right, in [0, 1]; 0 if none is counted."""
+    confusion = np.asarray(confusion, np.int64)
+    return float(np.diag(confusion).sum() / max(confusion.sum(), 1))
+
+
+def frequency_weighted_iou(confusion: np.ndarray) -> float:
+    """Mean IoU of the classes weighted by their share of the true pixels, in [0, 1]. Long et al., CVPR 2015."""
+    confusion = np.asarray(confusion, np.int64)
+    return float((confusion.sum(1) * iou(confusion)).sum() / max(confusion.sum(), 1))

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import input_pipeline
-from dssn_jax import experiment, inference, pictures, pseudo_labels, sharding, train_step, views
+from dssn_jax import experiment, pictures, pseudo_labels, sharding, train_step, views
 
 
 class Panels:
@@ -37,11 +36,11 @@ class Panels:
         return panels | self._validation(state, evaluator, colour)
 
     def _validation(self, state, evaluator, colour) -> dict[str, np.ndarray]:
-        config, networks = self._parts.config, state.networks()
-        group = next(input_pipeline.val_groups(self._parts.sources.val, self._rows, config.data.threads, ahead=0))
-        maps = [colour(evaluator.class_maps(variables, group.images)) for variables in networks.values()]
+        networks, shown = state.networks(), slice(self._rows)
+        group = next(evaluator.groups(self._parts.sources.val))
+        maps = [colour(evaluator.class_maps(variables, group)[shown]) for variables in networks.values()]
         name = "-".join(["validation/image", *networks, "truth"])
-        return {name: pictures.panel(group.images, *maps, colour(group.labels))}
+        return {name: pictures.panel(group.images[shown], *maps, colour(group.labels[shown]))}
 
 
 def _look(state, batch: dict, parts: experiment.Experiment) -> dict[str, jax.Array]:
@@ -49,7 +48,7 @@ def _look(state, batch: dict, parts: experiment.Experiment) -> dict[str, jax.Arr
     model, method, data = parts.model, parts.method, parts.config.data
     seen = views.from_batch(batch, data.mean, data.std, jnp.promote_types(model.dtype, jnp.float32))
     found = {"image_x": batch["image_x"], "label_x": batch["label_x"]}
-    found["prediction_x"] = inference.predict(model, state.student, seen.image_x)
+    found["prediction_x"] = model.apply(state.student, seen.image_x).argmax(-1)
     if not method.uses_unlabeled:
         return found
     labels, _ = train_step.label(state, seen, model, method)

@@ -8,9 +8,14 @@ NETWORKS = ("student", "teacher")
 
 
 def of_confusion(confusion: np.ndarray, classes: tuple[str, ...]) -> dict:
-    """Returns {"miou": per cent, "iou": {class: per cent}} of a confusion matrix."""
+    """Returns {"miou", "pixel_accuracy", "frequency_weighted_iou", "iou": {class: ...}}, per cent."""
     iou = 100 * metrics.iou(confusion)
-    return {"miou": float(iou.mean()), "iou": {name: float(value) for name, value in zip(classes, iou, strict=True)}}
+    return {
+        "miou": float(iou.mean()),
+        "pixel_accuracy": 100 * metrics.pixel_accuracy(confusion),
+        "frequency_weighted_iou": 100 * metrics.frequency_weighted_iou(confusion),
+        "iou": {name: float(value) for name, value in zip(classes, iou, strict=True)},
+    }
 
 
 def new() -> dict:

@@ -133,8 +133,7 @@ class Trainer:
     def _evaluate(self, batch: dict) -> None:
         config, networks, started = self._parts.config, self.state.networks(), time.monotonic()
         val = self._parts.sources.val
-        groups = input_pipeline.val_groups(val, config.eval.batch, config.data.threads)
-        confusions = self._evaluator(networks, groups, evaluate.log_progress(len(val)))
+        confusions = self._evaluator(networks, self._evaluator.groups(val), evaluate.log_progress(len(val)))
         found = {name: scores.of_confusion(counts, config.data.classes) for name, counts in confusions.items()}
         scores.update(self._scores, self._step, found)
         self._recorder.scalars(self._step, {f"miou_{name}": entry["miou"] for name, entry in found.items()})

@@ -3,13 +3,14 @@
     sources = open_sources(config)                            # Lists and headers are checked here.
     dataset = train_dataset(sources, config)                  # dataset[step] is a batch.
     for batch in train_iterator(dataset, config, start_step): ...
-    for group in val_groups(sources.val, config.eval.batch): ...
+    for group in eval_groups(sources.val, config.eval.batch): ...    # Images of any size, padded.
 
 Everything that is wrong with the data is raised as a `DataError` that names the file.
 """
 
 from input_pipeline.errors import DataError
-from input_pipeline.pipeline import Group, TrainIterator, steps_per_epoch, train_dataset, train_iterator, val_groups
+from input_pipeline.evaluation import Group, eval_groups
+from input_pipeline.pipeline import TrainIterator, steps_per_epoch, train_dataset, train_iterator
 from input_pipeline.shapes import SHAPES_CLASSES
 from input_pipeline.sources import Source, Sources, open_sources
 
@@ -20,9 +21,9 @@ __all__ = [
     "Source",
     "Sources",
     "TrainIterator",
+    "eval_groups",
     "open_sources",
     "steps_per_epoch",
     "train_dataset",
     "train_iterator",
-    "val_groups",
 ]

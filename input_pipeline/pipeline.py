@@ -1,15 +1,13 @@
-"""Batches for training and groups of images for evaluation.
+"""Batches for training.
 
-The training batches are a pure function of (config, lists, step): any batch can be made alone, by any process or
+They are a pure function of (config, lists, step): any batch can be made alone, by any process or
 thread, which is why the number of threads, workers and hosts changes nothing in them and a run resumes from its step
 number. Each host makes its own rows of every global batch.
 """
 
-import collections
 import functools
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grain
 import numpy as np
@@ -255,46 +253,3 @@ def train_iterator(dataset: grain.MapDataset, config: ConfigDict, start_step: in
       or a worker, such as `DataError`, is raised by `next`.
     """
     return TrainIterator(dataset, config.data.workers, config.data.buffer, start_step)
-
-
-class Group(NamedTuple):
-    """Images of one size with their labels, for evaluation."""
-
-    names: tuple[str, ...]  # Paths of the images.
-    images: np.ndarray  # uint8 [n, H, W, 3].
-    labels: np.ndarray  # uint8 [n, H, W].
-
-
-def val_groups(source: Source, batch: int, threads: int = 16, ahead: int = 2) -> Iterator[Group]:
-    """Yields every record of a labeled source once, in groups of at most `batch` images of one size.
-
-    Sizes come in the order of their first image, images of a size in the order of the list.
-
-    Args:
-      source: with labels.
-      batch: greatest number of images in a group.
-      threads: that decode.
-      ahead: groups decoded ahead.
-
-    Raises:
-      DataError: a file cannot be used.
-    """
-    by_size = collections.defaultdict(list)
-    for index in range(len(source)):
-        by_size[source.size(index)].append(index)
-    groups = [same[i : i + batch] for same in by_size.values() for i in range(0, len(same), batch)]
-    with ThreadPoolExecutor(threads, thread_name_prefix="val") as pool:
-        pending: collections.deque[list[Future]] = collections.deque()
-        try:
-            for number, indices in enumerate(groups):
-                for group in groups[number + len(pending) : number + 1 + ahead]:
-                    pending.append([pool.submit(source.__getitem__, index) for index in group])
-                records = [future.result() for future in pending.popleft()]
-                yield Group(
-                    tuple(source.name(index) for index in indices),
-                    np.stack([record["image"] for record in records]),
-                    np.stack([record["label"] for record in records]),
-                )
-        finally:
-            for future in (future for group in pending for future in group):
-                future.cancel()  # A consumer that stops early must not wait for what it will not see.

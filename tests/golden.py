@@ -24,6 +24,7 @@ import optax
 
 from dssn_jax import convert, inference, losses, metrics, models, pseudo_labels, train_state, train_step, views
 from dssn_jax.methods import Method
+from dssn_jax.models.layers import Extent
 
 TOLERANCES = {"forward": 1e-9, "losses": 1e-9, "step": 1e-6, "evaluate": 1e-9}
 DSSN = dict(
@@ -214,18 +215,23 @@ def _gradients(before: train_state.TrainState, after: train_state.TrainState) ->
 
 
 def evaluation(case: Case) -> dict[str, np.ndarray]:
-    """Class maps and IoU of whole-image and sliding-window prediction."""
+    """Class maps and IoU of whole-image and sliding-window prediction; the images are one padded batch."""
     model, variables, classes = case.model(), case.variables(), case.entry["num_classes"]
-    found, confusion = {}, dict.fromkeys(("original", "sliding"), 0)
     count = sum(name.endswith("/mask") for name in case.stored)
-    for mode, full_name in (("original", "original"), ("sliding", "sliding_window")):
-        run = jit(lambda v, x: inference.predict(model, v, x, full_name, case.entry["crop"]))  # noqa: B023
-        for i in range(count):
-            prediction = run(variables, case.input(f"eval{i}", case.stored[f"{i}/shape"]))
-            found[f"{i}/pred_{mode}"] = prediction
-            confusion[mode] += metrics.confusion_matrix(prediction, case.stored[f"{i}/mask"], classes)
-        found[f"iou_{mode}"] = 100 * metrics.iou(confusion[mode])
-        found[f"miou_{mode}"] = 100 * metrics.iou(confusion[mode]).mean()
+    images = [case.input(f"eval{i}", case.stored[f"{i}/shape"])[0] for i in range(count)]
+    masks = [case.stored[f"{i}/mask"].reshape(image.shape[:2]) for i, image in enumerate(images)]
+    sizes = np.array([image.shape[:2] for image in images])
+    padding = [[(0, most - side) for most, side in zip(sizes.max(0), size, strict=True)] for size in sizes]
+    batch = jnp.stack([jnp.pad(image, [*pad, (0, 0)]) for image, pad in zip(images, padding, strict=True)])
+    labels = jnp.stack([jnp.pad(mask, pad, constant_values=255) for mask, pad in zip(masks, padding, strict=True)])
+    extent = Extent(*jnp.asarray(sizes.T, jnp.int32))
+    found = {}
+    for mode, window in (("original", 0), ("sliding", case.entry["crop"])):
+        predictions = jit(functools.partial(inference.Inference(window).predict, model))(variables, batch, extent)
+        for i, (height, width) in enumerate(sizes):
+            found[f"{i}/pred_{mode}"] = predictions[i, :height, :width].reshape(case.stored[f"{i}/mask"].shape)
+        iou = 100 * metrics.iou(metrics.confusion_matrix(predictions, labels, classes))
+        found |= {f"iou_{mode}": iou, f"miou_{mode}": iou.mean()}
     return found
 
 

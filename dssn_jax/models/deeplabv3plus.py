@@ -36,9 +36,13 @@ class DeepLabV3Plus(nn.Module):
         self.fuse_4 = norm()
         self.classifier = conv(self.num_classes, use_bias=True, bias_init=layers.bias_init(self.channels))
 
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Images [B, H, W, 3] (normalised) -> logits [B, H, W, K], in at least float32."""
-        return self._decode(*self.features(x, train), x.shape[1:3], train)
+    def __call__(self, x: jax.Array, train: bool = False, extent: layers.Extent | None = None) -> jax.Array:
+        """Images [B, H, W, 3] (normalised) -> logits [B, H, W, K], in at least float32.
+
+        With `extent`, each image is the part of `x` inside of it: its logits there are those of the image alone (but
+        for batch statistics in training), and those outside mean nothing.
+        """
+        return self._decode(*self.features(x, train, extent), x.shape[1:3], train, extent)
 
     def with_feature_views(self, x: jax.Array, views: int, train: bool = True) -> tuple[jax.Array, ...]:
         """Logits of `x` [B, H, W, 3] and of `views` channel-dropout views of its features: `1 + views` x [B, H, W, K].
@@ -52,9 +56,11 @@ class DeepLabV3Plus(nn.Module):
         logits = logits.reshape(len(x), 1 + views, *logits.shape[1:])
         return tuple(logits[:, view] for view in range(1 + views))
 
-    def features(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+    def features(
+        self, x: jax.Array, train: bool = False, extent: layers.Extent | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Images [B, H, W, 3] -> the backbone's c1 [B, H/4, W/4, C1] and c4 [B, H/16, W/16, C4], sizes rounded up."""
-        return self.backbone(x.astype(self.dtype), train)
+        return self.backbone(x.astype(self.dtype), train, extent)
 
     def _with_views(self, features: jax.Array, views: int) -> jax.Array:
         """[B, h, w, C] -> [B * (1 + views), h, w, C]: each image's features followed by their perturbed copies."""
@@ -66,14 +72,17 @@ class DeepLabV3Plus(nn.Module):
                 copies.append(features)
         return jnp.stack(copies, 1).reshape(-1, *features.shape[1:])
 
-    def _decode(self, c1: jax.Array, c4: jax.Array, size: tuple[int, int], train: bool) -> jax.Array:
-        c4 = layers.resize(self.head(c4, train), *c1.shape[1:3])
+    def _decode(
+        self, c1: jax.Array, c4: jax.Array, size: tuple[int, int], train: bool, extent: layers.Extent | None = None
+    ) -> jax.Array:
+        low, high = layers.strided(extent, 4), layers.strided(extent, self.backbone.output_stride)
+        c4 = layers.resize(self.head(c4, train, high), *c1.shape[1:3], high, low)
         c1 = nn.relu(self.reduce_1(self.reduce_0(c1), train))
-        x = jnp.concatenate([c1, c4], -1)
-        x = nn.relu(self.fuse_1(self.fuse_0(x), train))
+        x = layers.clear(jnp.concatenate([c1, c4], -1), low)
+        x = layers.clear(nn.relu(self.fuse_1(self.fuse_0(x), train)), low)
         x = nn.relu(self.fuse_4(self.fuse_3(x), train))
         logits = self.classifier(x)
-        return layers.resize(logits.astype(jnp.promote_types(self.dtype, jnp.float32)), *size)
+        return layers.resize(logits.astype(jnp.promote_types(self.dtype, jnp.float32)), *size, low, extent)
 
 
 class ASPP(nn.Module):
@@ -85,15 +94,16 @@ class ASPP(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, extent: layers.Extent | None = None) -> jax.Array:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = functools.partial(layers.conv, self.channels, **types)
         norm = functools.partial(layers.BatchNorm, **types)
+        x = layers.clear(x, extent)
         branches = [nn.relu(norm(name="b0_1")(conv(name="b0_0")(x), train))]
         for i, dilation in enumerate(self.dilations, start=1):
             y = conv(kernel=3, dilation=dilation, name=f"b{i}_0")(x)
             branches.append(nn.relu(norm(name=f"b{i}_1")(y, train)))
-        pooled = ImagePooling(self.channels, name=f"b{len(self.dilations) + 1}", **types)(x, train)
+        pooled = ImagePooling(self.channels, name=f"b{len(self.dilations) + 1}", **types)(x, train, extent)
         branches.append(jnp.broadcast_to(pooled, branches[0].shape))
         x = conv(name="project_0")(jnp.concatenate(branches, -1))
         return nn.relu(norm(name="project_1")(x, train))
@@ -107,8 +117,8 @@ class ImagePooling(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, extent: layers.Extent | None = None) -> jax.Array:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = x.mean((1, 2), keepdims=True, dtype=jnp.promote_types(self.dtype, jnp.float32)).astype(self.dtype)
+        x = layers.mean(x, extent).astype(self.dtype)
         x = layers.conv(self.channels, name="gap_1", **types)(x)
         return nn.relu(layers.BatchNorm(name="gap_2", **types)(x, train))

@@ -1,7 +1,7 @@
 """Layers with PyTorch's arithmetic, so that weights and numbers of the original carry over. All arrays are NHWC."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,6 +10,46 @@ import numpy as np
 
 # PyTorch's default for convolutions, kaiming_uniform(a=sqrt(5)): U[-1/sqrt(fan_in), 1/sqrt(fan_in)].
 default_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class Extent(NamedTuple):
+    """The part of each picture of a padded batch that is picture: its first rows and columns.
+
+    Networks that are given one compute, inside of it, what they compute for each picture alone: they put zeros outside
+    before each operation that looks at neighbours, as the zero padding of a convolution at the picture's border.
+    """
+
+    height: jax.Array  # int32 [B].
+    width: jax.Array
+
+    def strided(self, stride: int) -> "Extent":
+        """The extent after a convolution or a pooling of `stride`: sizes are divided and rounded up."""
+        return Extent(-(-self.height // stride), -(-self.width // stride))
+
+    def mask(self, height: int, width: int) -> jax.Array:
+        """bool [B, height, width, 1], True inside."""
+        rows = jnp.arange(height) < self.height[:, None]
+        columns = jnp.arange(width) < self.width[:, None]
+        return (rows[:, :, None] & columns[:, None, :])[..., None]
+
+
+def strided(extent: Extent | None, stride: int) -> Extent | None:
+    """`extent.strided(stride)`, or None (all of every picture) for None."""
+    return None if extent is None else extent.strided(stride)
+
+
+def clear(x: jax.Array, extent: Extent | None) -> jax.Array:
+    """Puts zeros into `x` [B, H, W, C] outside of `extent`; None is all of it."""
+    return x if extent is None else jnp.where(extent.mask(*x.shape[1:3]), x, jnp.zeros((), x.dtype))
+
+
+def mean(x: jax.Array, extent: Extent | None) -> jax.Array:
+    """Means over the pixels inside `extent`, [B, H, W, C] -> [B, 1, 1, C], in at least float32."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    if extent is None:
+        return x.mean((1, 2), keepdims=True, dtype=dtype)
+    pixels = jnp.maximum(extent.height * extent.width, 1)[:, None, None, None]
+    return clear(x, extent).sum((1, 2), keepdims=True, dtype=dtype) / pixels.astype(dtype)
 
 
 def conv(features: int, kernel: int = 1, stride: int = 1, dilation: int = 1, groups: int = 1, **kwargs) -> nn.Conv:
@@ -75,15 +115,33 @@ def max_pool(x: jax.Array) -> jax.Array:
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
-def resize(x: jax.Array, height: int, width: int) -> jax.Array:
+def resize(
+    x: jax.Array, height: int, width: int, extent: Extent | None = None, new_extent: Extent | None = None
+) -> jax.Array:
     """Bilinear resize of `x` [B, h, w, C] with aligned corners, in the dtype of `x`.
 
-    Equals `torch.nn.functional.interpolate(..., mode="bilinear", align_corners=True)`, as two matrix products.
+    Equals `torch.nn.functional.interpolate(..., mode="bilinear", align_corners=True)`, as two matrix products. With
+    extents, the part of each picture inside `extent` becomes the part inside `new_extent`.
     """
-    rows = jnp.asarray(_interpolation_matrix(x.shape[1], height), x.dtype)
-    columns = jnp.asarray(_interpolation_matrix(x.shape[2], width), x.dtype)
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    return product("Ww,bHwc->bHWc", columns, product("Hh,bhwc->bHwc", rows, x))
+    if extent is None:
+        rows = jnp.asarray(_interpolation_matrix(x.shape[1], height), x.dtype)
+        columns = jnp.asarray(_interpolation_matrix(x.shape[2], width), x.dtype)
+        return product("Ww,bHwc->bHWc", columns, product("Hh,bhwc->bHwc", rows, x))
+    rows = _interpolation_matrices(extent.height, new_extent.height, x.shape[1], height, x.dtype)
+    columns = _interpolation_matrices(extent.width, new_extent.width, x.shape[2], width, x.dtype)
+    return product("bWw,bHwc->bHWc", columns, product("bHh,bhwc->bHwc", rows, x))
+
+
+def _interpolation_matrices(sizes: jax.Array, new_sizes: jax.Array, size: int, new_size: int, dtype) -> jax.Array:
+    """[B, new_size, size]: the matrices that interpolate from the first `sizes` to the first `new_sizes` elements."""
+    sizes, new_sizes = sizes[:, None], new_sizes[:, None]
+    span = jnp.maximum(new_sizes - 1, 1)
+    position = jnp.arange(new_size, dtype=jnp.int32) * (sizes - 1)  # Times 1 / span; whole numbers keep it exact.
+    lower = position // span
+    upper = jnp.minimum(lower + 1, sizes - 1)
+    weight = ((position % span).astype(dtype) / span.astype(dtype))[..., None]
+    return (1 - weight) * jax.nn.one_hot(lower, size, dtype=dtype) + weight * jax.nn.one_hot(upper, size, dtype=dtype)
 
 
 @functools.cache

@@ -25,9 +25,9 @@ class ResNet(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, train: bool, extent: layers.Extent | None = None) -> tuple[jax.Array, jax.Array]:
         """`x` [B, H, W, 3] -> c1 [B, H/4, W/4, C1], c4 [B, H/stride, W/stride, C4], sizes rounded up."""
-        x = self._stem(x, train)
+        x, extent = self._stem(x, train, extent)
         block = functools.partial(_rematerialised() if self.remat else Block, bottleneck=self.bottleneck)
         block = functools.partial(block, dtype=self.dtype, param_dtype=self.param_dtype)
         dilation, current_stride, features = 1, 4, []
@@ -44,23 +44,25 @@ class ResNet(nn.Module):
                     dilation=first_dilation if i == 0 else dilation,
                     project=i == 0 and (stage > 0 or x.shape[-1] != self._channels(stage)),
                     name=f"layer{stage + 1}_{i}",
-                )(x, train)
+                )(x, train, extent)
+                extent = layers.strided(extent, stride if i == 0 else 1)
             features.append(x)
         return features[0], features[-1]
 
     def _channels(self, stage: int) -> int:
         return self.width * 2**stage * (Block.expansion if self.bottleneck else 1)
 
-    def _stem(self, x: jax.Array, train: bool) -> jax.Array:
+    def _stem(self, x: jax.Array, train: bool, extent: layers.Extent | None):
         conv = functools.partial(layers.conv, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = functools.partial(layers.BatchNorm, dtype=self.dtype, param_dtype=self.param_dtype)
-        x = conv(self.width, 3, stride=2, name="conv1_0")(x)
+        half, quarter = layers.strided(extent, 2), layers.strided(extent, 4)
+        x = conv(self.width, 3, stride=2, name="conv1_0")(layers.clear(x, extent))
         x = nn.relu(norm(name="conv1_1")(x, train))
-        x = conv(self.width, 3, name="conv1_3")(x)
+        x = conv(self.width, 3, name="conv1_3")(layers.clear(x, half))
         x = nn.relu(norm(name="conv1_4")(x, train))
-        x = conv(2 * self.width, 3, name="conv1_6")(x)
+        x = conv(2 * self.width, 3, name="conv1_6")(layers.clear(x, half))
         x = nn.relu(norm(name="bn1")(x, train))
-        return layers.max_pool(x)
+        return layers.max_pool(layers.clear(x, half)), quarter
 
 
 class Block(nn.Module):
@@ -77,18 +79,19 @@ class Block(nn.Module):
     expansion = 4  # Output channels of a bottleneck over its width.
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, extent: layers.Extent | None = None) -> jax.Array:
         conv = functools.partial(layers.conv, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = functools.partial(layers.BatchNorm, dtype=self.dtype, param_dtype=self.param_dtype)
         spatial = {"stride": self.stride, "dilation": self.dilation}
         if self.bottleneck:
             channels = self.width * self.expansion
             y = nn.relu(norm(name="bn1")(conv(self.width, name="conv1")(x), train))
-            y = nn.relu(norm(name="bn2")(conv(self.width, 3, **spatial, name="conv2")(y), train))
+            y = nn.relu(norm(name="bn2")(conv(self.width, 3, **spatial, name="conv2")(layers.clear(y, extent)), train))
             y = norm(name="bn3")(conv(channels, name="conv3")(y), train)
         else:
             channels = self.width
-            y = nn.relu(norm(name="bn1")(conv(self.width, 3, **spatial, name="conv1")(x), train))
+            y = conv(self.width, 3, **spatial, name="conv1")(layers.clear(x, extent))
+            y = layers.clear(nn.relu(norm(name="bn1")(y, train)), layers.strided(extent, self.stride))
             y = norm(name="bn2")(conv(channels, 3, dilation=self.dilation, name="conv2")(y), train)
         if self.project:
             x = conv(channels, stride=self.stride, name="downsample_0")(x)

@@ -25,7 +25,7 @@ class Xception(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, train: bool, extent: layers.Extent | None = None) -> tuple[jax.Array, jax.Array]:
         """`x` [B, H, W, 3] -> c1 [B, H/4, W/4, 256], c4 [B, H/stride, W/stride, 2048], sizes rounded up."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = functools.partial(layers.conv, **types)
@@ -34,16 +34,19 @@ class Xception(nn.Module):
         separable = functools.partial(SeparableConv, **types)
         dilation = 16 // self.output_stride  # From block 4 on.
 
-        x = nn.relu(norm(name="bn1")(conv(32, 3, stride=2, name="conv1")(x), train))
-        x = nn.relu(norm(name="bn2")(conv(64, 3, name="conv2")(x), train))
-        x, _ = block(128, stride=2, name="block1")(x, train)
-        x, c1 = block(256, stride=2, name="block2")(x, train)
-        x, _ = block(728, stride=2 if self.output_stride == 16 else 1, name="block3")(x, train)
+        at = functools.partial(layers.strided, extent)
+        stride = 2 if self.output_stride == 16 else 1  # Of block 3.
+        x = nn.relu(norm(name="bn1")(conv(32, 3, stride=2, name="conv1")(layers.clear(x, extent)), train))
+        x = nn.relu(norm(name="bn2")(conv(64, 3, name="conv2")(layers.clear(x, at(2))), train))
+        x, _ = block(128, stride=2, name="block1")(x, train, at(2))
+        x, c1 = block(256, stride=2, name="block2")(x, train, at(4))
+        x, _ = block(728, stride=stride, name="block3")(x, train, at(8))
+        last = at(8 * stride)
         for i in range(4, 20):
-            x, _ = block(728, dilation=dilation, name=f"block{i}")(x, train)
-        x, _ = block(1024, dilation=dilation, grow_first=False, name="block20")(x, train)
+            x, _ = block(728, dilation=dilation, name=f"block{i}")(x, train, last)
+        x, _ = block(1024, dilation=dilation, grow_first=False, name="block20")(x, train, last)
         for name, channels in (("conv3", 1536), ("conv4", 1536), ("conv5", 2048)):
-            x = separable(channels, dilation=dilation, relu_first=False, name=name)(x, train)
+            x = separable(channels, dilation=dilation, relu_first=False, name=name)(x, train, last)
         return c1, x
 
 
@@ -58,7 +61,7 @@ class Block(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, train: bool, extent: layers.Extent | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns the output and the second convolution's features (before any stride)."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         separable = functools.partial(SeparableConv, dilation=self.dilation, **types)
@@ -68,9 +71,9 @@ class Block(nn.Module):
             shortcut = layers.BatchNorm(BATCH_NORM_MOMENTUM, name="skipbn", **types)(shortcut, train)
         else:
             shortcut = nn.relu(x)  # The original's first ReLU works in place.
-        x = separable(first, name="sepconv1")(x, train)
-        middle = separable(self.features, name="sepconv2")(x, train)
-        x = separable(self.features, stride=self.stride, name="sepconv3")(middle, train)
+        x = separable(first, name="sepconv1")(x, train, extent)
+        middle = separable(self.features, name="sepconv2")(x, train, extent)
+        x = separable(self.features, stride=self.stride, name="sepconv3")(middle, train, extent)
         return x + shortcut, middle
 
 
@@ -85,7 +88,7 @@ class SeparableConv(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, extent: layers.Extent | None = None) -> jax.Array:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = functools.partial(layers.BatchNorm, momentum=BATCH_NORM_MOMENTUM, **types)
         after = (lambda y: y) if self.relu_first else nn.relu
@@ -95,7 +98,7 @@ class SeparableConv(nn.Module):
         depthwise = layers.conv(
             channels, 3, stride=self.stride, dilation=self.dilation, groups=channels, name="depthwise", **types
         )
-        x = after(norm(name="bn1")(depthwise(x), train))
+        x = after(norm(name="bn1")(depthwise(layers.clear(x, extent)), train))
         return after(norm(name="bn2")(layers.conv(self.features, name="pointwise", **types)(x), train))
 
 

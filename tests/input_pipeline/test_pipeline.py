@@ -19,7 +19,6 @@ from input_pipeline import (
     steps_per_epoch,
     train_dataset,
     train_iterator,
-    val_groups,
 )
 from input_pipeline.sources import Sources
 
@@ -315,54 +314,6 @@ def test_bounded_ahead(config):
     time.sleep(0.3)
     assert len(sources.unlabeled.reads) <= (1 + 2) * 4
     iterator.close()
-
-
-class SizedSource(CountingSource):
-    """Sizes by turns: 6 x 8, 5 x 5, 6 x 8, ..."""
-
-    sizes = ((6, 8), (5, 5), (6, 8))
-
-    def size(self, index):
-        return self.sizes[index % 3]
-
-    def name(self, index):
-        return f"{index}.png"
-
-    def __getitem__(self, index):
-        self.reads.append(index)
-        height, width = self.size(index)
-        image = np.full((height, width, 3), index, np.uint8)
-        return {"image": image, "label": image[..., 0] + 100}
-
-
-def test_val_groups():
-    source = SizedSource(20, True)
-    groups = list(val_groups(source, batch=4, threads=3, ahead=2))
-    assert sorted(source.reads) == list(range(20))
-    assert {name for group in groups for name in group.names} == {f"{i}.png" for i in range(20)}
-    assert [len(group.names) for group in groups] == [4, 4, 4, 1, 4, 3]  # 13 of one size, then 7 of the other.
-    for group in groups:
-        numbers = [int(name[:-4]) for name in group.names]
-        height, width = source.size(numbers[0])
-        assert group.images.shape == (len(numbers), height, width, 3)
-        np.testing.assert_array_equal(group.images[:, 0, 0, 0], numbers)
-        np.testing.assert_array_equal(group.labels, group.images[..., 0] + 100)
-
-
-def test_val_groups_reads_a_bounded_number_ahead():
-    source = SizedSource(300, True)
-    groups = val_groups(source, batch=4, threads=3, ahead=2)
-    next(groups)
-    time.sleep(0.3)
-    groups.close()
-    assert 4 <= len(source.reads) <= 4 * 3
-
-
-def test_val_groups_errors(folder, config):
-    sources = open_sources(config)
-    (folder / "images/11.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"images/11\.png"):
-        list(val_groups(sources.val, batch=1))
 
 
 def test_iterator_is_checkpointable_by_orbax(config, tmp_path):
