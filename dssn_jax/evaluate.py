@@ -26,9 +26,13 @@ class Evaluator:
         self._inference = inference.from_config(config)
         everywhere, split = sharding.replicated(mesh), sharding.batch_sharded(mesh)
         self._score = jax.jit(self._score_batch, in_shardings=(everywhere, split), out_shardings=(everywhere, split))
+        self._predict = jax.jit(self._predict_batch, in_shardings=(everywhere, split), out_shardings=split)
 
-    def groups(self, source: input_pipeline.Source) -> Iterator[input_pipeline.Group]:
-        """The images of `source` as `config.eval` wants them batched, this process's rows."""
+    def groups(self, source: input_pipeline.Source, indices=None, on_error=None) -> Iterator[input_pipeline.Group]:
+        """The images of `source` (those at `indices`) as `config.eval` wants them batched, this process's rows.
+
+        See `input_pipeline.eval_groups`.
+        """
         config = self._config
         crop = (config.eval.crop or config.data.crop) if config.eval.mode == "center_crop" else 0
         return input_pipeline.eval_groups(
@@ -37,6 +41,8 @@ class Evaluator:
             ignore=config.data.ignore,
             buckets=config.eval.buckets,
             crop=crop,
+            indices=indices,
+            on_error=on_error,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             threads=config.data.threads,
@@ -73,19 +79,30 @@ class Evaluator:
         found = np.asarray(self._score(variables, self._put(group))[1])
         return np.where(_inside(group.sizes, found.shape[1:]), found, self._config.data.ignore).astype(np.uint8)
 
+    def predict(self, variables: dict, group: input_pipeline.Group) -> tuple[np.ndarray, np.ndarray]:
+        """Predicts a group: class ids uint8 [rows, H, W], and the probability of the predicted class, 0 to 255."""
+        return tuple(np.asarray(each) for each in self._predict(variables, self._put(group)))
+
     def _put(self, group: input_pipeline.Group) -> dict[str, jax.Array]:
         arrays = {"images": group.images, "labels": group.labels, "sizes": group.sizes}
         return sharding.put_batch(arrays, self._mesh)
 
     def _score_batch(self, variables: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
         """The confusion matrix int32 [K, K] and class maps uint8 [rows, H, W] of a group."""
+        found = self._inference.predict(self._model, variables, *self._images(batch))
+        confusion = metrics.confusion_matrix(found, batch["labels"], self._model.num_classes, self._config.data.ignore)
+        return confusion, found.astype(jnp.uint8)
+
+    def _predict_batch(self, variables: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+        found, confidence = self._inference.predict_with_confidence(self._model, variables, *self._images(batch))
+        return found.astype(jnp.uint8), jnp.round(255 * confidence).astype(jnp.uint8)
+
+    def _images(self, batch: dict) -> tuple[jax.Array, Extent]:
+        """Normalised images and their extent."""
         data = self._config.data
         dtype = jnp.promote_types(self._model.dtype, jnp.float32)
         images = views.normalise(batch["images"], data.mean, data.std, dtype)
-        extent = Extent(batch["sizes"][:, 0], batch["sizes"][:, 1])
-        found = self._inference.predict(self._model, variables, images, extent)
-        confusion = metrics.confusion_matrix(found, batch["labels"], self._model.num_classes, data.ignore)
-        return confusion, found.astype(jnp.uint8)
+        return images, Extent(batch["sizes"][:, 0], batch["sizes"][:, 1])
 
 
 def _inside(sizes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -26,13 +26,19 @@ class Inference:
 
     def predict(self, model: DeepLabV3Plus, variables: dict, images: jax.Array, extent: Extent) -> jax.Array:
         """Class maps int32 [B, H, W] of normalised images [B, H, W, 3]; 0 outside of `extent`."""
+        return self.predict_with_confidence(model, variables, images, extent)[0]
+
+    def predict_with_confidence(
+        self, model: DeepLabV3Plus, variables: dict, images: jax.Array, extent: Extent
+    ) -> tuple[jax.Array, jax.Array]:
+        """Class maps as `predict` gives them, and the probability of the predicted class, [B, H, W]."""
         scores = self.scores(model, variables, images, extent)
-        return clear(scores.argmax(-1).astype(jnp.int32)[..., None], extent)[..., 0]
+        class_maps = clear(scores.argmax(-1).astype(jnp.int32)[..., None], extent)[..., 0]
+        return class_maps, self._normalised(scores).max(-1)
 
     def probabilities(self, model: DeepLabV3Plus, variables: dict, images: jax.Array, extent: Extent) -> jax.Array:
         """Class probabilities [B, H, W, K], in at least float32, of normalised images [B, H, W, 3]."""
-        scores = self.scores(model, variables, images, extent)
-        return jax.nn.softmax(scores) if self._single else scores / scores.sum(-1, keepdims=True)
+        return self._normalised(self.scores(model, variables, images, extent))
 
     def scores(self, model: DeepLabV3Plus, variables: dict, images: jax.Array, extent: Extent) -> jax.Array:
         """Logits of one pass over the image, or summed probabilities of several: [B, H, W, K], at least float32."""
@@ -47,6 +53,9 @@ class Inference:
                 passes += _mirrored(mirrored, seen_extent)
             total += passes if scale == 1 else resize(passes, *images.shape[1:3], seen_extent, extent)
         return total
+
+    def _normalised(self, scores: jax.Array) -> jax.Array:
+        return jax.nn.softmax(scores) if self._single else scores / scores.sum(-1, keepdims=True)
 
     @property
     def _single(self) -> bool:

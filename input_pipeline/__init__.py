@@ -10,6 +10,7 @@ Everything that is wrong with the data is raised as a `DataError` that names the
 
 from input_pipeline.errors import DataError
 from input_pipeline.evaluation import Group, eval_groups
+from input_pipeline.images import find_images
 from input_pipeline.pipeline import TrainIterator, steps_per_epoch, train_dataset, train_iterator
 from input_pipeline.shapes import SHAPES_CLASSES
 from input_pipeline.sources import Source, Sources, open_sources
@@ -22,6 +23,7 @@ __all__ = [
     "Sources",
     "TrainIterator",
     "eval_groups",
+    "find_images",
     "open_sources",
     "steps_per_epoch",
     "train_dataset",

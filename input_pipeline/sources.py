@@ -4,6 +4,7 @@ Sources are picklable (worker processes get a copy) and safe to read from many t
 """
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
@@ -113,13 +114,17 @@ class FolderSource:
         Raises:
           DataError: naming the first bad files and their number.
         """
-        with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-            results = list(pool.map(self._check_header, range(len(self))))
+        results = self._read_headers()
         errors = [result for result in results if isinstance(result, DataError)]
         if errors:
             more = f"\n... {len(errors)} of the {len(self)} lines of {self.list_path}" if len(errors) > 1 else ""
             raise DataError("\n".join(map(str, errors[:_REPORTED])) + more)
         self._sizes = np.array(results, np.int32)
+
+    def _read_headers(self) -> list[tuple[int, int] | DataError]:
+        """The size of each record, or what is wrong with it."""
+        with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+            return list(pool.map(self._check_header, range(len(self))))
 
     def _check_header(self, index: int) -> tuple[int, int] | DataError:
         entry = self._entries[index]
@@ -153,6 +158,19 @@ class FolderSource:
                 f"{path}: mask values {values} found; expected class ids 0..{self._num_classes - 1} "
                 f"({self._num_classes} classes) or {self._ignore} (ignored)"
             )
+
+
+class ImagesSource(FolderSource):
+    """Images alone, for prediction: files that cannot be read are told, not raised."""
+
+    def __init__(self, paths: Sequence[str], where: str):
+        """Reads the headers of the images at `paths`; `where` says in messages who named them."""
+        self.root, self.list_path, self.labeled = "", where, False
+        self._entries = [split_lists.Entry(path, None) for path in paths]
+        headers = self._read_headers()
+        self.errors = [header for header in headers if isinstance(header, DataError)]
+        self.readable = [index for index, header in enumerate(headers) if not isinstance(header, DataError)]
+        self._sizes = [(0, 0) if isinstance(header, DataError) else header for header in headers]
 
 
 def _decode(file: Image.Image, path: str) -> Image.Image:

@@ -1,0 +1,127 @@
+"""Class maps of any images: `--mode=predict`. Class ids as palette PNGs, overlays, and confidence if wanted."""
+
+import os
+import pathlib
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+import input_pipeline
+from dssn_jax import checkpoint, evaluate, experiment, models, pictures, report, sharding
+from dssn_jax import config as configuration
+from dssn_jax.config import ConfigError
+from dssn_jax.report import logger
+
+CLASS_IDS, OVERLAYS, CONFIDENCE = "class_ids", "overlays", "confidence"
+
+
+class UnreadableError(RuntimeError):
+    """Some images could not be read: the message names them. The others were predicted."""
+
+
+def predict(
+    config, workdir: str, images: str, target: str, which: str = "best", network: str = "", confidence: bool = False
+) -> int:
+    """Predicts `images` with a network of a run; returns how many were predicted.
+
+    Writes, under the folder `target` and at the images' relative paths, class_ids/*.png (8-bit ids with the data set's
+    palette, at the image's size), overlays/*.jpg (the image under the colours) and confidence/*.png (probability of the
+    predicted class, 0 to 255).
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      images: an image, a folder or a list; see `input_pipeline.find_images`.
+      target: folder; existing pictures in it are replaced.
+      which: checkpoint: best, latest or a step.
+      network: student or teacher; "" is the teacher if there is one.
+      confidence: whether to write it.
+
+    Raises:
+      UnreadableError, at the end, if an image could not be read; CheckpointError, ConfigError or DataError before
+      anything is written.
+    """
+    report.log_to(None)
+    configuration.validate(config, jax.device_count())
+    source, names = input_pipeline.find_images(images, config.data.root)
+    targets = _targets(names)
+    mesh = sharding.make_mesh()
+    variables, step, network = _load(config, mesh, workdir, which, network)
+    logger.info("predicting %d images with the %s of step %d of %s", len(source.readable), network, step, workdir)
+
+    errors = list(source.errors)
+    evaluator = evaluate.Evaluator(models.build(config.model, len(config.data.classes)), config, mesh)
+    groups = evaluator.groups(source, source.readable, lambda _, error: errors.append(error))
+    writer = Writer(pathlib.Path(target), len(config.data.classes), confidence)
+    done = 0
+    with (
+        ThreadPoolExecutor(config.data.threads) as pool,
+        tqdm(total=len(source.readable), unit="image", file=sys.stdout, mininterval=1) as bar,
+    ):
+        for group in groups:
+            maps, certainties = evaluator.predict(variables, group)
+            pictures_of = [
+                (targets[index], *(array[row, :height, :width] for array in (group.images, maps, certainties)))
+                for row, (index, (height, width)) in enumerate(zip(group.indices, group.sizes, strict=False))
+            ]
+            list(pool.map(lambda each: writer(*each), pictures_of))  # noqa: B023
+            done += len(group.indices)
+            bar.update(len(group.indices))
+    logger.info("wrote %d predictions to %s", done, target)
+    if errors:
+        raise UnreadableError("\n".join([f"{len(errors)} of {len(source)} images were skipped:", *map(str, errors)]))
+    return done
+
+
+class Writer:
+    """Writes what is predicted of an image, each file whole or not at all."""
+
+    def __init__(self, target: pathlib.Path, num_classes: int, confidence: bool):
+        self._target, self._num_classes, self._confidence = target, num_classes, confidence
+        self._palette = pictures.palette(256).ravel().tolist()
+
+    def __call__(self, name: str, image: np.ndarray, class_map: np.ndarray, certainty: np.ndarray) -> None:
+        """Takes the relative path without suffix, uint8 [H, W, 3], class ids uint8 [H, W] and confidence uint8."""
+        ids = Image.fromarray(class_map)
+        ids.putpalette(self._palette)  # Which makes it an image of mode P.
+        self._save(ids, CLASS_IDS, name, ".png")
+        overlay = pictures.overlay(image, class_map, self._num_classes)
+        self._save(Image.fromarray(overlay), OVERLAYS, name, ".jpg", quality=92)
+        if self._confidence:
+            self._save(Image.fromarray(certainty), CONFIDENCE, name, ".png")
+
+    def _save(self, picture: Image.Image, kind: str, name: str, suffix: str, **options) -> None:
+        path = self._target / kind / (name + suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        picture.save(part, format="JPEG" if suffix == ".jpg" else "PNG", **options)
+        os.replace(part, path)
+
+
+def _targets(names: list[str]) -> list[str]:
+    """The relative path, without suffix, that the pictures of each image get; raises ConfigError for a double one."""
+    found: dict[str, str] = {}
+    for name in names:
+        parts = [part for part in pathlib.PurePath(name).parts if part not in ("/", "..")]
+        stem = str(pathlib.PurePath(*parts).with_suffix(""))
+        if stem in found:
+            raise ConfigError(f"the predictions of {found[stem]} and {name} would both be {stem}.png")
+        found[stem] = name
+    return list(found)
+
+
+def _load(config, mesh: jax.sharding.Mesh, workdir: str, which: str, network: str) -> tuple[dict, int, str]:
+    """Returns variables, the step of the checkpoint, and which network it is."""
+    saved = checkpoint.Checkpointer(workdir, read_only=True)
+    step = saved.resolve(which)
+    state, _ = saved.restore(step, experiment.abstract_state(config, mesh), config)
+    saved.close()
+    networks = state.networks()
+    name = network or ("teacher" if "teacher" in networks else "student")
+    if name not in networks:
+        raise ConfigError(f"the run in {workdir} has no {name}; it has: {', '.join(networks)}")
+    return networks[name], step, name
