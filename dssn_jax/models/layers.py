@@ -75,6 +75,18 @@ def max_pool(x: jax.Array) -> jax.Array:
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
+def average_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
+    """Average pooling of `x` [B, H, W, C] to [B, ceil(H / stride), ceil(W / stride), C], as timm's `downsample_avg`.
+
+    A strided window that reaches over the edge averages what is inside; at stride 1 (where dilation replaces the
+    stride) zeros beyond the right and bottom edges count.
+    """
+    if stride == 1:
+        return nn.avg_pool(x, (window, window), padding=((0, window - 1),) * 2)
+    padding = [(0, -size % stride) for size in x.shape[1:3]]
+    return nn.avg_pool(x, (window, window), strides=(stride, stride), padding=padding, count_include_pad=False)
+
+
 def resize(x: jax.Array, height: int, width: int) -> jax.Array:
     """Bilinear resize of `x` [B, h, w, C] with aligned corners, in the dtype of `x`.
 
