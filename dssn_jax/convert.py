@@ -55,11 +55,12 @@ def convert(
         raise ConfigError("a work directory holds a whole network; --part=backbone is for converting to a file")
     if config is not None:
         configuration.validate(config, device_count=1)
-    weights = _read(source, network, which)
+    if network != "student" and not pathlib.Path(source).expanduser().is_dir():
+        raise ConfigError(f"--network={network} is for work directories; {source} holds one network")
     if to_file:
-        _to_file(weights, destination, config, part)
+        _to_file(pretrained.read(source, network, which), destination, config, part)
     else:
-        _to_workdir(weights, _read(teacher, "student", which) if teacher else None, destination, config)
+        _to_workdir(source, network, which, teacher, destination, config)
     logger.info("wrote %s in %.1f s", target, time.monotonic() - started)
 
 
@@ -74,14 +75,6 @@ def _check_target(target: pathlib.Path, is_file: bool) -> None:
         state_dict_files.check_writable(target)
 
 
-def _read(source: str, network: str, which: str) -> Weights:
-    if network != "student" and not pathlib.Path(source).expanduser().is_dir():
-        raise ConfigError(f"--network={network} is for work directories; {source} holds one network")
-    weights = pretrained.read(source, network, which)
-    logger.info("read %s", pretrained.describe(weights))
-    return weights
-
-
 def _to_file(weights: Weights, target: pathlib.Path, config, part: str) -> None:
     expected = shapes(pretrained.abstract_variables(*_network_of(weights, config)))
     if part == "backbone" or not weights.whole:
@@ -90,7 +83,7 @@ def _to_file(weights: Weights, target: pathlib.Path, config, part: str) -> None:
     if part == "backbone":
         tensors = {name: value for name, value in tensors.items() if name.startswith("backbone.")}
     comparison = pretrained.check(weights._replace(tensors=tensors), expected)
-    logger.info("%s", pretrained.counts(comparison))
+    logger.info("%s: %s", pretrained.describe(weights), pretrained.counts(comparison))
     kept = {name: tensors[name] for name in expected}
     if all(name.startswith("backbone.") for name in kept):
         kept = {name.removeprefix("backbone."): value for name, value in kept.items()}
@@ -110,27 +103,33 @@ def _network_of(weights: Weights, config):
     return model, pretrained.num_classes(weights)
 
 
-def _to_workdir(weights: Weights, teacher: Weights | None, target: pathlib.Path, config) -> None:
+def _to_workdir(source: str, network: str, which: str, teacher: str | None, target: pathlib.Path, config) -> None:
     if config is None:
         raise ConfigError("converting to a work directory needs --config, which says the network and the classes")
-    for each in filter(None, (weights, teacher)):
-        if not each.whole:
-            raise StateDictError(
-                f"{each.path}: a backbone alone; a work directory needs a whole network. To train from the backbone: "
-                f"--mode=train --config.model.pretrained={each.path}"
-            )
     has_teacher = config.method.labeler == "teacher"
     if teacher and not has_teacher:
         raise ConfigError(f"--teacher is given, but the method {config.method.name!r} has no teacher")
-    like = pretrained.abstract_variables(config.model, len(config.data.classes))
-    networks = [pretrained.fit(each, like, config) for each in filter(None, (weights, teacher))]
-    for fitted in networks:
-        logger.info("%s", fitted.report)
-    if has_teacher and not teacher:
+    student_variables, notes = _whole_network(pretrained.read(source, network, which), config)
+    teacher_variables = student_variables if has_teacher else None
+    if teacher:
+        teacher_variables, _ = _whole_network(pretrained.read(teacher, which=which), config)
+    elif has_teacher:
         logger.warning("no --teacher is given: the teacher is a copy of the student")
-    state = _state(networks[0].variables, networks[-1].variables if has_teacher else None, config)
-    origin = {"from": str(weights.path), "teacher": teacher and str(teacher.path), **weights.notes}
-    _save(target, state, json.loads(config.to_json()), origin)
+    origin = {"from": source, "teacher": teacher, **notes}
+    _save(target, _state(student_variables, teacher_variables, config), json.loads(config.to_json()), origin)
+
+
+def _whole_network(weights: Weights, config) -> tuple[dict, dict]:
+    """Returns the variables of the network of `config`, and the notes; the tensors, often a mapped file, are let go."""
+    if not weights.whole:
+        raise StateDictError(
+            f"{weights.path}: a backbone alone; a work directory needs a whole network. To train from the backbone: "
+            f"--mode=train --config.model.pretrained={weights.path}"
+        )
+    like = pretrained.abstract_variables(config.model, len(config.data.classes))
+    fitted = pretrained.fit(weights, like, config)
+    logger.info("%s", fitted.report)
+    return fitted.variables, weights.notes
 
 
 def _state(student: dict, teacher: dict | None, config) -> train_state.TrainState:

@@ -4,6 +4,7 @@ All are brought under the names of the original's whole network (`backbone.*`, `
 model by name and shape before anything is filled.
 """
 
+import functools
 import itertools
 import pathlib
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from dssn_jax.models import resnet
 from dssn_jax.state_dict_files import StateDictError
 
 _SHOWN = 3  # Names in a message.
+_IMAGE = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)  # Variables do not depend on its size.
 
 
 class Images(NamedTuple):
@@ -87,9 +89,9 @@ def fit(weights: Weights, like: dict, config) -> Fitted:
     if not weights.whole:
         report += "; the rest of the network keeps its random weights"
     if not _same(weights.images, config.data):
+        configured = Images(tuple(config.data.mean), tuple(config.data.std))
         report += (
-            f"; WARNING: they expect images (RGB in [0, 1]) of mean {weights.images.mean} and std {weights.images.std}, "
-            f"but config.data has mean {tuple(config.data.mean)} and std {tuple(config.data.std)}"
+            f"; WARNING: they expect RGB in [0, 1] with {_show(weights.images)}, config.data has {_show(configured)}"
         )
     return Fitted(state_dicts.from_state_dict(weights.tensors, like), report)
 
@@ -106,7 +108,9 @@ def check(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> state_di
         problems.append(f"{name} has shape {weights.tensors[name].shape}, expected {expected[name]}")
     if comparison.foreign:
         problems.append(f"{_listed(comparison.foreign)} are not in the model")
-    raise StateDictError(f"{weights.path} does not fit the model: {'; '.join(problems)}{_hint(weights, comparison)}")
+    raise StateDictError(
+        f"{weights.path} does not fit the model: {'; '.join(problems)}{_hint(weights, comparison, expected)}"
+    )
 
 
 def describe(weights: Weights) -> str:
@@ -126,9 +130,7 @@ def identify(weights: Weights) -> ConfigDict | None:
         found.update({"backbone": name, "stem": stem, "shortcut": shortcut})
         if "fuse.0.weight" in weights.tensors:
             found.decoder_channels = weights.tensors["fuse.0.weight"].shape[0]
-        expected = state_dicts.shapes(abstract_variables(found, num_classes=2))
-        backbone = {key: shape for key, shape in expected.items() if key.startswith("backbone.")}
-        if state_dicts.compare(tensors, backbone).fits:
+        if state_dicts.compare(tensors, state_dicts.shapes(_abstract_backbone(found))).fits:
             return found
     return None
 
@@ -140,8 +142,13 @@ def num_classes(weights: Weights) -> int:
 
 def abstract_variables(model, num_classes: int) -> dict:
     """Shapes and dtypes of the variables of the network of a `config.model`."""
-    image = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
-    return jax.eval_shape(models.build(model, num_classes).init, jax.random.PRNGKey(0), image)
+    return jax.eval_shape(models.build(model, num_classes).init, jax.random.PRNGKey(0), _IMAGE)
+
+
+def _abstract_backbone(model) -> dict:
+    init = functools.partial(models.build(model, num_classes=2).backbone.init, train=False)
+    variables = jax.eval_shape(init, jax.random.PRNGKey(0), _IMAGE)
+    return {collection: {"backbone": tree} for collection, tree in variables.items()}
 
 
 def _of_run(workdir: pathlib.Path, network: str, which: str | None) -> Weights:
@@ -166,14 +173,15 @@ def counts(comparison: state_dicts.Comparison) -> str:
     return f"{len(comparison.matched)} tensors matched, {len(comparison.unused)} unused{unused}, 0 missing"
 
 
-def _hint(weights: Weights, comparison: state_dicts.Comparison) -> str:
+def _hint(weights: Weights, comparison: state_dicts.Comparison, expected: Mapping[str, tuple[int, ...]]) -> str:
     """Says what would help: another model, or taking the backbone alone."""
-    if {*comparison.misshapen, *comparison.missing, *comparison.foreign} <= {"classifier.weight", "classifier.bias"}:
+    culprits = {*comparison.missing, *comparison.misshapen, *comparison.foreign}
+    if culprits == {"classifier.weight", "classifier.bias"} == {*comparison.misshapen}:
         return (
-            f"; it has {num_classes(weights)} classes, the config another number. Its backbone alone is taken by "
-            f"--mode=convert --part=backbone --from={weights.path} --to=FILE.safetensors"
+            f"; it has {num_classes(weights)} classes, the config {expected['classifier.bias'][0]}. Its backbone alone "
+            f"is taken by --mode=convert --part=backbone --from={weights.path} --to=FILE.safetensors"
         )
-    fitting = identify(weights)
+    fitting = identify(weights) if any(name.startswith("backbone.") for name in culprits) else None
     if fitting is None:
         return ""
     keys = ("backbone", "stem", "shortcut") if models.has_stems(fitting.backbone) else ("backbone",)
@@ -183,6 +191,10 @@ def _hint(weights: Weights, comparison: state_dicts.Comparison) -> str:
 def _listed(names: list[str], show=str) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(show(name) for name in names[:_SHOWN]) + more
+
+
+def _show(images: Images) -> str:
+    return f"mean {images.mean} and std {images.std}"
 
 
 def _same(images: Images, data) -> bool:
