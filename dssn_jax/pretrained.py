@@ -107,7 +107,7 @@ def check(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> state_di
     for name in comparison.misshapen[:_SHOWN]:
         problems.append(f"{name} has shape {weights.tensors[name].shape}, expected {expected[name]}")
     if comparison.foreign:
-        problems.append(f"{_listed(comparison.foreign)} are not in the model")
+        problems.append(f"{_listed(comparison.foreign)} not known to the model")
     raise StateDictError(
         f"{weights.path} does not fit the model: {'; '.join(problems)}{_hint(weights, comparison, expected)}"
     )
@@ -124,7 +124,12 @@ def identify(weights: Weights) -> ConfigDict | None:
     """Returns the `config.model` of the network that the tensors fit, told from names and shapes; None if none fits."""
     tensors = {name: value for name, value in weights.tensors.items() if name.startswith("backbone.")}
     for name, stem, shortcut in itertools.product(models.BACKBONES, resnet.STEMS, resnet.SHORTCUTS):
-        if (stem, shortcut) != (resnet.STEMS[0], resnet.SHORTCUTS[0]) and not models.has_stems(name):
+        default = (stem, shortcut) == (resnet.STEMS[0], resnet.SHORTCUTS[0])
+        # Two names tell most variants apart, before any network is built.
+        seems = (stem == "7x7") == ("backbone.conv1.weight" in tensors) and (shortcut == "average") == (
+            "backbone.layer2.0.downsample.2.weight" in tensors
+        )
+        if not (seems if models.has_stems(name) else default):
             continue
         found = defaults.get_config().model
         found.update({"backbone": name, "stem": stem, "shortcut": shortcut})
