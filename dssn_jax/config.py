@@ -67,8 +67,13 @@ def validate(config, device_count: int) -> None:
     _check_numbers(config)
     _check_method(config)
     _check_batches(config, device_count)
+    check_x64(config.model)
+
+
+def check_x64(model) -> None:
+    """Raises ConfigError when a `config.model` asks for float64 and JAX would give it float32."""
     for key in ("dtype", "param_dtype"):
-        if config.model[key] == "float64" and not jax.config.jax_enable_x64:
+        if model[key] == "float64" and not jax.config.jax_enable_x64:
             raise ConfigError(f"config.model.{key}=float64 needs the environment variable JAX_ENABLE_X64=1")
 
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from configs import defaults
 from dssn_jax import checkpoint, experiment, models, sharding, state_dict_files, state_dicts
+from dssn_jax import config as configuration
 from dssn_jax.models import resnet
 from dssn_jax.state_dict_files import StateDictError
 
@@ -59,7 +60,7 @@ def read(path: str | pathlib.Path, network: str = "student", which: str | None =
     Of a work directory, `network` is student or teacher and `which` the checkpoint: best, latest or a step (None: best
     if anything was evaluated, else latest). Files have one network.
 
-    Raises StateDictError or CheckpointError for what cannot be read.
+    Raises StateDictError, CheckpointError or ConfigError for what cannot be read.
     """
     path = pathlib.Path(path).expanduser()
     if path.is_dir():
@@ -163,6 +164,7 @@ def _of_run(workdir: pathlib.Path, network: str, which: str | None) -> Weights:
         which = "latest" if saved.meta(step)["scores"].get("best_step") is None else "best"
     step = saved.resolve(which)
     config = ConfigDict(saved.meta(step)["config"])
+    configuration.check_x64(config.model)
     state, _ = saved.restore(step, experiment.abstract_state(config, sharding.make_mesh()), config)
     saved.close()
     networks = state.networks()
