@@ -33,7 +33,8 @@ def parse_flags(arguments: list[str]) -> list[str]:
     try:
         check_keys(arguments, defaults.get_config())
         rest = flags.FLAGS(arguments)
-        _CONFIG.value  # A file that cannot be read is noticed here.  # noqa: B018
+        if _CONFIG.value is not None:
+            _CONFIG.value.name  # A file that cannot be read is noticed here.  # noqa: B018
         for name in MODES[_MODE.value]:
             if flags.FLAGS[name].value is None:
                 _fail(f"--mode={_MODE.value} needs --{name}")

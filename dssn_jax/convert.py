@@ -19,6 +19,7 @@ from dssn_jax.report import logger
 from dssn_jax.state_dict_files import StateDictError
 from dssn_jax.state_dicts import from_state_dict, shapes, to_state_dict, torch_name, with_counters
 
+# The names themselves are mapped in `dssn_jax.state_dicts`.
 __all__ = ["convert", "from_state_dict", "to_state_dict", "torch_name"]
 
 
@@ -115,7 +116,7 @@ def _to_workdir(source: str, network: str, which: str, teacher: str | None, targ
         teacher_variables, _ = _whole_network(pretrained.read(teacher, which=which), config)
     elif has_teacher:
         logger.warning("no --teacher is given: the teacher is a copy of the student")
-    origin = {"from": source, "teacher": teacher, **notes}
+    origin = {"from": str(source), "teacher": teacher and str(teacher), **notes}
     _save(target, _state(student_variables, teacher_variables, config), json.loads(config.to_json()), origin)
 
 

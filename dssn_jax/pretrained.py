@@ -66,10 +66,7 @@ def read(path: str | pathlib.Path, network: str = "student", which: str | None =
     if path.is_dir():
         return _of_run(path, network, which)
     tensors, notes = state_dict_files.read(path)
-    images = Images()
-    if "mean" in notes and "std" in notes:  # Written by `dssn_jax.convert`.
-        images = Images(*(tuple(map(float, notes.pop(key).split())) for key in ("mean", "std")))
-    return Weights(path, state_dicts.standardise(tensors), images, notes)
+    return Weights(path, state_dicts.standardise(tensors), _images(notes), notes)
 
 
 def load(config, like: dict) -> Fitted:
@@ -125,12 +122,7 @@ def identify(weights: Weights) -> ConfigDict | None:
     """Returns the `config.model` of the network that the tensors fit, told from names and shapes; None if none fits."""
     tensors = {name: value for name, value in weights.tensors.items() if name.startswith("backbone.")}
     for name, stem, shortcut in itertools.product(models.BACKBONES, resnet.STEMS, resnet.SHORTCUTS):
-        default = (stem, shortcut) == (resnet.STEMS[0], resnet.SHORTCUTS[0])
-        # Two names tell most variants apart, before any network is built.
-        seems = (stem == "7x7") == ("backbone.conv1.weight" in tensors) and (shortcut == "average") == (
-            "backbone.layer2.0.downsample.2.weight" in tensors
-        )
-        if not (seems if models.has_stems(name) else default):
+        if not _seems(name, stem, shortcut, tensors):
             continue
         found = defaults.get_config().model
         found.update({"backbone": name, "stem": stem, "shortcut": shortcut})
@@ -139,6 +131,15 @@ def identify(weights: Weights) -> ConfigDict | None:
         if state_dicts.compare(tensors, state_dicts.shapes(_abstract_backbone(found))).fits:
             return found
     return None
+
+
+def _seems(name: str, stem: str, shortcut: str, tensors: dict) -> bool:
+    """Whether tensors may be of this backbone: two names tell most variants apart, before any network is built."""
+    if not models.has_stems(name):
+        return (stem, shortcut) == (resnet.STEMS[0], resnet.SHORTCUTS[0])
+    seven = "backbone.conv1.weight" in tensors
+    average = "backbone.layer2.0.downsample.2.weight" in tensors
+    return (stem == "7x7") == seven and (shortcut == "average") == average
 
 
 def num_classes(weights: Weights) -> int:
@@ -155,6 +156,15 @@ def _abstract_backbone(model) -> dict:
     init = functools.partial(models.build(model, num_classes=2).backbone.init, train=False)
     variables = jax.eval_shape(init, jax.random.PRNGKey(0), _IMAGE)
     return {collection: {"backbone": tree} for collection, tree in variables.items()}
+
+
+def _images(notes: dict) -> Images:
+    """What a file tells of its images, as `dssn_jax.convert` writes it; ImageNet's where it does not."""
+    try:
+        found = Images(*(tuple(map(float, notes[key].split())) for key in Images._fields))
+    except (KeyError, ValueError, AttributeError):
+        return Images()
+    return found if len(found.mean) == len(found.std) == 3 else Images()
 
 
 def _of_run(workdir: pathlib.Path, network: str, which: str | None) -> Weights:

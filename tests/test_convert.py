@@ -20,6 +20,7 @@ from dssn_jax import (
     experiment,
     inference,
     metrics,
+    pretrained,
     scores,
     sharding,
     state_dict_files,
@@ -138,6 +139,9 @@ def test_student_and_teacher_are_evaluated_trained_on_and_exported(tiny_config, 
     assert found == {name: scores.of_confusion(counts, config.data.classes) for name, counts in confusions.items()}
     assert found["student"] != found["teacher"]
 
+    weights = pretrained.read(run)  # As `model.pretrained` of another run.
+    assert weights.whole and weights.notes == {"step": 0}
+    jax.tree.map(np.testing.assert_array_equal, weights.tensors, student)
     for network, tensors in (("student", student), ("teacher", teacher)):
         convert.convert(str(run), str(tmp_path / f"{network}.safetensors"), network=network)
         back = safetensors.numpy.load_file(tmp_path / f"{network}.safetensors")
@@ -150,6 +154,18 @@ def test_student_and_teacher_are_evaluated_trained_on_and_exported(tiny_config, 
     assert f"continuing from step 0 of {run}" in (run / "log.txt").read_text()
     with pytest.raises(StateDictError, match="exists already"):
         convert.convert(str(student_file), str(run), config)
+
+
+def test_checkpoints_from_before_stems_could_be_chosen(tiny_config, checkpoints, tmp_path):
+    convert.convert(str(checkpoints[0][0]), str(tmp_path / "run"), tiny_config())
+    path = tmp_path / "run/checkpoints/0/meta/metadata"
+    meta = json.loads(path.read_text())
+    for key in ("stem", "shortcut", "pretrained"):
+        del meta["config"]["model"][key]
+    path.write_text(json.dumps(meta))
+    assert int(restored(tmp_path / "run", tiny_config()).step) == 0
+    with pytest.raises(checkpoint.CheckpointError, match="stem is 'deep' there, '7x7' in the config"):
+        restored(tmp_path / "run", tiny_config(model__stem="7x7"))
 
 
 def test_backbones_are_converted_and_taken_from_whole_networks(tiny_config, checkpoints, tmp_path):
@@ -170,6 +186,9 @@ def test_the_teacher_is_a_copy_of_the_student_unless_given(tiny_config, checkpoi
     convert.convert(str(student_file), str(tmp_path / "run"), tiny_config("dssn"))
     teacher = state_dicts.to_state_dict(restored(tmp_path / "run", tiny_config("dssn")).teacher)
     jax.tree.map(np.testing.assert_array_equal, teacher, student)
+    convert.convert(str(student_file), str(tmp_path / "a"), tiny_config("unimatch"))
+    with pytest.raises(StateDictError, match="the run has no teacher; it has student"):
+        convert.convert(str(tmp_path / "a"), str(tmp_path / "c.safetensors"), network="teacher")
     with pytest.raises(ConfigError, match="the method 'unimatch' has no teacher"):
         convert.convert(str(student_file), str(tmp_path / "b"), tiny_config("unimatch"), teacher=str(teacher_file))
 

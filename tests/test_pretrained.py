@@ -164,4 +164,6 @@ def test_other_images_than_the_weights_expect_are_warned_of(tiny_config, tmp_pat
     assert "WARNING: they expect RGB in [0, 1] with mean (0.485, 0.456, 0.406)" in report
     same = {"mean": "0.5 0.5 0.5", "std": "0.5 0.5 0.5"}  # As `dssn_jax.convert` writes them.
     assert "WARNING" not in load(config, tensors, tmp_path / "b.safetensors", same).report
+    unreadable = {"mean": "ImageNet", "std": "0.5"}
+    assert "WARNING" not in load(tiny_config(), tensors, tmp_path / "d.safetensors", unreadable).report
     assert "WARNING" not in load(tiny_config(), tensors, tmp_path / "c.safetensors").report
