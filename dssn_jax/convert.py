@@ -58,10 +58,13 @@ def convert(
         configuration.validate(config, device_count=1)
     if network != "student" and not pathlib.Path(source).expanduser().is_dir():
         raise ConfigError(f"--network={network} is for work directories; {source} holds one network")
-    if to_file:
-        _to_file(pretrained.read(source, network, which), destination, config, part)
-    else:
-        _to_workdir(source, network, which, teacher, destination, config)
+    try:
+        if to_file:
+            _to_file(pretrained.read(source, network, which), destination, config, part)
+        else:
+            _to_workdir(source, network, which, teacher, destination, config)
+    except OSError as error:
+        raise StateDictError(f"{target}: cannot be written: {error}") from None
     logger.info("wrote %s in %.1f s", target, time.monotonic() - started)
 
 

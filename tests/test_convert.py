@@ -237,7 +237,7 @@ def test_what_cannot_be_converted_leaves_nothing(tiny_config, checkpoints, spoil
 def test_a_write_that_fails_leaves_nothing(tiny_config, checkpoints, monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint.Checkpointer, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StateDictError, match="run: cannot be written: disk full"):
         convert.convert(str(checkpoints[0][0]), str(tmp_path / "run"), tiny_config())
     assert sorted(tmp_path.iterdir()) == before
 
