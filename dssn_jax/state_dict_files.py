@@ -48,6 +48,7 @@ def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     """Writes a state dict, whole or not at all, in the format of the suffix (one of SUFFIXES).
 
     `metadata` goes into .safetensors alone; a .pth is the bare state dict. Tensors of bfloat16 become float32.
+    Raises StateDictError where nothing can be written.
     """
     tensors = {name: np.asarray(_wide(value), order="C") for name, value in tensors.items()}
     part = path.with_name(f".{path.name}.part")
@@ -58,6 +59,8 @@ def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
             torch = _import_torch(path)
             torch.save({name: torch.from_numpy(value.copy()) for name, value in tensors.items()}, part)
         os.replace(part, path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # A folder or disk that takes no file.
+        raise StateDictError(f"{path}: cannot be written: {error}") from None
     finally:
         part.unlink(missing_ok=True)
 

@@ -149,6 +149,14 @@ def test_a_write_that_fails_leaves_nothing(monkeypatch, tmp_path):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StateDictError, match="a.safetensors: cannot be written: No space"):
         state_dict_files.write(tmp_path / "a.safetensors", TENSORS, {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", state_dict_files.SUFFIXES)
+def test_a_target_that_takes_no_file_is_named(suffix, tmp_path):
+    if suffix != ".safetensors":
+        pytest.importorskip("torch")
+    with pytest.raises(StateDictError, match=f"nowhere/a{suffix}: cannot be written"):
+        state_dict_files.write(tmp_path / f"nowhere/a{suffix}", TENSORS, {})
