@@ -33,6 +33,7 @@ def train(config, workdir: str | pathlib.Path) -> dict:
     workdir.mkdir(parents=True, exist_ok=True)
     report.log_to(workdir)
     trainer = Trainer(parts, workdir, weights)
+    del weights  # The state has its own copy; a second one would stay on the device for the whole run.
     try:
         return trainer.run()
     finally:
