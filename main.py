@@ -1,4 +1,4 @@
-"""Trains and evaluates: `python main.py --config=configs/shapes.py --workdir=/tmp/shapes`."""
+"""Trains, evaluates, predicts and converts: `python main.py --config=configs/shapes.py --workdir=/tmp/shapes`."""
 
 import logging as python_logging
 import pathlib
@@ -7,15 +7,28 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ("train", "eval")
+# Mode -> flags that it needs.
+MODES = {
+    "train": ("config", "workdir"),
+    "eval": ("config", "workdir"),
+    "predict": ("config", "workdir", "from", "to"),
+    "convert": ("from", "to"),
+}
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, with arguments after a colon.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, summary.")
-_MODE = flags.DEFINE_enum("mode", "train", MODES, "train (continues a stopped run) or eval (scores a checkpoint).")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "For --mode=eval: best, latest or a step.")
-flags.mark_flags_as_required(["config", "workdir"])
+_MODE = flags.DEFINE_enum(
+    "mode", "train", list(MODES), "train (continues a stopped run), eval (scores a checkpoint), predict or convert."
+)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Of a work directory that is read: best, latest or a step.")
+_FROM = flags.DEFINE_string("from", None, "What to predict (image, folder, list) or convert (weights, work directory).")
+_TO = flags.DEFINE_string("to", None, "Folder of predictions, or new .pth or .safetensors file or work directory.")
+_TEACHER = flags.DEFINE_string("teacher", None, "For --mode=convert to a work directory: file of the teacher.")
+_NETWORK = flags.DEFINE_enum("network", None, ["student", "teacher"], "Of a work directory that is read.")
+_CONFIDENCE = flags.DEFINE_bool("confidence", False, "For --mode=predict: writes the probability of the class too.")
+_PART = flags.DEFINE_enum("part", "network", ["network", "backbone"], "For --mode=convert to a file: what to write.")
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
@@ -26,7 +39,11 @@ def parse_flags(arguments: list[str]) -> list[str]:
     try:
         check_keys(arguments, defaults.get_config())
         rest = flags.FLAGS(arguments)
-        _CONFIG.value.name  # A file that cannot be read is noticed here.  # noqa: B018
+        if _CONFIG.value is not None:
+            _CONFIG.value.name  # A file that cannot be read is noticed here.  # noqa: B018
+        for name in MODES[_MODE.value]:
+            if flags.FLAGS[name].value is None:
+                _fail(f"--mode={_MODE.value} needs --{name}")
         return rest
     except (flags.Error, ConfigError) as error:
         _fail(str(error))
@@ -47,7 +64,8 @@ def suggest_config(path: str) -> str:
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         _fail(f"unexpected argument {arguments[1]!r}")
-    from dssn_jax import checkpoint, config, evaluate, train  # After the flags: --help need not wait for JAX.
+    # After the flags: --help need not wait for JAX.
+    from dssn_jax import checkpoint, config, convert, evaluate, predict, state_dict_files, train
     from input_pipeline import DataError
 
     logging.set_verbosity(logging.WARNING)
@@ -55,9 +73,18 @@ def main(arguments: list[str]) -> None:
     try:
         if _MODE.value == "train":
             train.train(_CONFIG.value, _WORKDIR.value)
-        else:
+        elif _MODE.value == "eval":
             evaluate.evaluate(_CONFIG.value, _WORKDIR.value, _CHECKPOINT.value)
-    except (config.ConfigError, checkpoint.CheckpointError, train.DivergedError, DataError) as error:
+        elif _MODE.value == "predict":
+            how = {"which": _CHECKPOINT.value, "network": _NETWORK.value, "confidence": _CONFIDENCE.value}
+            predict.predict(_CONFIG.value, _WORKDIR.value, _FROM.value, _TO.value, **how)
+        else:
+            how = {"which": _CHECKPOINT.value, "network": _NETWORK.value or "student"}
+            convert.convert(_FROM.value, _TO.value, _CONFIG.value, _TEACHER.value, part=_PART.value, **how)
+    except (
+        config.ConfigError, checkpoint.CheckpointError, state_dict_files.StateDictError, train.DivergedError,
+        predict.UnreadableError, DataError,
+    ) as error:  # fmt: skip
         _fail(str(error))
 
 

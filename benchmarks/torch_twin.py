@@ -32,14 +32,16 @@ def resize(x: torch.Tensor, size) -> torch.Tensor:
 class Bottleneck(nn.Module):
     """1x1, 3x3 (with the stride), 1x1; the shortcut is projected where `downsample` is given."""
 
-    def __init__(self, inputs: int, width: int, stride: int, dilation: int, project: bool):
+    def __init__(self, inputs: int, width: int, stride: int, dilation: int, project: bool, average: nn.Module | None):
         super().__init__()
         self.conv1, self.bn1 = conv(inputs, width), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv(width, width, 3, stride, dilation), nn.BatchNorm2d(width)
         self.conv3, self.bn3 = conv(width, 4 * width), nn.BatchNorm2d(4 * width)
         self.downsample = None
-        if project:
+        if project and average is None:
             self.downsample = nn.Sequential(conv(inputs, 4 * width, stride=stride), nn.BatchNorm2d(4 * width))
+        elif project:
+            self.downsample = nn.Sequential(average, conv(inputs, 4 * width), nn.BatchNorm2d(4 * width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -48,21 +50,34 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(y)) + shortcut)
 
 
+def average_pool(stage: int) -> nn.Module:
+    """What timm's `downsample_avg` puts before the 1x1 convolution; the last stage is dilated: stride 1, same size."""
+    if stage == 0:
+        return nn.Identity()
+    if stage < 3:
+        return nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
+    return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, 1))
+
+
 class ResNet(nn.Module):
-    """ResNet of output stride 16 with the original's deep stem (`stem="deep"`) or torchvision's (`stem="7x7"`)."""
+    """ResNet of output stride 16.
+
+    Stems: the original's (`deep`), torchvision's (`7x7`), timm's resnet50d's (`deep_narrow`); the latter's `average`
+    shortcuts, or `strided` ones.
+    """
 
     channels = (256, 2048)
 
-    def __init__(self, stages: tuple[int, ...], stem: str = "deep"):
+    def __init__(self, stages: tuple[int, ...], stem: str = "deep", shortcut: str = "strided"):
         super().__init__()
-        if stem == "deep":
-            self.conv1 = nn.Sequential(
-                conv(3, 64, 3, 2), nn.BatchNorm2d(64), nn.ReLU(), conv(64, 64, 3), nn.BatchNorm2d(64), nn.ReLU(),
-                conv(64, 128, 3),
-            )  # fmt: skip
-            inputs = 128
-        else:
+        if stem == "7x7":
             self.conv1, inputs = conv(3, 64, 7, 2), 64
+        else:
+            first, inputs = {"deep": (64, 128), "deep_narrow": (32, 64)}[stem]
+            self.conv1 = nn.Sequential(
+                conv(3, first, 3, 2), nn.BatchNorm2d(first), nn.ReLU(),
+                conv(first, first, 3), nn.BatchNorm2d(first), nn.ReLU(), conv(first, inputs, 3),
+            )  # fmt: skip
         self.bn1 = nn.BatchNorm2d(inputs)
         for stage, blocks in enumerate(stages):
             width = 64 * 2**stage
@@ -70,7 +85,8 @@ class ResNet(nn.Module):
             for block in range(blocks):
                 stride = 2 if block == 0 and stage in (1, 2) else 1
                 dilation = 2 if stage == 3 and block > 0 else 1
-                layers.append(Bottleneck(inputs, width, stride, dilation, project=block == 0))
+                average = average_pool(stage) if shortcut == "average" else None
+                layers.append(Bottleneck(inputs, width, stride, dilation, block == 0, average))
                 inputs = 4 * width
             setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
 
@@ -170,9 +186,9 @@ class ASPP(nn.Module):
 class DeepLabV3Plus(nn.Module):
     """DeepLabV3+ as method.md, "Network", has it. Images [B, 3, H, W] -> logits [B, K, H, W]."""
 
-    def __init__(self, backbone: str, num_classes: int, stem: str = "deep"):
+    def __init__(self, backbone: str, num_classes: int, stem: str = "deep", shortcut: str = "strided"):
         super().__init__()
-        self.backbone = Xception() if backbone == "xception" else ResNet(RESNET_STAGES[backbone], stem)
+        self.backbone = Xception() if backbone == "xception" else ResNet(RESNET_STAGES[backbone], stem, shortcut)
         low, high = self.backbone.channels
         self.head = ASPP(high)
         self.reduce = conv_norm_relu(low, LOW_LEVEL_CHANNELS)

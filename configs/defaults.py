@@ -78,6 +78,15 @@ def _views() -> ConfigDict:
 def _model() -> ConfigDict:
     model = ConfigDict()
     model.backbone = "resnet101"  # A name of `dssn_jax.models.BACKBONES`.
+    # Of a ResNet. deep: three 3x3 convolutions, 64, 64 and 128 channels (the original) | 7x7: one (torchvision, timm) |
+    # deep_narrow: three, 32, 32 and 64 channels (timm's resnet50c, resnet50d). The numbers are for resnet50, resnet101.
+    model.stem = "deep"
+    # Of a ResNet, where a block changes size. strided: 1x1 convolution | average: 2x2 average pooling, then 1x1
+    # convolution (timm's resnet50d, resnet101d).
+    model.shortcut = "strided"
+    # Weights that training starts from: a file of a backbone or of a whole network (.pth, .safetensors) or the work
+    # directory of a run (its student). "": random.
+    model.pretrained = ""
     model.output_stride = 16  # Of the last backbone stage: 16 | 8.
     model.aspp_dilations = (6, 12, 18)  # DeepLab doubles them at output stride 8.
     model.decoder_channels = 256  # Of ASPP and of the decoder.

@@ -13,6 +13,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 FOLDER = "checkpoints"
+# Keys of config.model that older checkpoints do not name, and what they hold.
+_OLDER_MODEL = {"stem": "deep", "shortcut": "strided", "pretrained": ""}
 
 
 class CheckpointError(ValueError):
@@ -53,22 +55,26 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state, iterator: grain.DatasetIterator, meta: dict, miou: float | None) -> None:
+    def save(
+        self, step: int, state, iterator: grain.DatasetIterator | None, meta: dict, miou: float | None = None
+    ) -> None:
         """Starts writing the checkpoint of `step`; `miou` (per cent, None where not evaluated) ranks it.
+
+        Weights that were never trained here, step 0, come without an `iterator`.
 
         Returns when the arrays may be overwritten. Waits for an earlier save, and raises its error if it failed.
         """
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            data=grain.checkpoint.CheckpointSave(iterator),
-            meta=ocp.args.JsonSave(meta),
-        )
+        items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
+        if iterator is not None:
+            items["data"] = grain.checkpoint.CheckpointSave(iterator)
         metrics = None if miou is None else {"miou": miou}
-        self._manager.save(step, args=items, metrics=metrics, force=True)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
     def meta(self, step: int) -> dict:
         """Returns what `save` was given as `meta`."""
-        return self._restore(step, meta=ocp.args.JsonRestore()).meta
+        meta = self._restore(step, meta=ocp.args.JsonRestore()).meta
+        meta["config"]["model"] = {**_OLDER_MODEL, **meta["config"]["model"]}
+        return meta
 
     def restore(self, step: int, like, config) -> tuple:
         """Returns (state, meta) of `step`; the state has the shapes, dtypes and shardings of `like`.
@@ -119,11 +125,17 @@ class Checkpointer:
         raise CheckpointError(f"{self._folder / str(step)}: cannot be read: {message}")
 
 
+def exists(workdir: str | pathlib.Path) -> bool:
+    """Whether there is a checkpoint in `workdir`."""
+    folder = pathlib.Path(workdir) / FOLDER
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 def _model_difference(saved: dict, current: dict) -> str:
     """Names the keys in which two configurations build different networks, or returns ""."""
     saved = {**saved["model"], "classes": saved["data"]["classes"], "labeler": saved["method"]["labeler"]}
     current = {**current["model"], "classes": current["data"]["classes"], "labeler": current["method"]["labeler"]}
-    free = {"dtype", "remat", "feature_dropout", "output_stride"}  # These change no array of the state.
+    free = {"dtype", "remat", "feature_dropout", "output_stride", "pretrained"}  # These change no array of the state.
     for part in (saved, current):  # Only whether there is a teacher matters.
         part["teacher"] = part.pop("labeler") == "teacher"
     return "; ".join(

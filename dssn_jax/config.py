@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import jax
 
 from dssn_jax import inference, methods, models, pseudo_labels
+from dssn_jax.models import resnet
 from input_pipeline.pipeline import MIX_PARTNERS
 from input_pipeline.sources import SOURCES
 
@@ -66,8 +67,13 @@ def validate(config, device_count: int) -> None:
     _check_numbers(config)
     _check_method(config)
     _check_batches(config, device_count)
+    check_x64(config.model)
+
+
+def check_x64(model) -> None:
+    """Raises ConfigError when a `config.model` asks for float64 and JAX would give it float32."""
     for key in ("dtype", "param_dtype"):
-        if config.model[key] == "float64" and not jax.config.jax_enable_x64:
+        if model[key] == "float64" and not jax.config.jax_enable_x64:
             raise ConfigError(f"config.model.{key}=float64 needs the environment variable JAX_ENABLE_X64=1")
 
 
@@ -76,6 +82,8 @@ def _check_choices(config) -> None:
         ("data.source", SOURCES),
         ("views.mix_partner", MIX_PARTNERS),
         ("model.backbone", models.BACKBONES),
+        ("model.stem", resnet.STEMS),
+        ("model.shortcut", resnet.SHORTCUTS),
         ("model.output_stride", (8, 16)),
         ("model.dtype", DTYPES),
         ("model.param_dtype", DTYPES),
@@ -86,6 +94,12 @@ def _check_choices(config) -> None:
     ):
         section, name = key.split(".")
         check_choice(f"config.{key}", config[section][name], known)
+    if not models.has_stems(config.model.backbone):
+        for key, known in (("stem", resnet.STEMS), ("shortcut", resnet.SHORTCUTS)):
+            if config.model[key] != known[0]:
+                raise ConfigError(
+                    f"config.model.{key} is {config.model[key]!r}; {config.model.backbone} has {known[0]!r} alone"
+                )
 
 
 def _check_numbers(config) -> None:

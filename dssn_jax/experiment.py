@@ -1,5 +1,6 @@
 """What a configuration builds: data sources, network, method, optimiser, on the devices that there are."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -23,19 +24,33 @@ class Experiment(NamedTuple):
     steps_per_epoch: int
     steps: int
 
-    def initial_state(self) -> train_state.TrainState:
-        """The state at step 0, on every device."""
-        key = jax.random.PRNGKey(self.config.seed)
-        return jax.jit(self._initialise, out_shardings=sharding.replicated(self.mesh))(key)
+    def initial_state(self, pretrained: dict | None = None) -> train_state.TrainState:
+        """The state at step 0, on every device: random weights, but where `pretrained` variables are given."""
+        everywhere = sharding.replicated(self.mesh)
+        initialise = jax.jit(_initialiser(self.config, self.model, self.optimizer), out_shardings=everywhere)
+        state = initialise(train_state.keys(self.config.seed))
+        if pretrained is None:
+            return state
+        return train_state.with_weights(state, sharding.replicate(pretrained, self.mesh))
 
     def abstract_state(self) -> train_state.TrainState:
         """Shapes, dtypes and shardings of the state, without computing it."""
-        where = sharding.replicated(self.mesh)
-        shapes = jax.eval_shape(self._initialise, jax.random.PRNGKey(self.config.seed))
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes)
+        return abstract_state(self.config, self.mesh)
 
-    def _initialise(self, key: jax.Array) -> train_state.TrainState:
-        return train_state.initialise(self.model, self.optimizer, key, self.method.has_teacher)
+
+def abstract_state(config, mesh: jax.sharding.Mesh) -> train_state.TrainState:
+    """Shapes, dtypes and shardings of the state of a run of `config`, whose data need not be there."""
+    model = models.build(config.model, len(config.data.classes))
+    transformation, _ = optimizer.from_config(config.optimizer, steps=1)  # Its state does not depend on the steps.
+    shapes = jax.eval_shape(_initialiser(config, model, transformation), train_state.keys(config.seed))
+    where = sharding.replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes)
+
+
+def _initialiser(config, model: models.DeepLabV3Plus, transformation: optax.GradientTransformation):
+    """Returns the function that makes the state at step 0 from `train_state.keys`."""
+    teacher = config.method.labeler == "teacher"
+    return functools.partial(train_state.initialise, model, transformation, teacher)
 
 
 def build(config) -> Experiment:

@@ -24,7 +24,13 @@ class UnreadableError(RuntimeError):
 
 
 def predict(
-    config, workdir: str, images: str, target: str, which: str = "best", network: str = "", confidence: bool = False
+    config,
+    workdir: str,
+    images: str,
+    target: str,
+    which: str = "best",
+    network: str | None = None,
+    confidence: bool = False,
 ) -> int:
     """Predicts `images` with a network of a run; returns how many were predicted.
 
@@ -38,7 +44,7 @@ def predict(
       images: an image, a folder or a list; see `input_pipeline.find_images`.
       target: folder; existing pictures in it are replaced.
       which: checkpoint: best, latest or a step.
-      network: student or teacher; "" is the teacher if there is one.
+      network: student or teacher; None is the teacher if there is one.
       confidence: whether to write it.
 
     Raises:
@@ -114,7 +120,7 @@ def _targets(names: list[str]) -> list[str]:
     return list(found)
 
 
-def _load(config, mesh: jax.sharding.Mesh, workdir: str, which: str, network: str) -> tuple[dict, int, str]:
+def _load(config, mesh: jax.sharding.Mesh, workdir: str, which: str, network: str | None) -> tuple[dict, int, str]:
     """Returns variables, the step of the checkpoint, and which network it is."""
     saved = checkpoint.Checkpointer(workdir, read_only=True)
     step = saved.resolve(which)

@@ -28,6 +28,17 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
+def replicate(tree, mesh: Mesh):
+    """Copies the arrays of a tree, alike in every process, to every device."""
+    where = replicated(mesh)
+
+    def put(leaf) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
+
+    return jax.tree.map(put, tree)
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Moves this process's rows of a batch to its devices, as rows of one global array."""
     sharding = batch_sharded(mesh)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import input_pipeline
-from dssn_jax import checkpoint, evaluate, experiment, panels, report, scores, sharding, train_step
+from dssn_jax import checkpoint, evaluate, experiment, panels, pretrained, report, scores, sharding, train_step
 from dssn_jax import config as configuration
 from dssn_jax.report import duration, logger
 
@@ -25,13 +25,18 @@ def train(config, workdir: str | pathlib.Path) -> dict:
     """Trains what `config` describes in `workdir`, continuing from its latest checkpoint if there is one.
 
     Returns the summary, which is also written to `workdir/summary.json`. Raises ConfigError, DataError, CheckpointError
-    before anything is written when the input is bad, and DivergedError when the loss is not finite.
+    and StateDictError before anything is written when the input is bad, and DivergedError when the loss is not finite.
     """
-    parts = experiment.build(config)  # Before the work directory is made: bad input leaves nothing behind.
     workdir = pathlib.Path(workdir)
+    # Before the work directory is made: bad input leaves nothing behind.
+    parts = experiment.build(config)
+    weights = None
+    if config.model.pretrained and not checkpoint.exists(workdir):
+        weights = pretrained.load(config, parts.abstract_state().student)
     workdir.mkdir(parents=True, exist_ok=True)
     report.log_to(workdir)
-    trainer = Trainer(parts, workdir)
+    trainer = Trainer(parts, workdir, weights)
+    del weights  # The state has its own copy; a second one would stay on the device for the whole run.
     try:
         return trainer.run()
     finally:
@@ -41,13 +46,14 @@ def train(config, workdir: str | pathlib.Path) -> dict:
 class Trainer:
     """A run in progress."""
 
-    def __init__(self, parts: experiment.Experiment, workdir: pathlib.Path):
+    def __init__(self, parts: experiment.Experiment, workdir: pathlib.Path, weights: pretrained.Fitted | None = None):
+        """Continues the run in `workdir`, or begins with `weights` (None: random ones)."""
         self._parts, self._workdir, config = parts, workdir, parts.config
         self._saved = checkpoint.Checkpointer(workdir)
         dataset = input_pipeline.train_dataset(parts.sources, config, jax.process_index(), jax.process_count())
         self._iterator = input_pipeline.train_iterator(dataset, config)
         self._scores = scores.new()
-        self.state = self._start()
+        self.state = self._start(weights)
         self._step = int(self.state.step)
         self._take_step = train_step.compile_step(
             parts.model, parts.method, parts.optimizer, parts.schedule, config.data, parts.mesh
@@ -59,16 +65,18 @@ class Trainer:
         self._pending: list[dict] = []  # Metrics of the steps since the last log line, on the device.
         self._clock = Clock()
 
-    def _start(self):
-        """Restores the latest checkpoint, or begins."""
+    def _start(self, weights: pretrained.Fitted | None):
+        """Restores the latest checkpoint, or begins with `weights`."""
         parts, step = self._parts, self._saved.latest_step()
         config = json.loads(parts.config.to_json())
         logger.info(_description(parts))
         if step is None:
-            state = parts.initial_state()
+            state = parts.initial_state(weights and weights.variables)
+            logger.info("starting from %s", weights.report if weights else "random weights")
         else:
             state, meta = self._saved.restore(step, parts.abstract_state(), parts.config)
-            self._saved.restore_iterator(step, self._iterator)
+            if step > 0:  # A converted checkpoint has no position.
+                self._saved.restore_iterator(step, self._iterator)
             self._scores = meta["scores"]
             logger.info("continuing from step %d of %s", step, self._workdir)
             for change in configuration.differences(meta["config"], config):

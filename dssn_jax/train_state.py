@@ -54,10 +54,34 @@ def create(variables: dict, optimizer: optax.GradientTransformation, rng: jax.Ar
     )
 
 
+def with_weights(state: TrainState, variables: dict) -> TrainState:
+    """Gives the student, and the teacher as its copy, the weights and statistics of `variables`.
+
+    These hold {"params", "batch_stats"} of some of the network's parts, such as {"backbone"}; other parts stay.
+    """
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    state = state.replace(params={**state.params, **params}, batch_stats={**state.batch_stats, **batch_stats})
+    if state.teacher is None:
+        return state
+    return state.replace(
+        teacher_params={**state.teacher_params, **jax.tree.map(jnp.copy, params)},
+        teacher_batch_stats={**state.teacher_batch_stats, **jax.tree.map(jnp.copy, batch_stats)},
+    )
+
+
+def keys(seed: int) -> tuple[jax.Array, jax.Array]:
+    """The keys of the initial weights and of the run."""
+    init_key, rng = jax.random.split(jax.random.PRNGKey(seed))
+    return init_key, rng
+
+
 def initialise(
-    model: DeepLabV3Plus, optimizer: optax.GradientTransformation, key: jax.Array, teacher: bool
+    model: DeepLabV3Plus,
+    optimizer: optax.GradientTransformation,
+    teacher: bool,
+    keys: tuple[jax.Array, jax.Array],
 ) -> TrainState:
-    """Returns the state at step 0; its random weights, and the randomness of the run, come from `key`."""
-    init_key, rng = jax.random.split(key)
+    """Returns the state at step 0 with random weights of the first of `keys`; the second is that of the run."""
+    init_key, rng = keys
     image = jnp.zeros((1, 33, 33, 3), model.dtype)  # Parameters do not depend on the image size.
     return create(model.init(init_key, image), optimizer, rng, teacher)

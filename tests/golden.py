@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dssn_jax import convert, inference, losses, metrics, models, pseudo_labels, train_state, train_step, views
+from dssn_jax import inference, losses, metrics, models, pseudo_labels, state_dicts, train_state, train_step, views
 from dssn_jax.methods import Method
 from dssn_jax.models.layers import Extent
 
@@ -82,9 +82,9 @@ class Case:
         """Variables filled by `weight`."""
         shapes = _shapes(self.model())
         zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
-        state_dict = convert.to_state_dict(zeros)
+        state_dict = state_dicts.to_state_dict(zeros)
         filled = {name: weight(self.seed + seed_suffix, name, value.shape) for name, value in state_dict.items()}
-        return convert.from_state_dict(filled, shapes)
+        return state_dicts.from_state_dict(filled, shapes)
 
 
 @functools.cache
@@ -112,7 +112,7 @@ def forward(case: Case) -> dict[str, np.ndarray]:
     train_logits, updated = jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))(variables, x)
     found = {"logits": logits[:, ::3, ::3], "c1_mean": c1.mean((1, 2)), "c4_mean": c4.mean((1, 2))}
     found["train_logits"] = train_logits[:, ::3, ::3]
-    statistics = convert.to_state_dict({"params": {}, **updated})
+    statistics = state_dicts.to_state_dict({"params": {}, **updated})
     return found | {f"train_stats/{name}": value for name, value in statistics.items()}
 
 
@@ -204,19 +204,20 @@ def steps(case: Case) -> dict[str, np.ndarray]:
             found[f"step{i}/grad_norm/{name}"] = np.linalg.norm(gradient)
         state = new_state
     for who, variables in (("student", state.student), ("teacher", state.teacher)):
-        found |= {f"final/{who}/{name}": value for name, value in convert.to_state_dict(variables).items()}
+        found |= {f"final/{who}/{name}": value for name, value in state_dicts.to_state_dict(variables).items()}
     return found
 
 
 def _gradients(before: train_state.TrainState, after: train_state.TrainState) -> dict[str, np.ndarray]:
     momenta = [optax.tree_utils.tree_get(state.opt_state, "trace") for state in (before, after)]
     gradients = jax.tree.map(lambda old, new, param: new - 0.9 * old - 1e-4 * param, *momenta, before.params)
-    return convert.to_state_dict({"params": gradients, "batch_stats": {}})
+    return state_dicts.to_state_dict({"params": gradients, "batch_stats": {}})
 
 
-def evaluation(case: Case) -> dict[str, np.ndarray]:
+def evaluation(case: Case, variables: dict | None = None) -> dict[str, np.ndarray]:
     """Class maps and IoU of whole-image and sliding-window prediction; the images are one padded batch."""
-    model, variables, classes = case.model(), case.variables(), case.entry["num_classes"]
+    model, classes = case.model(), case.entry["num_classes"]
+    variables = case.variables() if variables is None else variables
     count = sum(name.endswith("/mask") for name in case.stored)
     images = [case.input(f"eval{i}", case.stored[f"{i}/shape"])[0] for i in range(count)]
     masks = [case.stored[f"{i}/mask"].reshape(image.shape[:2]) for i, image in enumerate(images)]

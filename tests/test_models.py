@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dssn_jax import convert, models
+from dssn_jax import models, state_dicts
 from dssn_jax.models import layers
 
 
@@ -124,8 +124,8 @@ def test_feature_views(tiny_config):
 
 def test_state_dict_names_round_trip(tiny_config):
     variables = variables_of(build(tiny_config()))
-    state_dict = convert.to_state_dict(variables)
+    state_dict = state_dicts.to_state_dict(variables)
     assert state_dict["backbone.layer2.0.downsample.0.weight"].shape == (32, 16, 1, 1)
     assert "head.b4.gap.2.running_var" in state_dict and "classifier.bias" in state_dict
     assert len(state_dict) == len(flax.traverse_util.flatten_dict(variables))
-    jax.tree.map(np.testing.assert_array_equal, convert.from_state_dict(state_dict, variables), dict(variables))
+    jax.tree.map(np.testing.assert_array_equal, state_dicts.from_state_dict(state_dict, variables), dict(variables))

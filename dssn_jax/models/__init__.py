@@ -8,7 +8,8 @@ from dssn_jax.models.deeplabv3plus import DeepLabV3Plus
 from dssn_jax.models.resnet import ResNet
 from dssn_jax.models.xception import Xception
 
-# Name in `config.model.backbone` -> constructor taking output_stride, dtype, param_dtype, remat.
+# Name in `config.model.backbone` -> constructor taking output_stride, dtype, param_dtype, remat (and a ResNet's: stem,
+# shortcut).
 BACKBONES = {
     "resnet10w16": functools.partial(ResNet, stage_sizes=(1, 1, 1, 1), bottleneck=False, width=16),  # For tests.
     "resnet18": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), bottleneck=False),
@@ -19,10 +20,16 @@ BACKBONES = {
 }
 
 
+def has_stems(backbone: str) -> bool:
+    """Whether the backbone of that name has a choice of stems and shortcuts: a ResNet has."""
+    return BACKBONES[backbone] is not Xception
+
+
 def build(model, num_classes: int) -> DeepLabV3Plus:
     """Returns the network of `config.model`; its values are checked by `dssn_jax.config.validate`."""
     types = {"dtype": jnp.dtype(model.dtype), "param_dtype": jnp.dtype(model.param_dtype)}
-    backbone = BACKBONES[model.backbone](output_stride=model.output_stride, remat=model.remat, **types)
+    options = {"stem": model.stem, "shortcut": model.shortcut} if has_stems(model.backbone) else {}
+    backbone = BACKBONES[model.backbone](output_stride=model.output_stride, remat=model.remat, **options, **types)
     return DeepLabV3Plus(
         backbone=backbone,
         num_classes=num_classes,

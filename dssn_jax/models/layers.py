@@ -115,6 +115,23 @@ def max_pool(x: jax.Array) -> jax.Array:
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
+def average_pool(x: jax.Array, window: int, stride: int, extent: Extent | None = None) -> jax.Array:
+    """Average pooling of `x` [B, H, W, C] to [B, ceil(H / stride), ceil(W / stride), C], as timm's `downsample_avg`.
+
+    A strided window that reaches over the edge averages what is inside; at stride 1 (where dilation replaces the
+    stride) zeros beyond the right and bottom edges count.
+    """
+    x = clear(x, extent)
+    if stride == 1:
+        return nn.avg_pool(x, (window, window), padding=((0, window - 1),) * 2)
+    padding = [(0, -size % stride) for size in x.shape[1:3]]
+    pool = functools.partial(nn.avg_pool, window_shape=(window, window), strides=(stride, stride), padding=padding)
+    if extent is None:
+        return pool(x, count_include_pad=False)
+    inside = pool(extent.mask(*x.shape[1:3]).astype(x.dtype))  # The share of each window that is picture.
+    return pool(x) / jnp.where(inside > 0, inside, 1)
+
+
 def resize(
     x: jax.Array, height: int, width: int, extent: Extent | None = None, new_extent: Extent | None = None
 ) -> jax.Array:

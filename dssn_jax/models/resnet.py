@@ -1,6 +1,8 @@
-"""ResNet backbones with a deep stem, dilated to a fixed output stride. Names follow the original's state dicts.
+"""ResNet backbones with a choice of stem and shortcut, dilated to a fixed output stride.
 
-He et al., CVPR 2016; the dilated form is torchvision's `replace_stride_with_dilation`.
+He et al., CVPR 2016; the dilated form is torchvision's `replace_stride_with_dilation`. The deep stems and the average
+shortcut are variants C and D of He et al., "Bag of Tricks", CVPR 2019. Names follow the state dicts of the original,
+torchvision and timm.
 """
 
 import functools
@@ -12,6 +14,12 @@ import jax.numpy as jnp
 
 from dssn_jax.models import layers
 
+# 7x7: one convolution (torchvision). The deep ones are three 3x3: 64, 64, 128 channels (the original; timm's resnet50s)
+# or 32, 32, 64 (timm's resnet50c and resnet50d).
+STEMS = ("deep", "7x7", "deep_narrow")
+# Where a shortcut changes size: a strided 1x1 convolution, or 2x2 average pooling and then a 1x1 (timm's resnet50d).
+SHORTCUTS = ("strided", "average")
+
 
 class ResNet(nn.Module):
     """Returns the features of stage 1 (stride 4) and stage 4 (stride `output_stride`)."""
@@ -19,6 +27,8 @@ class ResNet(nn.Module):
     stage_sizes: tuple[int, int, int, int]
     bottleneck: bool = True
     width: int = 64  # Channels of the first stage inside a block; doubles with each stage.
+    stem: str = "deep"  # A name of STEMS.
+    shortcut: str = "strided"  # A name of SHORTCUTS.
     output_stride: int = 16
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -43,6 +53,7 @@ class ResNet(nn.Module):
                     stride=stride if i == 0 else 1,
                     dilation=first_dilation if i == 0 else dilation,
                     project=i == 0 and (stage > 0 or x.shape[-1] != self._channels(stage)),
+                    average=(2 if stage > 0 else 1) if self.shortcut == "average" else None,
                     name=f"layer{stage + 1}_{i}",
                 )(x, train, extent)
                 extent = layers.strided(extent, stride if i == 0 else 1)
@@ -56,11 +67,16 @@ class ResNet(nn.Module):
         conv = functools.partial(layers.conv, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = functools.partial(layers.BatchNorm, dtype=self.dtype, param_dtype=self.param_dtype)
         half, quarter = layers.strided(extent, 2), layers.strided(extent, 4)
-        x = conv(self.width, 3, stride=2, name="conv1_0")(layers.clear(x, extent))
-        x = nn.relu(norm(name="conv1_1")(x, train))
-        x = conv(self.width, 3, name="conv1_3")(layers.clear(x, half))
-        x = nn.relu(norm(name="conv1_4")(x, train))
-        x = conv(2 * self.width, 3, name="conv1_6")(layers.clear(x, half))
+        x = layers.clear(x, extent)
+        if self.stem == "7x7":
+            x = conv(self.width, 7, stride=2, name="conv1")(x)
+        else:
+            width = self.width // 2 if self.stem == "deep_narrow" else self.width
+            x = conv(width, 3, stride=2, name="conv1_0")(x)
+            x = layers.clear(nn.relu(norm(name="conv1_1")(x, train)), half)
+            x = conv(width, 3, name="conv1_3")(x)
+            x = layers.clear(nn.relu(norm(name="conv1_4")(x, train)), half)
+            x = conv(2 * width, 3, name="conv1_6")(x)
         x = nn.relu(norm(name="bn1")(x, train))
         return layers.max_pool(layers.clear(x, half)), quarter
 
@@ -71,7 +87,8 @@ class Block(nn.Module):
     width: int
     stride: int
     dilation: int
-    project: bool  # The shortcut is a strided 1x1 convolution.
+    project: bool  # The shortcut has a 1x1 convolution.
+    average: int | None  # Side of the average pooling before that one; None: the convolution itself has the stride.
     bottleneck: bool
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -93,7 +110,10 @@ class Block(nn.Module):
             y = conv(self.width, 3, **spatial, name="conv1")(layers.clear(x, extent))
             y = layers.clear(nn.relu(norm(name="bn1")(y, train)), layers.strided(extent, self.stride))
             y = norm(name="bn2")(conv(channels, 3, dilation=self.dilation, name="conv2")(y), train)
-        if self.project:
+        if self.project and self.average:
+            x = layers.average_pool(x, self.average, self.stride, extent)
+            x = norm(name="downsample_2")(conv(channels, name="downsample_1")(x), train)
+        elif self.project:
             x = conv(channels, stride=self.stride, name="downsample_0")(x)
             x = norm(name="downsample_1")(x, train)
         return nn.relu(x + y)
