@@ -50,17 +50,17 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(y)) + shortcut)
 
 
-def average_pool(stage: int) -> nn.Module:
-    """What timm's `downsample_avg` puts before the 1x1 convolution; the last stage is dilated: stride 1, same size."""
+def average_pool(stage: int, stride: int) -> nn.Module:
+    """What timm's `downsample_avg` puts before the 1x1 convolution; dilated stages have stride 1 and the same size."""
     if stage == 0:
         return nn.Identity()
-    if stage < 3:
+    if stride == 2:
         return nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
     return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, 1))
 
 
 class ResNet(nn.Module):
-    """ResNet of output stride 16.
+    """ResNet of output stride 16 or 8: the last stage, or the last two, are dilated instead of strided.
 
     Stems: the original's (`deep`), torchvision's (`7x7`), timm's resnet50d's (`deep_narrow`); the latter's `average`
     shortcuts, or `strided` ones.
@@ -68,7 +68,7 @@ class ResNet(nn.Module):
 
     channels = (256, 2048)
 
-    def __init__(self, stages: tuple[int, ...], stem: str = "deep", shortcut: str = "strided"):
+    def __init__(self, stages: tuple[int, ...], stem: str = "deep", shortcut: str = "strided", output_stride: int = 16):
         super().__init__()
         if stem == "7x7":
             self.conv1, inputs = conv(3, 64, 7, 2), 64
@@ -79,14 +79,16 @@ class ResNet(nn.Module):
                 conv(first, first, 3), nn.BatchNorm2d(first), nn.ReLU(), conv(first, inputs, 3),
             )  # fmt: skip
         self.bn1 = nn.BatchNorm2d(inputs)
+        strides = {16: (1, 2, 2, 1), 8: (1, 2, 1, 1)}[output_stride]
+        # Of the first block of each stage, and of its others.
+        dilations = {16: ((1, 1), (1, 1), (1, 1), (1, 2)), 8: ((1, 1), (1, 1), (1, 2), (2, 4))}[output_stride]
         for stage, blocks in enumerate(stages):
             width = 64 * 2**stage
             layers = []
             for block in range(blocks):
-                stride = 2 if block == 0 and stage in (1, 2) else 1
-                dilation = 2 if stage == 3 and block > 0 else 1
-                average = average_pool(stage) if shortcut == "average" else None
-                layers.append(Bottleneck(inputs, width, stride, dilation, block == 0, average))
+                stride = strides[stage] if block == 0 else 1
+                average = average_pool(stage, stride) if shortcut == "average" else None
+                layers.append(Bottleneck(inputs, width, stride, dilations[stage][block > 0], block == 0, average))
                 inputs = 4 * width
             setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
 
@@ -99,10 +101,10 @@ class ResNet(nn.Module):
 class SeparableConv(nn.Module):
     """3x3 depthwise, 1x1 pointwise, each with batch norm; a ReLU before, or one after each."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, relu_first: bool = True):
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, dilation: int = 1, relu_first: bool = True):
         super().__init__()
         norm = functools.partial(nn.BatchNorm2d, momentum=XCEPTION_MOMENTUM)
-        self.depthwise, self.bn1 = conv(inputs, inputs, 3, stride, groups=inputs), norm(inputs)
+        self.depthwise, self.bn1 = conv(inputs, inputs, 3, stride, dilation, groups=inputs), norm(inputs)
         self.pointwise, self.bn2 = conv(inputs, outputs), norm(outputs)
         self.relu_first = relu_first
 
@@ -115,16 +117,16 @@ class SeparableConv(nn.Module):
 class XceptionBlock(nn.Module):
     """Three separable convolutions; without a projection the shortcut is relu(input): method.md, "Network"."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, grow_first: bool = True):
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, dilation: int = 1, grow_first: bool = True):
         super().__init__()
         self.skip = None
         if inputs != outputs or stride != 1:
             self.skip = conv(inputs, outputs, stride=stride)
             self.skipbn = nn.BatchNorm2d(outputs, momentum=XCEPTION_MOMENTUM)
         first = outputs if grow_first else inputs
-        self.sepconv1 = SeparableConv(inputs, first)
-        self.sepconv2 = SeparableConv(first, outputs)
-        self.sepconv3 = SeparableConv(outputs, outputs, stride)
+        self.sepconv1 = SeparableConv(inputs, first, dilation=dilation)
+        self.sepconv2 = SeparableConv(first, outputs, dilation=dilation)
+        self.sepconv3 = SeparableConv(outputs, outputs, stride, dilation)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the output and the second convolution's."""
@@ -134,23 +136,24 @@ class XceptionBlock(nn.Module):
 
 
 class Xception(nn.Module):
-    """Aligned Xception-65 of output stride 16."""
+    """Aligned Xception-65 of output stride 16, or 8: block 3 is not strided, and what follows is dilated."""
 
     channels = (256, 2048)
 
-    def __init__(self):
+    def __init__(self, output_stride: int = 16):
         super().__init__()
+        dilation = 16 // output_stride
         norm = functools.partial(nn.BatchNorm2d, momentum=XCEPTION_MOMENTUM)
         self.conv1, self.bn1 = conv(3, 32, 3, 2), norm(32)
         self.conv2, self.bn2 = conv(32, 64, 3), norm(64)
-        for i, (inputs, outputs) in enumerate(((64, 128), (128, 256), (256, 728)), 1):
-            setattr(self, f"block{i}", XceptionBlock(inputs, outputs, 2))
+        self.block1, self.block2 = XceptionBlock(64, 128, 2), XceptionBlock(128, 256, 2)
+        self.block3 = XceptionBlock(256, 728, 2 // dilation)
         for i in range(4, 20):
-            setattr(self, f"block{i}", XceptionBlock(728, 728))
-        self.block20 = XceptionBlock(728, 1024, grow_first=False)
-        self.conv3 = SeparableConv(1024, 1536, relu_first=False)
-        self.conv4 = SeparableConv(1536, 1536, relu_first=False)
-        self.conv5 = SeparableConv(1536, 2048, relu_first=False)
+            setattr(self, f"block{i}", XceptionBlock(728, 728, dilation=dilation))
+        self.block20 = XceptionBlock(728, 1024, dilation=dilation, grow_first=False)
+        self.conv3 = SeparableConv(1024, 1536, dilation=dilation, relu_first=False)
+        self.conv4 = SeparableConv(1536, 1536, dilation=dilation, relu_first=False)
+        self.conv5 = SeparableConv(1536, 2048, dilation=dilation, relu_first=False)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
@@ -186,9 +189,19 @@ class ASPP(nn.Module):
 class DeepLabV3Plus(nn.Module):
     """DeepLabV3+ as method.md, "Network", has it. Images [B, 3, H, W] -> logits [B, K, H, W]."""
 
-    def __init__(self, backbone: str, num_classes: int, stem: str = "deep", shortcut: str = "strided"):
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        stem: str = "deep",
+        shortcut: str = "strided",
+        output_stride: int = 16,
+    ):
         super().__init__()
-        self.backbone = Xception() if backbone == "xception" else ResNet(RESNET_STAGES[backbone], stem, shortcut)
+        if backbone == "xception":
+            self.backbone = Xception(output_stride)
+        else:
+            self.backbone = ResNet(RESNET_STAGES[backbone], stem, shortcut, output_stride)
         low, high = self.backbone.channels
         self.head = ASPP(high)
         self.reduce = conv_norm_relu(low, LOW_LEVEL_CHANNELS)
