@@ -58,6 +58,9 @@ def _data() -> ConfigDict:
 def _views() -> ConfigDict:
     """Strong views of an unlabeled image (method.md, "Views of an unlabeled image"; UniMatch's transforms)."""
     views = ConfigDict()
+    # Where strong views are made. True: in the training step, on the accelerator; the host decodes, scales, crops and
+    # flips | False: by Pillow on the host. Same operations, ranges and probabilities.
+    views.device = True
     views.jitter = 0.8  # Probability of colour jitter.
     views.brightness = 0.5  # Jitter factors are U[1 - x, 1 + x] ...
     views.contrast = 0.5

@@ -7,8 +7,8 @@ import jax
 import optax
 
 import input_pipeline
+from dssn_jax import augment, methods, models, optimizer, sharding, train_state, train_step
 from dssn_jax import config as configuration
-from dssn_jax import methods, models, optimizer, sharding, train_state
 
 
 class Experiment(NamedTuple):
@@ -20,6 +20,7 @@ class Experiment(NamedTuple):
     model: models.DeepLabV3Plus
     method: methods.Method
     optimizer: optax.GradientTransformation
+    recipe: augment.Recipe | None  # Of strong views made on the device; None: the host makes them.
     schedule: optax.Schedule  # Step -> learning rate of the backbone.
     steps_per_epoch: int
     steps: int
@@ -33,6 +34,12 @@ class Experiment(NamedTuple):
         where = sharding.replicated(self.mesh)
         shapes = jax.eval_shape(self._initialise)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes)
+
+    def compile_step(self):
+        """The training step, see `train_step.compile_step`."""
+        return train_step.compile_step(
+            self.model, self.method, self.optimizer, self.schedule, self.config.data, self.recipe, self.mesh
+        )
 
     @property
     def _initialise(self):
@@ -58,6 +65,7 @@ def build(config) -> Experiment:
         model=models.build(config.model, len(config.data.classes)),
         method=methods.from_config(config, steps_per_epoch),
         optimizer=transformation,
+        recipe=augment.from_config(config.views),
         schedule=schedule,
         steps_per_epoch=steps_per_epoch,
         steps=steps,

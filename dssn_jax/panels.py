@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import input_pipeline
-from dssn_jax import experiment, inference, pictures, pseudo_labels, sharding, train_step, views
+from dssn_jax import augment, experiment, inference, pictures, pseudo_labels, sharding, train_step, views
 
 
 class Panels:
@@ -47,6 +47,8 @@ class Panels:
 def _look(state, batch: dict, parts: experiment.Experiment) -> dict[str, jax.Array]:
     """What the step reads of a batch, as pictures and class maps; `selected` are the pixels of the weak view."""
     model, method, data = parts.model, parts.method, parts.config.data
+    # `state` is that after the step: the strong views of the batch are those of the step before.
+    batch = augment.add_strong_views(batch, parts.recipe, state.rng, state.step - 1)
     seen = views.from_batch(batch, data.mean, data.std, jnp.promote_types(model.dtype, jnp.float32))
     found = {"image_x": batch["image_x"], "label_x": batch["label_x"]}
     found["prediction_x"] = inference.predict(model, state.student, seen.image_x)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import input_pipeline
-from dssn_jax import checkpoint, evaluate, experiment, panels, report, scores, sharding, train_step
+from dssn_jax import checkpoint, evaluate, experiment, panels, report, scores, sharding
 from dssn_jax import config as configuration
 from dssn_jax.report import duration, logger
 
@@ -46,9 +46,7 @@ class Trainer:
         self._scores = scores.new()
         self.state = self._start()
         self._step = int(self.state.step)
-        self._take_step = train_step.compile_step(
-            parts.model, parts.method, parts.optimizer, parts.schedule, config.data, parts.mesh
-        )
+        self._take_step = parts.compile_step()
         self._evaluator = evaluate.Evaluator(parts.model, config, parts.mesh)
         self._panels = panels.Panels(parts)
         self._recorder = report.Recorder(workdir, self._step)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dssn_jax import losses, pseudo_labels, sharding, views
+from dssn_jax import augment, losses, pseudo_labels, sharding, views
 from dssn_jax.methods import Method
 from dssn_jax.models import DeepLabV3Plus
 from dssn_jax.train_state import TrainState
@@ -33,16 +33,18 @@ class Forward(NamedTuple):
 
 
 def compile_step(
-    model: DeepLabV3Plus, method: Method, optimizer: optax.GradientTransformation, schedule, data, mesh
+    model: DeepLabV3Plus, method: Method, optimizer: optax.GradientTransformation, schedule, data, recipe, mesh
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """Returns the jitted step over `mesh`: (state, batch of uint8 images) -> (state, metrics); the state is donated.
 
-    `schedule` gives the learning rate that is reported, `data` (config.data) the mean and deviation of the images.
+    `schedule` gives the learning rate that is reported, `data` (config.data) the mean and deviation of the images,
+    `recipe` (`augment.from_config`) says how strong views are drawn; None: the batch holds them.
     """
     dtype = jnp.promote_types(model.dtype, jnp.float32)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         lr = schedule(state.step)
+        batch = augment.add_strong_views(batch, recipe, state.rng, state.step)
         state, metrics = step(state, views.from_batch(batch, data.mean, data.std, dtype), model, method, optimizer)
         return state, metrics | {"lr": lr}
 
