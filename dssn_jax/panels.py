@@ -8,6 +8,7 @@ import numpy as np
 
 import input_pipeline
 from dssn_jax import augment, experiment, inference, pictures, pseudo_labels, sharding, train_step, views
+from dssn_jax.models import layers
 
 
 class Panels:
@@ -56,7 +57,8 @@ def _look(state, batch: dict, parts: experiment.Experiment) -> dict[str, jax.Arr
         return found
     labels, _ = train_step.label(state, seen, model, method)
     logits = model.apply(state.student, seen.image_u)
-    label, selected = pseudo_labels.pseudo_label(logits if labels.weak is None else labels.weak, method.selection)
+    weak = logits if labels.weak is None else layers.upsample(labels.weak, *logits.shape[1:3])
+    label, selected = pseudo_labels.pseudo_label(weak, method.selection)
     found |= {"image_u": batch["image_u"], "pseudo_label": label, "selected": selected & seen.valid_u}
     found["prediction_u"] = logits.argmax(-1)
     for i in range(method.strong_views):
