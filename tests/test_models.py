@@ -115,27 +115,27 @@ def test_feature_views(tiny_config, perturb_all):
     model = build(tiny_config())
     parts = tuple(jax.random.normal(jax.random.PRNGKey(i), (2, 33, 33, 3)) for i in range(2))
     variables = variables_of(model)
-    views = functools.partial(
-        model.apply, variables, parts, views=2, train=False, perturb_all=perturb_all, method="coarse_with_feature_views"
-    )
-    clean, (first, second) = views(rngs={"dropout": jax.random.PRNGKey(2)})
+    options = dict(views=2, train=False, perturb_all=perturb_all, method="coarse_with_feature_views")
+    views = jax.jit(lambda rngs: model.apply(variables, parts, rngs=rngs, **options))
+    clean, (first, second) = views({"dropout": jax.random.PRNGKey(2)})
     for part, logits in zip(parts, clean, strict=True):
-        np.testing.assert_allclose(logits, model.apply(variables, part, method="coarse"), rtol=1e-4, atol=1e-5)
+        expected = jax.jit(functools.partial(model.apply, method="coarse"))(variables, part)
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
     assert first.shape == second.shape == clean[1].shape
     assert np.abs(clean[1] - first).max() > 1e-3 and np.abs(first - second).max() > 1e-3
-    again = views(rngs={"dropout": jax.random.PRNGKey(2)})
+    again = views({"dropout": jax.random.PRNGKey(2)})
     np.testing.assert_array_equal(again[1][1], second)
 
 
 def test_views_of_labeled_images_matter_to_the_statistics_alone(tiny_config):
-    """Without dropout a copy is the image: copies of all leave the statistics, copies of the last weigh it threefold."""
+    """Without dropout a copy is the image: copies of all leave the statistics, copies of the last weigh it more."""
     model = build(tiny_config(model__feature_dropout=0.0))
     parts = tuple(jax.random.normal(jax.random.PRNGKey(i), (2, 33, 33, 3)) for i in range(2))
     variables = variables_of(model)
 
     def statistics(parts, **options):
-        method = {"method": "coarse_with_feature_views", "mutable": ["batch_stats"], "train": True}
-        _, updated = model.apply(variables, parts, **options, **method)
+        options |= {"method": "coarse_with_feature_views", "mutable": ["batch_stats"], "train": True}
+        _, updated = jax.jit(lambda parts: model.apply(variables, parts, **options))(parts)
         return updated["batch_stats"]["reduce_1"]["mean"]
 
     none = statistics(parts, views=0, perturb_all=False)
