@@ -67,41 +67,45 @@ class Step:
         labeled, student = logits.float().split([len(batch["x"]), len(batch["u"])])
         feature = [copy.float()[len(batch["x"]) :] for copy in copies]
         strong, weak, partner = [each.float() for each in strong], weak.float(), partner.float()
-        terms = {"loss_x": self._labeled(labeled, batch["label"])}
+        terms = {"loss_x": labeled_term(labeled, batch["label"], self.ohem_min_kept)}
+        select_all = self.ohem_min_kept > 0
         for i, view in enumerate(strong, 1):
             box = batch[f"box{i}"]
             mixed = torch.where(box[:, None], partner, weak)
             valid = torch.where(box, batch["valid_m"], batch["valid_u"])
-            terms[f"loss_s{i}"] = self._consistency(view, mixed, valid)
+            terms[f"loss_s{i}"] = consistency(view, mixed, valid, select_all)
         for i, view in enumerate(feature, 1):
-            terms[f"loss_fp{i}"] = self._consistency(view, student.detach(), batch["valid_u"])
+            terms[f"loss_fp{i}"] = consistency(view, student.detach(), batch["valid_u"], select_all)
         terms["contrast_image"], terms["contrast_feature"] = contrast(*strong), contrast(*feature)
         views = terms["loss_s1"] + terms["loss_s2"] + terms["loss_fp1"] + terms["loss_fp2"]
         contrasts = terms["contrast_image"] + terms["contrast_feature"]
         return {"loss": 0.5 * (terms["loss_x"] + 0.25 * views + 0.01 * contrasts), **terms}
-
-    def _labeled(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        if not self.ohem_min_kept:
-            return F.cross_entropy(logits, label, ignore_index=IGNORE)
-        groups = zip(logits.split(2), label.split(2), strict=True)
-        return torch.stack([ohem(*group, 0.7, self.ohem_min_kept) for group in groups]).mean()
-
-    def _consistency(self, logits, labeler, valid) -> torch.Tensor:
-        probabilities = labeler.softmax(1)
-        if self.ohem_min_kept:
-            selected = valid
-        else:
-            largest = probabilities.amax((2, 3), keepdim=True)
-            gamma = torch.where(largest > 0.92, 0.96 * largest, largest)
-            selected = (probabilities > gamma).any(1) & valid
-        loss = F.cross_entropy(logits, labeler.argmax(1), reduction="none")
-        return (loss * selected).sum() / valid.sum().clamp(min=1)
 
     @torch.no_grad()
     def _move_teacher(self, keep: float = 0.996) -> None:
         pairs = zip(self.teacher.state_dict().values(), self.student.state_dict().values(), strict=True)
         old, new = zip(*[pair for pair in pairs if pair[0].is_floating_point()], strict=True)
         torch._foreach_lerp_(list(old), list(new), 1 - keep)
+
+
+def labeled_term(logits: torch.Tensor, label: torch.Tensor, ohem_min_kept: int) -> torch.Tensor:
+    """Cross-entropy, or with `ohem_min_kept` that of the hard pixels of groups of two images."""
+    if not ohem_min_kept:
+        return F.cross_entropy(logits, label, ignore_index=IGNORE)
+    groups = zip(logits.split(2), label.split(2), strict=True)
+    return torch.stack([ohem(*group, 0.7, ohem_min_kept) for group in groups]).mean()
+
+
+def consistency(logits: torch.Tensor, labeler: torch.Tensor, valid: torch.Tensor, select_all: bool) -> torch.Tensor:
+    """Cross-entropy to the argmax of `labeler`, where class-aware selection (or all) and `valid` say so."""
+    selected = valid
+    if not select_all:
+        probabilities = labeler.softmax(1)
+        largest = probabilities.amax((2, 3), keepdim=True)
+        gamma = torch.where(largest > 0.92, 0.96 * largest, largest)
+        selected = (probabilities > gamma).any(1) & valid
+    loss = F.cross_entropy(logits, labeler.argmax(1), reduction="none")
+    return (loss * selected).sum() / valid.sum().clamp(min=1)
 
 
 def ohem(logits: torch.Tensor, label: torch.Tensor, threshold: float, min_kept: int) -> torch.Tensor:
