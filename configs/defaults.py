@@ -58,6 +58,9 @@ def _data() -> ConfigDict:
 def _views() -> ConfigDict:
     """Strong views of an unlabeled image (method.md, "Views of an unlabeled image"; UniMatch's transforms)."""
     views = ConfigDict()
+    # Where strong views are made. True: in the training step, on the accelerator; the host decodes, scales, crops and
+    # flips | False: by Pillow on the host. Same operations, ranges and probabilities.
+    views.device = True
     views.jitter = 0.8  # Probability of colour jitter.
     views.brightness = 0.5  # Jitter factors are U[1 - x, 1 + x] ...
     views.contrast = 0.5
@@ -108,6 +111,9 @@ def _method() -> ConfigDict:
     method.name = "dssn"  # Which of configs/methods.py filled this section.
     method.strong_views = 2  # Strong views that are trained on: 0 | 1 | 2.
     method.feature_views = 2  # Channel-dropout views of the weak view: 0 | 1 | 2.
+    # Decode channel-dropout views of the labeled images too, as the original does. No loss reads them, but they take
+    # part in the decoder's batch statistics.
+    method.perturb_labeled = True
     # Who labels for the strong views. teacher: the EMA network | student_eval: the student with running statistics |
     # student: the student's training forward for the weak view, its running statistics for the CutMix partner |
     # none: nobody (supervised).

@@ -7,8 +7,8 @@ import jax
 import optax
 
 import input_pipeline
+from dssn_jax import augment, methods, models, optimizer, sharding, train_state, train_step
 from dssn_jax import config as configuration
-from dssn_jax import methods, models, optimizer, sharding, train_state
 
 
 class Experiment(NamedTuple):
@@ -20,6 +20,7 @@ class Experiment(NamedTuple):
     model: models.DeepLabV3Plus
     method: methods.Method
     optimizer: optax.GradientTransformation
+    recipe: augment.Recipe | None  # Of strong views made on the device; None: the host makes them.
     schedule: optax.Schedule  # Step -> learning rate of the backbone.
     steps_per_epoch: int
     steps: int
@@ -36,6 +37,12 @@ class Experiment(NamedTuple):
     def abstract_state(self) -> train_state.TrainState:
         """Shapes, dtypes and shardings of the state, without computing it."""
         return abstract_state(self.config, self.mesh)
+
+    def compile_step(self):
+        """The training step, see `train_step.compile_step`."""
+        return train_step.compile_step(
+            self.model, self.method, self.optimizer, self.schedule, self.config.data, self.recipe, self.mesh
+        )
 
 
 def abstract_state(config, mesh: jax.sharding.Mesh) -> train_state.TrainState:
@@ -70,6 +77,7 @@ def build(config) -> Experiment:
         model=models.build(config.model, len(config.data.classes)),
         method=methods.from_config(config, steps_per_epoch),
         optimizer=transformation,
+        recipe=augment.from_config(config.views),
         schedule=schedule,
         steps_per_epoch=steps_per_epoch,
         steps=steps,

@@ -20,6 +20,7 @@ class Method:
     image_contrast_weight: float
     feature_contrast_weight: float
     selection: pseudo_labels.ClassAware | pseudo_labels.Threshold
+    perturb_labeled: bool = True
     labeled_loss: str = "ce"
     ohem_threshold: float = 0.7
     ohem_min_kept: int = 100000  # Of a group.

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dssn_jax import experiment, pictures, pseudo_labels, sharding, train_step, views
+from dssn_jax import augment, experiment, pictures, pseudo_labels, sharding, train_step, views
+from dssn_jax.models import layers
 
 
 class Panels:
@@ -46,6 +47,8 @@ class Panels:
 def _look(state, batch: dict, parts: experiment.Experiment) -> dict[str, jax.Array]:
     """What the step reads of a batch, as pictures and class maps; `selected` are the pixels of the weak view."""
     model, method, data = parts.model, parts.method, parts.config.data
+    # `state` is that after the step: the strong views of the batch are those of the step before.
+    batch = augment.add_strong_views(batch, parts.recipe, state.rng, state.step - 1)
     seen = views.from_batch(batch, data.mean, data.std, jnp.promote_types(model.dtype, jnp.float32))
     found = {"image_x": batch["image_x"], "label_x": batch["label_x"]}
     found["prediction_x"] = model.apply(state.student, seen.image_x).argmax(-1)
@@ -53,7 +56,8 @@ def _look(state, batch: dict, parts: experiment.Experiment) -> dict[str, jax.Arr
         return found
     labels, _ = train_step.label(state, seen, model, method)
     logits = model.apply(state.student, seen.image_u)
-    label, selected = pseudo_labels.pseudo_label(logits if labels.weak is None else labels.weak, method.selection)
+    weak = logits if labels.weak is None else layers.upsample(labels.weak, *logits.shape[1:3])
+    label, selected = pseudo_labels.pseudo_label(weak, method.selection)
     found |= {"image_u": batch["image_u"], "pseudo_label": label, "selected": selected & seen.valid_u}
     found["prediction_u"] = logits.argmax(-1)
     for i in range(method.strong_views):

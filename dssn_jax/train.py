@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import input_pipeline
-from dssn_jax import checkpoint, evaluate, experiment, panels, pretrained, report, scores, sharding, train_step
+from dssn_jax import checkpoint, evaluate, experiment, panels, pretrained, report, scores, sharding
 from dssn_jax import config as configuration
 from dssn_jax.report import duration, logger
 
@@ -55,9 +55,7 @@ class Trainer:
         self._scores = scores.new()
         self.state = self._start(weights)
         self._step = int(self.state.step)
-        self._take_step = train_step.compile_step(
-            parts.model, parts.method, parts.optimizer, parts.schedule, config.data, parts.mesh
-        )
+        self._take_step = parts.compile_step()
         self._evaluator = evaluate.Evaluator(parts.model, config, parts.mesh)
         self._panels = panels.Panels(parts)
         self._recorder = report.Recorder(workdir, self._step)
@@ -88,7 +86,7 @@ class Trainer:
         """Trains to the last step; returns the summary."""
         started = time.monotonic()
         while self._step < self._parts.steps:
-            batch, waited = self._feeder.take(busy=self._pending[-1:])
+            batch, waited = self._feeder.take(running=self._pending[-2:])
             self.state, metrics = self._take_step(self.state, batch)
             self._pending.append(metrics)
             self._step += 1
@@ -173,7 +171,7 @@ class Trainer:
 
 
 class Feeder:
-    """Brings batches to the devices in the background, one ahead."""
+    """Brings batches to the devices in the background: while a step computes on one, the next arrives."""
 
     def __init__(self, iterator, mesh: jax.sharding.Mesh):
         self._iterator, self._mesh = iterator, mesh
@@ -185,14 +183,22 @@ class Feeder:
         if self._next is None:
             self._next = self._thread.submit(lambda: sharding.put_batch(next(self._iterator), self._mesh))
 
-    def take(self, busy) -> tuple[dict[str, jax.Array], float]:
-        """Returns the next batch, and for how many seconds the devices, done with `busy`, had to wait for it."""
+    def take(self, running: list) -> tuple[dict[str, jax.Array], float]:
+        """Returns the next batch, and for how many seconds the devices had nothing to do but to wait for it.
+
+        `running` are results of the last two steps, at most. One step may still run when the next is enqueued, so that
+        the devices go from one to the other at once; two may not, or the host would run away from them.
+        """
         self.start()
-        jax.block_until_ready(busy)
-        idle = time.monotonic()
-        batch = self._next.result()
-        self._next = None
-        return batch, time.monotonic() - idle
+        jax.block_until_ready(running[:-1])
+        waited = 0.0
+        if not self._next.done():
+            jax.block_until_ready(running)
+            idle = time.monotonic()
+            self._next.result()
+            waited = time.monotonic() - idle
+        batch, self._next = self._next.result(), None
+        return batch, waited
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)

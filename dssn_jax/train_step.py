@@ -8,41 +8,46 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dssn_jax import losses, pseudo_labels, sharding, views
+from dssn_jax import augment, losses, pseudo_labels, sharding, views
 from dssn_jax.methods import Method
-from dssn_jax.models import DeepLabV3Plus
+from dssn_jax.models import DeepLabV3Plus, layers
 from dssn_jax.train_state import TrainState
 from dssn_jax.views import Views
 
 
 class Labels(NamedTuple):
-    """Logits [U, H, W, K] that label the strong views; `weak` is None when the student's training forward makes it."""
+    """Logits that label the strong views, coarse ([U, h, w, K], for `layers.upsample`) or of the size of the views.
+
+    `weak` is None when the student's training forward makes it.
+    """
 
     weak: jax.Array | None
     partner: jax.Array | None
 
 
 class Forward(NamedTuple):
-    """The student's training forwards: logits, and batch statistics after them."""
+    """The student's training forwards: logits, coarse or of the size of the views, and batch statistics after them."""
 
-    labeled: jax.Array  # [L, H, W, K]
-    weak: jax.Array | None  # [U, H, W, K]
-    feature: tuple[jax.Array, ...]  # One [U, H, W, K] a feature view.
-    strong: tuple[jax.Array, ...]  # One [U, H, W, K] a strong view.
+    labeled: jax.Array  # [L, h, w, K]
+    weak: jax.Array | None  # [U, h, w, K]
+    feature: tuple[jax.Array, ...]  # One [U, h, w, K] a feature view.
+    strong: tuple[jax.Array, ...]  # One [U, h, w, K] a strong view.
     batch_stats: dict
 
 
 def compile_step(
-    model: DeepLabV3Plus, method: Method, optimizer: optax.GradientTransformation, schedule, data, mesh
+    model: DeepLabV3Plus, method: Method, optimizer: optax.GradientTransformation, schedule, data, recipe, mesh
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """Returns the jitted step over `mesh`: (state, batch of uint8 images) -> (state, metrics); the state is donated.
 
-    `schedule` gives the learning rate that is reported, `data` (config.data) the mean and deviation of the images.
+    `schedule` gives the learning rate that is reported, `data` (config.data) the mean and deviation of the images,
+    `recipe` (`augment.from_config`) says how strong views are drawn; None: the batch holds them.
     """
     dtype = jnp.promote_types(model.dtype, jnp.float32)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         lr = schedule(state.step)
+        batch = augment.add_strong_views(batch, recipe, state.rng, state.step)
         state, metrics = step(state, views.from_batch(batch, data.mean, data.std, dtype), model, method, optimizer)
         return state, metrics | {"lr": lr}
 
@@ -84,8 +89,9 @@ def label(state: TrainState, seen: Views, model: DeepLabV3Plus, method: Method) 
     if method.labeler == "teacher":
         weak, partner, batch_stats = _teacher_labels(state, seen, model, method)
         return Labels(weak, partner), batch_stats
-    partner = model.apply(state.student, seen.image_m)
-    weak = model.apply(state.student, seen.image_u) if method.labeler == "student_eval" else None
+    coarse = functools.partial(model.apply, method="coarse")
+    partner = coarse(state.student, seen.image_m)
+    weak = coarse(state.student, seen.image_u) if method.labeler == "student_eval" else None
     return Labels(*jax.lax.stop_gradient((weak, partner))), state.teacher_batch_stats
 
 
@@ -95,7 +101,7 @@ def _teacher_labels(state: TrainState, seen: Views, model: DeepLabV3Plus, method
     def with_batch_stats(batch_stats):
         def one(batch_stats, image):
             variables = {"params": state.teacher_params, "batch_stats": batch_stats}
-            logits, updated = model.apply(variables, image, train=True, mutable=["batch_stats"])
+            logits, updated = model.apply(variables, image, train=True, mutable=["batch_stats"], method="coarse")
             return updated["batch_stats"], logits
 
         # A loop over the two batches, in the original's order: its body is compiled once.
@@ -104,7 +110,7 @@ def _teacher_labels(state: TrainState, seen: Views, model: DeepLabV3Plus, method
 
     def with_running_stats(batch_stats):
         variables = {"params": state.teacher_params, "batch_stats": batch_stats}
-        logits = model.apply(variables, sharding.interleave(seen.image_u, seen.image_m))
+        logits = model.apply(variables, sharding.interleave(seen.image_u, seen.image_m), method="coarse")
         return *sharding.separate(logits, [len(seen.image_u), len(seen.image_m)]), batch_stats
 
     early = state.step < method.teacher_batch_stats_steps
@@ -115,45 +121,65 @@ def forward(variables: dict, seen: Views, model: DeepLabV3Plus, method: Method, 
     """Runs the student on labeled and weak views together, then on the strong views together."""
     apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
     with_weak = method.feature_views > 0 or method.labeler == "student"
-    parts = [seen.image_x, seen.image_u] if with_weak else [seen.image_x]
-    logits, updated = apply(
+    (clean, feature), updated = apply(
         variables,
-        sharding.interleave(*parts),
+        (seen.image_x, seen.image_u) if with_weak else (seen.image_x,),
         views=method.feature_views,
+        perturb_all=method.perturb_labeled,
         rngs={"dropout": dropout_key},
-        method="with_feature_views",
+        method="coarse_with_feature_views",
     )
-    # One [labeled, weak] for the features as they are, then one for each perturbed copy, of which only weak is used.
-    clean, *perturbed = [sharding.separate(each, [len(part) for part in parts]) for each in logits]
     strong = ()
     if method.strong_views:
-        logits, updated = apply({**variables, **updated}, sharding.interleave(*seen.strong))
+        logits, updated = apply({**variables, **updated}, sharding.interleave(*seen.strong), method="coarse")
         strong = tuple(sharding.separate(logits, [len(view) for view in seen.strong]))
-    weak = clean[1] if with_weak else None
-    return Forward(clean[0], weak, tuple(each[1] for each in perturbed), strong, updated["batch_stats"])
+    return Forward(clean[0], clean[1] if with_weak else None, feature, strong, updated["batch_stats"])
 
 
 def loss_terms(outputs: Forward, labels: Labels, seen: Views, method: Method) -> tuple[dict, dict]:
     """Returns the unweighted loss terms, and the shares of valid pixels that are selected."""
-    terms = {"loss_x": method.labeled(outputs.labeled, seen.label_x)}
-    ratios = {}
+    terms, ratios = {"loss_x": _labeled_term(outputs.labeled, seen.label_x, method)}, {}
+    if not method.uses_unlabeled:
+        return terms, ratios
+    size = seen.valid_u.shape[1:]
     weak = outputs.weak if labels.weak is None else labels.weak
-    for i, logits in enumerate(outputs.strong):
-        target, selected = pseudo_labels.pseudo_label(seen.mixing(i, weak, labels.partner), method.selection)
-        valid = seen.mixing(i, seen.valid_u, seen.valid_m)
-        terms[f"loss_s{i + 1}"] = losses.consistency(logits, target, selected, valid)
-        ratios[f"mask_ratio_s{i + 1}"] = _ratio(selected, valid)
-    if method.uses_unlabeled:
-        student = weak if outputs.weak is None else outputs.weak
-        target, selected = pseudo_labels.pseudo_label(student, method.selection)
-        ratios["mask_ratio"] = _ratio(selected, seen.valid_u)
-        for i, logits in enumerate(outputs.feature):
-            terms[f"loss_fp{i + 1}"] = losses.consistency(logits, target, selected, seen.valid_u)
+    if outputs.strong:
+        weak_full, partner_full = (layers.upsample(jax.lax.stop_gradient(x), *size) for x in (weak, labels.partner))
+        targets = []
+        for i in range(len(outputs.strong)):
+            mixed = seen.mixing(i, weak_full, partner_full)
+            valid = seen.mixing(i, seen.valid_u, seen.valid_m)
+            targets.append((*pseudo_labels.pseudo_label(mixed, method.selection), valid))
+            ratios[f"mask_ratio_s{i + 1}"] = _ratio(*targets[-1][1:])
+        consistency, contrast = _view_terms(outputs.strong, tuple(targets))
+        terms |= {f"loss_s{i + 1}": term for i, term in enumerate(consistency)}
+    student = weak if outputs.weak is None else outputs.weak
+    student_full = layers.upsample(jax.lax.stop_gradient(student), *size)
+    target = (*pseudo_labels.pseudo_label(student_full, method.selection), seen.valid_u)
+    ratios["mask_ratio"] = _ratio(*target[1:])
     if method.image_contrast_weight:
-        terms["contrast_image"] = losses.contrast(*outputs.strong)
+        terms["contrast_image"] = contrast
+    if outputs.feature:
+        consistency, contrast = _view_terms(outputs.feature, (target,) * len(outputs.feature))
+        terms |= {f"loss_fp{i + 1}": term for i, term in enumerate(consistency)}
     if method.feature_contrast_weight:
-        terms["contrast_feature"] = losses.contrast(*outputs.feature)
+        terms["contrast_feature"] = contrast
     return terms, ratios
+
+
+# The terms keep coarse logits for the backward pass and bring them to size again there: everything else is as large as
+# the images times the number of classes.
+@functools.partial(jax.checkpoint, static_argnums=2, policy=losses.KEEP_SELECTIONS)
+def _labeled_term(logits: jax.Array, labels: jax.Array, method: Method) -> jax.Array:
+    return method.labeled(layers.upsample(logits, *labels.shape[1:]), labels)
+
+
+@jax.checkpoint
+def _view_terms(views: tuple[jax.Array, ...], targets) -> tuple[list[jax.Array], jax.Array | None]:
+    """Consistency of each view with its target (labels, selected pixels, valid pixels), and the contrast of a pair."""
+    full = [layers.upsample(view, *target[0].shape[1:]) for view, target in zip(views, targets, strict=True)]
+    consistency = [losses.consistency(logits, *target) for logits, target in zip(full, targets, strict=True)]
+    return consistency, losses.contrast(*full) if len(full) == 2 else None
 
 
 def total_loss(terms: dict[str, jax.Array], method: Method, warming_up: jax.Array) -> jax.Array:

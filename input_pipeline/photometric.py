@@ -113,30 +113,36 @@ def hue(picture: Image.Image, shift: float) -> Image.Image:
     return Image.merge("HSV", (h, s, v)).convert("RGB")
 
 
-def _uniform(low: float, high: float) -> Callable[[np.random.Generator], float]:
-    return lambda rng: float(rng.uniform(low, high))
-
-
-def _integer(low: int, high: int) -> Callable[[np.random.Generator], int]:
-    return lambda rng: int(rng.integers(low, high, endpoint=True))
-
-
-def _none(_: np.random.Generator) -> None:
-    return None
-
-
-# The operations of the VOC recipe with the ranges of their parameters (method.md, "Views of an unlabeled image").
-OPERATIONS = {
-    "identity": (identity, _none),
-    "autocontrast": (autocontrast, _none),
-    "equalize": (equalize, _none),
-    "blur": (blur, _uniform(0.1, 2.0)),
-    "contrast": (contrast, _uniform(0.05, 0.95)),
-    "brightness": (brightness, _uniform(0.05, 0.95)),
-    "color": (color, _uniform(0.05, 0.95)),
-    "sharpness": (sharpness, _uniform(0.05, 0.95)),
-    "posterize": (posterize, _integer(4, 8)),
-    "solarize": (solarize, _integer(1, 256)),
-    "hue": (hue, _uniform(-0.5, 0.5)),
+# The operations of the VOC recipe with the ranges of their parameters (method.md, "Views of an unlabeled image");
+# whole-number ranges mean whole numbers, both ends included.
+RANGES = {
+    "identity": None,
+    "autocontrast": None,
+    "equalize": None,
+    "blur": (0.1, 2.0),
+    "contrast": (0.05, 0.95),
+    "brightness": (0.05, 0.95),
+    "color": (0.05, 0.95),
+    "sharpness": (0.05, 0.95),
+    "posterize": (4, 8),
+    "solarize": (1, 256),
+    "hue": (-0.5, 0.5),
 }
+
+
+def _parameter(span: tuple | None) -> Callable[[np.random.Generator], float | int | None]:
+    """Returns what draws a parameter of the range `span`."""
+    if span is None:
+        return lambda rng: None
+    if all(isinstance(end, int) for end in span):
+        return lambda rng: int(rng.integers(*span, endpoint=True))
+    return lambda rng: float(rng.uniform(*span))
+
+
+OPERATIONS = {
+    operation.__name__: (operation, _parameter(RANGES[operation.__name__]))
+    for operation in (
+        identity, autocontrast, equalize, blur, contrast, brightness, color, sharpness, posterize, solarize, hue
+    )
+}  # fmt: skip
 _OPERATION_LIST = tuple(OPERATIONS.values())

@@ -55,7 +55,8 @@ def train_dataset(
       Batches of the arrays below, c being the crop, L and U the rows of this host:
       image_x uint8 [L, c, c, 3], label_x uint8 [L, c, c]; if the method has views of unlabeled images, image_u uint8
       [U, c, c, 3] and valid_u bool [U, c, c]; if it has strong views, the same of the CutMix partner, image_m and
-      valid_m, and for each strong view v of 1, 2: image_sv, image_mv uint8 [U, c, c, 3], boxv int32 [U, 4].
+      valid_m, and for each strong view v of 1, 2: boxv int32 [U, 4] and, unless config.views.device makes them in the
+      training step, image_sv and image_mv uint8 [U, c, c, 3].
 
     Raises:
       DataError: lists or batch sizes that do not fit. Later, reading a batch: a file that cannot be used.
@@ -143,8 +144,9 @@ def _unlabeled_record(
         other = image if partner == index else source[partner]["image"]
         record["image_m"], _, record["valid_m"] = _weak_view(other, None, config.data, rng)
     for view in range(1, config.method.strong_views + 1):
-        record[f"image_s{view}"] = strong_view(record["image_u"], config.views, rng)
-        record[f"image_m{view}"] = strong_view(record["image_m"], config.views, rng)
+        if not config.views.device:
+            record[f"image_s{view}"] = strong_view(record["image_u"], config.views, rng)
+            record[f"image_m{view}"] = strong_view(record["image_m"], config.views, rng)
         record[f"box{view}"] = cutmix_box(config.data.crop, config.views, rng)
     return record
 

@@ -3,12 +3,14 @@
 Sources are picklable (worker processes get a copy) and safe to read from many threads.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from input_pipeline import split_lists
@@ -97,7 +99,7 @@ class FolderSource:
         image_path = os.path.join(self.root, entry.image)
         with self._open(image_path) as file:
             _check_image_mode(file, image_path)
-            image = np.asarray(_decode(file, image_path).convert("RGB"))
+            image = _rgb(file, image_path)
         if not self.labeled:
             return {"image": image}
         mask_path = os.path.join(self.root, entry.mask)
@@ -179,6 +181,15 @@ def _decode(file: Image.Image, path: str) -> Image.Image:
     except _DECODE_ERRORS as error:
         raise DataError(f"{path}: damaged image, cannot be decoded: {error}") from None
     return file
+
+
+def _rgb(file: Image.Image, path: str) -> np.ndarray:
+    """Decodes to uint8 [H, W, 3]; JPEGs by libjpeg-turbo without Pillow around it, which takes half as long again."""
+    if file.format == "JPEG" and file.mode == "RGB":
+        # What it refuses, Pillow may take or explain.
+        with contextlib.suppress(ValueError), open(path, "rb") as content:
+            return simplejpeg.decode_jpeg(content.read(), "RGB")
+    return np.asarray(_decode(file, path).convert("RGB"))
 
 
 def _check_image_mode(file: Image.Image, path: str) -> None:

@@ -48,6 +48,18 @@ def test_ohem_by_hand(group, min_kept, threshold):
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_kth_smallest_is_that_of_a_sort(dtype):
+    with jax.enable_x64(True):
+        values = RNG.random((3, 500)).astype(dtype)
+        values[1] = np.round(values[1], 2)  # Ties.
+        values[2, :250], values[2, 250:400] = 1.0, 0.0
+        for rank in (0, 1, 99, 249, 250, 498, 499):
+            found = losses.kth_smallest(jnp.asarray(values), rank)
+            assert found.dtype == dtype
+            np.testing.assert_array_equal(found[:, 0], np.sort(values, -1)[:, rank])
+
+
 @pytest.mark.parametrize(
     "loss",
     [

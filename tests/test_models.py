@@ -109,17 +109,61 @@ def test_channel_dropout_drops_whole_channels():
     assert (dropped == 0).mean() == pytest.approx(0.5, abs=0.04)
 
 
-def test_feature_views(tiny_config):
-    """The first view is unperturbed; the others differ from it and from each other; eval mode ignores nothing else."""
+@pytest.mark.parametrize("perturb_all", [True, False])
+def test_feature_views(tiny_config, perturb_all):
+    """The images are decoded unperturbed; the views of the last batch differ from it and from each other."""
     model = build(tiny_config())
-    image = jax.random.normal(jax.random.PRNGKey(1), (2, 33, 33, 3))
+    parts = tuple(jax.random.normal(jax.random.PRNGKey(i), (2, 33, 33, 3)) for i in range(2))
     variables = variables_of(model)
-    views = functools.partial(model.apply, variables, image, views=2, train=False, method="with_feature_views")
-    clean, first, second = views(rngs={"dropout": jax.random.PRNGKey(2)})
-    np.testing.assert_allclose(clean, model.apply(variables, image), rtol=1e-4, atol=1e-5)
-    assert np.abs(clean - first).max() > 1e-3 and np.abs(first - second).max() > 1e-3
-    again = views(rngs={"dropout": jax.random.PRNGKey(2)})
-    np.testing.assert_array_equal(again[2], second)
+    options = dict(views=2, train=False, perturb_all=perturb_all, method="coarse_with_feature_views")
+    views = jax.jit(lambda rngs: model.apply(variables, parts, rngs=rngs, **options))
+    clean, (first, second) = views({"dropout": jax.random.PRNGKey(2)})
+    for part, logits in zip(parts, clean, strict=True):
+        expected = jax.jit(functools.partial(model.apply, method="coarse"))(variables, part)
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    assert first.shape == second.shape == clean[1].shape
+    assert np.abs(clean[1] - first).max() > 1e-3 and np.abs(first - second).max() > 1e-3
+    again = views({"dropout": jax.random.PRNGKey(2)})
+    np.testing.assert_array_equal(again[1][1], second)
+
+
+def test_views_of_labeled_images_matter_to_the_statistics_alone(tiny_config):
+    """Without dropout a copy is the image: copies of all leave the statistics, copies of the last weigh it more."""
+    model = build(tiny_config(model__feature_dropout=0.0))
+    parts = tuple(jax.random.normal(jax.random.PRNGKey(i), (2, 33, 33, 3)) for i in range(2))
+    variables = variables_of(model)
+
+    def statistics(parts, **options):
+        options |= {"method": "coarse_with_feature_views", "mutable": ["batch_stats"], "train": True}
+        _, updated = jax.jit(lambda parts: model.apply(variables, parts, **options))(parts)
+        return updated["batch_stats"]["reduce_1"]["mean"]
+
+    none = statistics(parts, views=0, perturb_all=False)
+    np.testing.assert_allclose(statistics(parts, views=2, perturb_all=True), none, rtol=1e-3, atol=1e-6)
+    assert not np.allclose(statistics(parts, views=2, perturb_all=False), none, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_batch_norm_are_those_of_its_formula(dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(3 + rng.normal(0, 2, (2, 4, 5, 3)), dtype)
+    scale, bias, weights = (jnp.asarray(rng.normal(1, 0.3, shape), jnp.float32) for shape in ((3,), (3,), x.shape))
+
+    def by_formula(x, scale, bias):
+        wide = x.astype(jnp.float32)
+        normalised = (wide - wide.mean((0, 1, 2))) / jnp.sqrt(wide.var((0, 1, 2)) + 1e-5)
+        return (weights * (normalised * scale + bias)).sum()
+
+    def by_layer(x, scale, bias):
+        norm, stats = layers.BatchNorm(dtype=x.dtype), {"mean": jnp.full(3, 2.5), "var": jnp.ones(3)}
+        variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
+        return (weights * norm.apply(variables, x, True, mutable=["batch_stats"])[0]).sum()
+
+    found, expected = (jax.grad(loss, (0, 1, 2))(x, scale, bias) for loss in (by_layer, by_formula))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        one, other = (np.asarray(each, np.float32) for each in (one, other))
+        np.testing.assert_allclose(one, other, rtol=2e-2, atol=(1e-4 if dtype == "float32" else 2e-2))
 
 
 def test_state_dict_names_round_trip(tiny_config):

@@ -7,9 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dssn_jax import sharding
 from dssn_jax.models import layers
 
 LOW_LEVEL_CHANNELS = 48
+LOW_LEVEL_STRIDE = 4  # Of c1.
 
 
 class DeepLabV3Plus(nn.Module):
@@ -42,19 +44,33 @@ class DeepLabV3Plus(nn.Module):
         With `extent`, each image is the part of `x` inside of it: its logits there are those of the image alone (but
         for batch statistics in training), and those outside mean nothing.
         """
-        return self._decode(*self.features(x, train, extent), x.shape[1:3], train, extent)
+        low = layers.strided(extent, LOW_LEVEL_STRIDE)
+        return layers.upsample(self.coarse(x, train, extent), *x.shape[1:3], low, extent)
 
-    def with_feature_views(self, x: jax.Array, views: int, train: bool = True) -> tuple[jax.Array, ...]:
-        """Logits of `x` [B, H, W, 3] and of `views` channel-dropout views of its features: `1 + views` x [B, H, W, K].
+    def coarse(self, x: jax.Array, train: bool = False, extent: layers.Extent | None = None) -> jax.Array:
+        """Images [B, H, W, 3] -> logits [B, H/4, W/4, K] in `dtype`, to be brought to size by `layers.upsample`."""
+        return self._decode(*self.features(x, train, extent), train, extent)
 
-        All are decoded together, so that the decoder's batch statistics are those of all views, as in the original.
-        The views of one image stay beside each other, so that a sharded batch is not moved between devices.
+    def coarse_with_feature_views(
+        self, parts: tuple[jax.Array, ...], views: int, perturb_all: bool, train: bool = True
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """Decodes batches of images and `views` channel-dropout views of the features of the last of them.
+
+        All are decoded together and share the decoder's batch statistics. With `perturb_all` the other batches have
+        such views too, as in the original: nothing reads their logits, but they take part in the statistics.
         Draws from the rng `dropout` if `views` and `feature_dropout` are not 0.
+
+        Returns the coarse logits of each batch of `parts`, and those of each view.
         """
-        perturbed = [self._with_views(features, views) for features in self.features(x, train)]
-        logits = self._decode(*perturbed, x.shape[1:3], train)
-        logits = logits.reshape(len(x), 1 + views, *logits.shape[1:])
-        return tuple(logits[:, view] for view in range(1 + views))
+        sizes = [len(part) for part in parts]
+        features = self.features(sharding.interleave(*parts), train)
+        perturbed = features if perturb_all else [sharding.separate(each, sizes)[-1] for each in features]
+        batches = [features, *(self._perturb(perturbed) for _ in range(views))]
+        logits = self._decode(*(sharding.interleave(*each) for each in zip(*batches, strict=True)), train)
+        clean, *copies = sharding.separate(logits, [len(c1) for c1, _ in batches])
+        if perturb_all:
+            copies = [sharding.separate(copy, sizes)[-1] for copy in copies]
+        return tuple(sharding.separate(clean, sizes)), tuple(copies)
 
     def features(
         self, x: jax.Array, train: bool = False, extent: layers.Extent | None = None
@@ -62,27 +78,20 @@ class DeepLabV3Plus(nn.Module):
         """Images [B, H, W, 3] -> the backbone's c1 [B, H/4, W/4, C1] and c4 [B, H/16, W/16, C4], sizes rounded up."""
         return self.backbone(x.astype(self.dtype), train, extent)
 
-    def _with_views(self, features: jax.Array, views: int) -> jax.Array:
-        """[B, h, w, C] -> [B * (1 + views), h, w, C]: each image's features followed by their perturbed copies."""
-        copies = [features]
-        for _ in range(views):
-            if self.feature_dropout > 0:
-                copies.append(layers.channel_dropout(features, self.feature_dropout, self.make_rng("dropout")))
-            else:
-                copies.append(features)
-        return jnp.stack(copies, 1).reshape(-1, *features.shape[1:])
+    def _perturb(self, features) -> tuple[jax.Array, ...]:
+        """Drops channels of c1 and of c4, [B, h, w, C] each."""
+        if self.feature_dropout == 0:
+            return tuple(features)
+        return tuple(layers.channel_dropout(each, self.feature_dropout, self.make_rng("dropout")) for each in features)
 
-    def _decode(
-        self, c1: jax.Array, c4: jax.Array, size: tuple[int, int], train: bool, extent: layers.Extent | None = None
-    ) -> jax.Array:
-        low, high = layers.strided(extent, 4), layers.strided(extent, self.backbone.output_stride)
+    def _decode(self, c1: jax.Array, c4: jax.Array, train: bool, extent: layers.Extent | None = None) -> jax.Array:
+        low, high = (layers.strided(extent, stride) for stride in (LOW_LEVEL_STRIDE, self.backbone.output_stride))
         c4 = layers.resize(self.head(c4, train, high), *c1.shape[1:3], high, low)
         c1 = nn.relu(self.reduce_1(self.reduce_0(c1), train))
         x = layers.clear(jnp.concatenate([c1, c4], -1), low)
         x = layers.clear(nn.relu(self.fuse_1(self.fuse_0(x), train)), low)
         x = nn.relu(self.fuse_4(self.fuse_3(x), train))
-        logits = self.classifier(x)
-        return layers.resize(logits.astype(jnp.promote_types(self.dtype, jnp.float32)), *size, low, extent)
+        return self.classifier(x)
 
 
 class ASPP(nn.Module):

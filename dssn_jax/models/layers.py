@@ -95,19 +95,54 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, self.param_dtype)
-        wide = x.astype(self.param_dtype)
         if train:
-            mean = wide.mean((0, 1, 2))
-            var = jnp.square(wide - mean).mean((0, 1, 2))
+            result, mean, var = _normalise_by_batch(x, scale, bias, running_mean.value, self.epsilon)
             if not self.is_initializing():
                 count = x.size // x.shape[-1]
                 unbiased = var * (count / max(count - 1, 1))
                 running_mean.value += self.momentum * (mean - running_mean.value)
                 running_var.value += self.momentum * (unbiased - running_var.value)
-        else:
-            mean, var = running_mean.value, running_var.value
-        normalised = (wide - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
-        return normalised.astype(self.dtype)
+            return result.astype(self.dtype)
+        factor = jax.lax.rsqrt(running_var.value + self.epsilon) * scale
+        return ((x.astype(self.param_dtype) - running_mean.value) * factor + bias).astype(self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _normalise_by_batch(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, shift: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalises `x` [B, H, W, C]; returns the result in the dtype of `x`, and the mean and (biased) variance [C].
+
+    Everything is computed in the dtype of `scale`. `shift` [C] is a guess of the mean: with it, sums over one pass of
+    memory give the variance without cancellation. No gradient flows through the mean and the variance that are
+    returned. The backward pass keeps `x` as it is; left to itself, JAX would keep copies in the wider dtype.
+    """
+    return _normalise_forward(x, scale, bias, shift, epsilon)[0]
+
+
+def _normalise_forward(x, scale, bias, shift, epsilon):
+    shifted = x.astype(scale.dtype) - shift
+    offset = shifted.mean((0, 1, 2))
+    var = jnp.maximum(jnp.square(shifted).mean((0, 1, 2)) - jnp.square(offset), 0)
+    mean, inverse = shift + offset, jax.lax.rsqrt(var + epsilon)
+    result = ((x.astype(scale.dtype) - mean) * (inverse * scale) + bias).astype(x.dtype)
+    return (result, mean, var), (x, scale, mean, inverse)
+
+
+def _normalise_backward(epsilon, saved, cotangents):
+    """Ioffe and Szegedy, ICML 2015, section 3."""
+    del epsilon
+    x, scale, mean, inverse = saved
+    gradient = cotangents[0].astype(scale.dtype)
+    normalised = (x.astype(scale.dtype) - mean) * inverse
+    bias_gradient = gradient.sum((0, 1, 2))
+    scale_gradient = (gradient * normalised).sum((0, 1, 2))
+    count = x.size // x.shape[-1]
+    centred = gradient - (bias_gradient + normalised * scale_gradient) / count
+    return (centred * (scale * inverse)).astype(x.dtype), scale_gradient, bias_gradient, jnp.zeros_like(mean)
+
+
+_normalise_by_batch.defvjp(_normalise_forward, _normalise_backward)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -140,13 +175,32 @@ def resize(
     Equals `torch.nn.functional.interpolate(..., mode="bilinear", align_corners=True)`, as two matrix products. With
     extents, the part of each picture inside `extent` becomes the part inside `new_extent`.
     """
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    return _interpolate(x, height, width, x.dtype, jax.lax.Precision.HIGHEST, extent, new_extent)
+
+
+def upsample(
+    logits: jax.Array, height: int, width: int, extent: Extent | None = None, new_extent: Extent | None = None
+) -> jax.Array:
+    """Resizes logits [B, h, w, K] as `resize` does, to at least float32; logits of that size already are returned.
+
+    Logits of less than float32 are not worth products of full precision: they are made in the accelerator's fast one.
+    """
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    if logits.shape[1:3] == (height, width):
+        return logits.astype(dtype)
+    precision = jax.lax.Precision.HIGHEST if logits.dtype == dtype else None
+    return _interpolate(logits, height, width, dtype, precision, extent, new_extent)
+
+
+def _interpolate(x: jax.Array, height: int, width: int, dtype, precision, extent, new_extent) -> jax.Array:
+    product = functools.partial(jnp.einsum, precision=precision)
+    x = x.astype(dtype)
     if extent is None:
-        rows = jnp.asarray(_interpolation_matrix(x.shape[1], height), x.dtype)
-        columns = jnp.asarray(_interpolation_matrix(x.shape[2], width), x.dtype)
+        rows = jnp.asarray(_interpolation_matrix(x.shape[1], height), dtype)
+        columns = jnp.asarray(_interpolation_matrix(x.shape[2], width), dtype)
         return product("Ww,bHwc->bHWc", columns, product("Hh,bhwc->bHwc", rows, x))
-    rows = _interpolation_matrices(extent.height, new_extent.height, x.shape[1], height, x.dtype)
-    columns = _interpolation_matrices(extent.width, new_extent.width, x.shape[2], width, x.dtype)
+    rows = _interpolation_matrices(extent.height, new_extent.height, x.shape[1], height, dtype)
+    columns = _interpolation_matrices(extent.width, new_extent.width, x.shape[2], width, dtype)
     return product("bWw,bHwc->bHWc", columns, product("bHh,bhwc->bHwc", rows, x))
 
 

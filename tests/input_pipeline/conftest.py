@@ -19,7 +19,10 @@ def parsed_flags():
 
 @pytest.fixture
 def config():
-    """The defaults with small sizes; the pixels of a source are kept: no scaling, no flip, no strong change."""
+    """The defaults with small sizes; the pixels of a source are kept: no scaling, no flip, no strong change.
+
+    Strong views are made on the host, where they can be looked at.
+    """
     config = defaults.get_config()
     config.data.classes = ("a", "b", "c")
     config.data.split = "small"
@@ -29,6 +32,7 @@ def config():
     config.data.labeled_batch = 2
     config.data.unlabeled_batch = 4
     config.data.threads = 2
+    config.views.device = False
     config.views.jitter = config.views.grey = config.views.blur = 0.0
     return config
 

@@ -72,6 +72,12 @@ def test_batch_arrays(folder, config):
     assert shapes == expected
 
 
+def test_strong_views_of_the_device_leave_their_boxes_to_the_host(folder, config):
+    config.views.device = True
+    batch = train_dataset(open_sources(config), _augmented(config))[0]
+    assert set(batch) == {"image_x", "label_x", "image_u", "valid_u", "image_m", "valid_m", "box1", "box2"}
+
+
 @pytest.mark.parametrize(
     ("strong", "feature", "keys"),
     [

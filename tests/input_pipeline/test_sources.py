@@ -82,6 +82,23 @@ def test_palette_mask_reads_as_ids(tmp_path):
     np.testing.assert_array_equal(_source(tmp_path, _rgb(), mask)[0]["label"], values)
 
 
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True, "quality": 30}])
+def test_jpeg_pixels_are_pillows(tmp_path, options):
+    """To the level: both are libjpeg-turbo, with the exact inverse transform."""
+    smooth = Image.fromarray(np.asarray(_rgb((9, 7)).resize((61, 45), Image.Resampling.BICUBIC)))
+    jpeg = _encode(smooth, format="JPEG", **options)
+    image = _source(tmp_path, jpeg, labeled=False)[0]["image"]
+    np.testing.assert_array_equal(image, np.asarray(Image.open(io.BytesIO(jpeg))))
+    assert image.dtype == np.uint8 and image.shape == (45, 61, 3)
+
+
+def test_jpegs_of_other_modes_are_read(tmp_path):
+    for mode in ("L", "CMYK"):
+        jpeg = _encode(_rgb((16, 16)).convert(mode), format="JPEG")
+        image = _source(tmp_path, jpeg, labeled=False)[0]["image"]
+        np.testing.assert_array_equal(image, np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")))
+
+
 def test_truncated_jpeg(tmp_path):
     jpeg = _encode(_rgb((64, 64)), format="JPEG")
     source = _source(tmp_path, jpeg[: len(jpeg) // 2], labeled=False)

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, within 10 minutes and without a download.
+#
+#   benchmarks/gpu.sh [PART] [OUT] [WHEELS]
+#
+# PART: all (default) | step | train | golden. A part that is run alone has the whole time.
+#   step    the table of benchmarks/step.py, its rows in the order of their importance  -> OUT/step.json
+#   train   a short training run on generated images at crop 513: the share of time it waits for data -> OUT/train.jsonl
+#           and the speed of the strong views and of the input pipeline -> OUT/augment.json, OUT/input.json
+#   golden  the golden numbers, in float64 on the GPU -> OUT/golden.txt
+# OUT: folder of the results (default: the variable OUT, else /tmp/dssn_gpu).
+# WHEELS: folder of wheels to install first, where packages of requirements.txt are missing and no index can be reached;
+#   made elsewhere by: pip download --no-deps --only-binary=:all: --python-version 3.12 -d WHEELS grain array-record \
+#     ml-collections tensorboardX simplejpeg  (with --platform where that machine is another)
+# PYTHON: the interpreter (default: .venv/bin/python if there is one, else python3).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+part=${1:-all} out=${2:-${OUT:-/tmp/dssn_gpu}} wheels=${3:-}
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+started=$(date +%s)
+limit=570 # Seconds for everything.
+left() { echo $((limit - $(date +%s) + started)); }
+
+mkdir -p "$out"
+if [ -n "$wheels" ]; then
+    "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/dssn_wheels "$wheels"/*.whl || exit
+    export PYTHONPATH=/tmp/dssn_wheels
+fi
+export PYTHONUNBUFFERED=1
+"$python" -c 'import jax; print(jax.__version__, jax.devices()); assert jax.default_backend() == "gpu"' || exit
+
+if [ "$part" = golden ] || [ "$part" = all ]; then
+    # Few and short cases first; those that find no time are left out.
+    budget=$([ "$part" = all ] && echo 60 || left)
+    JAX_PLATFORMS=cuda timeout "$budget" "$python" -m tests.golden tests/data/golden 2>&1 | tee "$out/golden.txt"
+fi
+if [ "$part" = train ] || [ "$part" = all ]; then
+    # Generated images, which cost the host more than decoding a photograph of VOC does.
+    budget=$([ "$part" = all ] && echo 150 || echo $(($(left) - 150)))
+    timeout "$budget" "$python" main.py --config=configs/shapes.py:backbone=resnet101,crop=513,steps=400 \
+        --config.data.shapes.size=500 --config.data.shapes.val=8 --config.views.operations='(1, 3)' \
+        --config.model.dtype=bfloat16 --config.model.decoder_channels=256 --config.train.log_every=20 \
+        --config.train.eval_every=400 --config.train.pictures=0 --config.teacher.batch_stats_epochs=0 \
+        --workdir=/tmp/dssn_gpu_run 2>&1 | tee "$out/train.txt"
+    cp /tmp/dssn_gpu_run/metrics.jsonl "$out/train.jsonl"
+fi
+if [ "$part" = train ]; then
+    timeout 60 "$python" -m benchmarks.augment --json="$out/augment.json"
+    timeout $(($(left) > 10 ? $(left) : 10)) "$python" -m benchmarks.input --seconds=4 --json="$out/input.json"
+fi
+if [ "$part" = step ] || [ "$part" = all ]; then
+    "$python" -m benchmarks.step --seconds="$(($(left) - 10))" --measure=3 --json="$out/step.json" | tee "$out/step.txt"
+fi

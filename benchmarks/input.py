@@ -1,0 +1,165 @@
+"""Images/s of the input pipeline beside a PyTorch-style loader: `python -m benchmarks.input --json=input.json`.
+
+Both make unlabeled samples from the same generated JPEGs: two weak crops of an image (for CutMix) and all that the
+training step needs of them. The loader does what the original's two loaders do, with Pillow in as many processes as
+cores: it decodes an image for each crop, resizes all of it, makes two strong views of each crop and normalises the
+three. Nothing is sent between its processes, which favours it. Ours runs as in training, threads and batches included;
+`host views` is ours with Pillow's strong views on the host (config.views.device=False).
+"""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import os
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+from PIL import Image
+
+import input_pipeline
+from benchmarks import tables
+from configs import cityscapes, pascal
+from input_pipeline import pipeline
+from input_pipeline.cutmix import cutmix_box
+from input_pipeline.photometric import strong_view
+from input_pipeline.shapes import ShapesSource
+from input_pipeline.sources import FolderSource, Sources
+
+SIZES = {"voc 500x375": (500, 375, pascal), "cityscapes 2048x1024": (2048, 1024, cityscapes)}
+COLUMNS = ("images", "loader", "cores", "samples/s", "crops/s", "crops/s per core", "ratio")
+
+
+def write_images(folder: pathlib.Path, width: int, height: int, count: int) -> pathlib.Path:
+    """Writes JPEGs of generated shapes, quality 90, and the list of them."""
+    side = min(width, 512)  # Tiles: large images take long to draw.
+    tiles = ShapesSource(side, count, 0, part="train", labeled=False)
+    for i in range(count):
+        tile = tiles[i]["image"]
+        image = np.tile(tile, (-(-height // side), -(-width // side), 1))[:height, :width]
+        Image.fromarray(image).save(folder / f"{i}.jpg", quality=90)
+    (folder / "list.txt").write_text("".join(f"{i}.jpg\n" for i in range(count)))
+    return folder / "list.txt"
+
+
+def pil_crop(path: str, config, rng: np.random.Generator) -> list[np.ndarray]:
+    """A sample of one of the original's loaders: the weak and two strong views, normalised, of a random crop."""
+    data = config.data
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    long = rng.integers(int(max(image.size) * data.scale[0]), int(max(image.size) * data.scale[1]), endpoint=True)
+    size = [int(side * long / max(image.size) + 0.5) for side in image.size]
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    padded = Image.new("RGB", [max(side, data.crop) for side in size])
+    padded.paste(image)
+    left, top = (int(rng.integers(side - data.crop + 1)) for side in padded.size)
+    image = padded.crop((left, top, left + data.crop, top + data.crop))
+    if rng.random() < data.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    weak = np.asarray(image)
+    views = [weak, *(strong_view(weak, config.views, rng) for _ in range(2))]
+    for _ in range(2):
+        cutmix_box(data.crop, config.views, rng)
+    mean, std = np.float32(data.mean), np.float32(data.std)
+    return [np.ascontiguousarray(((view.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)) for view in views]
+
+
+def pil_samples(paths: list[str], config, seed: int, deadline: float) -> int:
+    """Makes samples (two crops of an image each) until the deadline; returns their number."""
+    rng, made = np.random.default_rng(seed), 0
+    while time.time() < deadline:
+        for _ in range(2):
+            pil_crop(paths[made % len(paths)], config, rng)
+        made += 1
+    return made
+
+
+def measure_pil(paths: list[str], config, cores: int, seconds: float) -> float:
+    """Samples/s of `cores` processes."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(cores, context) as pool:
+        list(pool.map(abs, range(cores)))  # Start them.
+        config.lock()
+        list(pool.map(pil_samples, [paths] * cores, [config] * cores, range(cores), [time.time() + 0.5] * cores))
+        deadline = time.time() + seconds
+        made = sum(pool.map(pil_samples, [paths] * cores, [config] * cores, range(cores), [deadline] * cores))
+    return made / seconds
+
+
+def measure_ours(source: FolderSource, config, cores: int, seconds: float) -> float:
+    """Samples/s of the pipeline of unlabeled batches with `cores` threads."""
+    config.data.threads = cores
+    sources = Sources(_Nothing(), source, _Nothing())
+    dataset = pipeline.train_dataset(sources, config)
+    iterator = input_pipeline.train_iterator(dataset, config)
+    for _ in range(2):
+        next(iterator)
+    started, made = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        next(iterator)
+        made += config.data.unlabeled_batch
+    rate = made / (time.perf_counter() - started)
+    iterator.close()
+    return rate
+
+
+class _Nothing:
+    """A labeled source whose records cost nothing: what is measured are the unlabeled ones."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        pixel = np.zeros((1, 1, 3), np.uint8)
+        return {"image": pixel, "label": pixel[..., 0]}
+
+
+def measure(name: str, seconds: float, core_counts: list[int]) -> list[dict]:
+    """The rows of one size of images."""
+    width, height, module = SIZES[name]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        listed = write_images(pathlib.Path(folder), width, height, count=32)
+        source = FolderSource(folder, str(listed), 2, 255, labeled=False)
+        paths = [os.path.join(folder, source.name(i)) for i in range(len(source))]
+        for cores in core_counts:
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores]) if cores < max(core_counts) else None
+            pil = measure_pil(paths, _config(module), cores, seconds)
+            found = {"PIL": pil}
+            for loader, device in (("ours", True), ("ours, host views", False)):
+                config = _config(module)
+                config.views.device = device
+                found[loader] = measure_ours(source, config, cores, seconds)
+            os.sched_setaffinity(0, range(os.cpu_count()))
+            for loader, rate in found.items():
+                rows.append({
+                    "images": name, "loader": loader, "cores": cores, "samples/s": rate, "crops/s": 2 * rate,
+                    "crops/s per core": 2 * rate / cores, "ratio": rate / pil,
+                })  # fmt: skip
+                tables.show(rows[-1:], COLUMNS)
+    return rows
+
+
+def _config(module):
+    config = module.get_config()
+    config.data.labeled_batch = 1
+    return config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=8.0, help="time for each measurement")
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="measured with 1 and with so many cores")
+    parser.add_argument("--json", type=pathlib.Path, help="where to write the results")
+    arguments = parser.parse_args()
+    rows = []
+    for name in SIZES:
+        rows += measure(name, arguments.seconds, sorted({1, arguments.cores}))
+        tables.write(arguments.json, {"rows": rows})
+    print()
+    tables.show(rows, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Times the whole training step, ours and PyTorch's, side by side: `python -m benchmarks.step --json=step.json`.
+
+Each row runs in a process of its own, so that none sees the memory of another, and within the time of --seconds; rows
+come in the order of their importance and the table is complete at any time. On a CPU take --small.
+
+Columns: ms an iteration; images/s (labeled and unlabeled together); peak memory, GiB; TFLOP of an iteration, counted
+by XLA in our program before optimisation (for PyTorch: the same number, the work being the same); share of the rate of
+a large bfloat16 matrix product (float32 on a CPU) measured in the same process; seconds until the first step is done.
+`jax` includes making the strong views; PyTorch's batch holds them.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from benchmarks import tables
+
+RECIPES = {
+    "voc_r101": "pascal:backbone=resnet101",
+    "voc_r50": "pascal:backbone=resnet50",
+    "cityscapes_r101": "cityscapes:backbone=resnet101",
+}
+OURS = {
+    "jax": {},
+    "jax_lean": {"method.perturb_labeled": False},
+    "jax_float32": {"model.dtype": "float32"},
+    "jax_float32_lean": {"model.dtype": "float32", "method.perturb_labeled": False},
+}
+# (recipe, form, batch), the most telling first; batch 0: the largest that fits.
+ROWS = (
+    ("voc_r101", "jax", 8), ("voc_r101", "bf16_compiled", 8), ("voc_r101", "published", 8), ("voc_r101", "tf32", 8),
+    ("voc_r101", "jax_lean", 8), ("voc_r101", "bf16", 8), ("voc_r101", "jax", 0), ("cityscapes_r101", "jax", 8),
+    ("cityscapes_r101", "bf16", 8), ("voc_r50", "jax", 8), ("voc_r50", "bf16", 8),
+)  # fmt: skip
+SMALL_ROWS = (
+    ("voc_r50", "jax_float32", 2), ("voc_r50", "published", 2), ("voc_r50", "jax_float32_lean", 2),
+    ("voc_r50", "bf16", 2), ("cityscapes_r50", "jax_float32", 2), ("cityscapes_r50", "published", 2),
+)  # fmt: skip
+SMALL_CROP = 65
+COLUMNS = (
+    "recipe", "form", "crop", "batch", "ms", "images/s", "GiB", "TFLOP", "share", "first_s",
+)  # fmt: skip
+
+
+def configure(recipe: str, crop: int, batch: int, options: dict):
+    """The configuration of a recipe with `batch` labeled and as many unlabeled images."""
+    from configs import cityscapes, pascal
+
+    name, _, argument = {**RECIPES, "cityscapes_r50": "cityscapes:backbone=resnet50"}[recipe].partition(":")
+    config = {"pascal": pascal, "cityscapes": cityscapes}[name].get_config(argument + (f",crop={crop}" if crop else ""))
+    config.data.labeled_batch = config.data.unlabeled_batch = batch
+    config.model.dtype = "bfloat16"
+    config.teacher.batch_stats_epochs = 0  # As from the second epoch on: one teacher forward.
+    if crop:  # As many pixels of a group as at the recipe's crop.
+        config.method.ohem_min_kept = int(config.method.ohem_min_kept * (crop / 801) ** 2)
+    config.update_from_flattened_dict(options)
+    return config
+
+
+def random_batch(config, seed: int = 0) -> dict:
+    """What the input pipeline sends: noise, with a tenth of the pixels padding, and boxes of a third of the crop."""
+    import numpy as np
+
+    rng, crop = np.random.default_rng(seed), config.data.crop
+    labeled, unlabeled = config.data.labeled_batch, config.data.unlabeled_batch
+    batch = {"image_x": rng.integers(256, size=(labeled, crop, crop, 3), dtype=np.uint8)}
+    batch["label_x"] = rng.integers(len(config.data.classes), size=(labeled, crop, crop), dtype=np.uint8)
+    batch["label_x"][:, : crop // 10] = config.data.ignore
+    for kind in "um":
+        batch[f"image_{kind}"] = rng.integers(256, size=(unlabeled, crop, crop, 3), dtype=np.uint8)
+        batch[f"valid_{kind}"] = np.ones((unlabeled, crop, crop), bool)
+        batch[f"valid_{kind}"][:, : crop // 10] = False
+    for box in ("box1", "box2"):
+        batch[box] = np.tile(np.array([crop // 4, crop // 4, 3 * crop // 4, 2 * crop // 3], np.int32), (unlabeled, 1))
+    return batch
+
+
+def time_steps(take, wait, seconds: float) -> tuple[float, float]:
+    """Returns (ms of a step, seconds until the first was done), steps being enqueued one behind the other."""
+    started = time.perf_counter()
+    wait(take())
+    first = time.perf_counter() - started
+    one = time.perf_counter()
+    wait([take() for _ in range(2)])
+    one = (time.perf_counter() - one) / 2
+    steps = max(3, min(50, int(seconds / one)))
+    started = time.perf_counter()
+    wait([take() for _ in range(steps)])
+    return 1000 * (time.perf_counter() - started) / steps, first
+
+
+def measure_jax(config, seconds: float) -> dict:
+    """Times our step; see `measure`."""
+    import jax
+    import jax.numpy as jnp
+
+    from dssn_jax import augment, methods, models, optimizer, sharding, train_state, train_step
+
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    model = models.build(config.model, len(config.data.classes))
+    method = methods.from_config(config, steps_per_epoch=100)
+    sgd, schedule = optimizer.from_config(config.optimizer, 1000)
+    step = train_step.compile_step(model, method, sgd, schedule, config.data, augment.from_config(config.views), mesh)
+    initialise = jax.jit(lambda: train_state.initialise(model, sgd, 0, method.has_teacher))
+    state, batch = initialise(), sharding.put_batch(random_batch(config), mesh)
+    jax.block_until_ready(state)
+    started = time.perf_counter()
+    lowered = step.lower(state, batch)
+    flops = lowered.cost_analysis()["flops"]
+    step = lowered.compile()
+    compile_seconds = time.perf_counter() - started
+    memory = step.memory_analysis()
+
+    def take():
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics
+
+    ms, first = time_steps(take, jax.block_until_ready, seconds)
+    stats = jax.devices()[0].memory_stats() or {}
+    planned = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    size, dtype = (8192, jnp.bfloat16) if jax.default_backend() != "cpu" else (1024, jnp.float32)
+    a = jax.random.normal(jax.random.PRNGKey(0), (size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    matmul_ms, _ = time_steps(lambda: product(a, a), jax.block_until_ready, 1.0)
+    return {
+        "ms": ms, "first_s": first + compile_seconds, "flop": flops, "ceiling": 2 * size**3 / matmul_ms * 1e3,
+        "bytes": stats.get("peak_bytes_in_use", planned), "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes, "limit_bytes": stats.get("bytes_limit"),
+        "device": jax.devices()[0].device_kind, "version": f"jax {jax.__version__}",
+    }  # fmt: skip
+
+
+def measure_torch(config, form: str, seconds: float) -> dict:
+    """Times PyTorch's step; see `measure`."""
+    import numpy as np
+    import torch
+
+    from benchmarks import torch_step
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    form = torch_step.FORMS[form]
+    kept = config.method.ohem_min_kept * 2 if config.method.labeled_loss == "ohem" else 0
+    step = torch_step.Step(config.model.backbone, len(config.data.classes), form, device, kept)
+    raw, crop = random_batch(config), config.data.crop
+    normal = np.random.default_rng(1).standard_normal((config.data.unlabeled_batch, crop, crop, 3), np.float32)
+    inside = np.zeros((config.data.unlabeled_batch, crop, crop), bool)
+    inside[:, crop // 4 : 3 * crop // 4, crop // 4 : 2 * crop // 3] = True
+    arrays = dict.fromkeys(("x", "u", "m", "s1", "s2"), normal) | {"label": raw["label_x"]}
+    arrays |= {"valid_u": raw["valid_u"], "valid_m": raw["valid_m"], "box1": inside, "box2": inside}
+    batch = torch_step.batch_of(arrays, form, device)
+    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
+    ms, first = time_steps(lambda: step(batch), lambda _: synchronise(), seconds)
+    found = {"ms": ms, "first_s": first, "version": f"torch {torch.__version__}"}
+    return found | ({"bytes": torch.cuda.max_memory_allocated()} if device == "cuda" else {})
+
+
+def measure(recipe: str, form: str, crop: int, batch: int, seconds: float) -> dict:
+    """Measures one row in this process: {"ms", "first_s"} and what else is known."""
+    config = configure(recipe, crop, batch, OURS.get(form, {}))
+    found = measure_jax(config, seconds) if form in OURS else measure_torch(config, form, seconds)
+    return {"recipe": recipe, "form": form, "crop": config.data.crop, "batch": batch, **found}
+
+
+def run_row(row: tuple, crop: int, arguments, deadline: float) -> dict:
+    """Measures a row in a new process; a row that fails or finds no time says so."""
+    recipe, form, batch = row
+    left = deadline - time.monotonic()
+    named = {"recipe": recipe, "form": form, "crop": crop or None, "batch": batch}
+    if left < 20:
+        return named | {"note": "no time left"}
+    command = [sys.executable, "-m", "benchmarks.step", "--row", recipe, form, str(crop), str(batch)]
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94", **os.environ}
+    try:
+        done = subprocess.run(
+            [*command, f"--measure={arguments.measure}"], capture_output=True, text=True, timeout=left, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return named | {"note": "no time left"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["failed"]
+        memory = any("out of memory" in line.lower() or "RESOURCE_EXHAUSTED" in line for line in lines)
+        return named | {"note": "out of memory" if memory else lines[-1][:90]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def largest_batch(row: dict, devices: int = 1) -> int:
+    """The largest multiple of 4 images whose step should fit, from the memory of a measured one; 0 if unknown."""
+    if not row.get("limit_bytes"):
+        return 0
+    free = 0.97 * row["limit_bytes"] - row["argument_bytes"]
+    return int(free / (row["temp_bytes"] / row["batch"])) // 4 * 4
+
+
+def present(rows: list[dict]) -> list[dict]:
+    """The columns of the table from what was measured."""
+    works = {(row["recipe"], row["batch"]): row for row in rows if row.get("flop") and "lean" not in row["form"]}
+    table = []
+    for row in rows:
+        shown = {name: row.get(name) for name in ("recipe", "form", "crop", "batch", "note") if name in row}
+        if "ms" in row:
+            work = works.get((row["recipe"], row["batch"])) or {}
+            flop, ceiling = row.get("flop", work.get("flop")), row.get("ceiling", work.get("ceiling"))
+            shown |= {"ms": row["ms"], "images/s": 2 * row["batch"] / row["ms"] * 1e3, "first_s": row["first_s"]}
+            shown["GiB"] = row["bytes"] / 2**30 if "bytes" in row else None
+            if flop:
+                shown |= {"TFLOP": flop / 1e12, "share": flop / row["ms"] * 1e3 / ceiling}
+        table.append(shown)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="small crops and batches, for a CPU")
+    parser.add_argument("--only", default="", help="only rows that hold this, as voc_r101 or jax")
+    parser.add_argument("--seconds", type=float, default=3600, help="time for all rows")
+    parser.add_argument("--measure", type=float, default=3.0, help="seconds that each row is timed for")
+    parser.add_argument("--json", type=pathlib.Path, help="where to write the results")
+    parser.add_argument("--row", nargs=4, help=argparse.SUPPRESS)  # Recipe, form, crop, batch: one row, as JSON.
+    arguments = parser.parse_args()
+    if arguments.row:
+        recipe, form, crop, batch = arguments.row
+        print(json.dumps(measure(recipe, form, int(crop), int(batch), arguments.measure)))
+        return
+    deadline, rows, crop = time.monotonic() + arguments.seconds, [], SMALL_CROP if arguments.small else 0
+    for recipe, form, batch in SMALL_ROWS if arguments.small else ROWS:
+        if arguments.only not in f"{recipe} {form}":
+            continue
+        if batch == 0:
+            batch = next((largest_batch(row) for row in rows if row["recipe"] == recipe and "temp_bytes" in row), 0)
+            if batch == 0:
+                continue
+        rows.append(run_row((recipe, form, batch), crop, arguments, deadline))
+        tables.show(present(rows[-1:]), COLUMNS)
+        tables.write(arguments.json, {"rows": rows, "table": present(rows)})
+    print()
+    tables.show(present(rows), COLUMNS)
+
+
+if __name__ == "__main__":
+    main()
