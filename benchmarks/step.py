@@ -5,8 +5,8 @@ come in the order of their importance and the table is complete at any time. On 
 
 Columns: ms an iteration; images/s (labeled and unlabeled together); peak memory, GiB; TFLOP of an iteration, counted
 by XLA in our program before optimisation (for PyTorch: the same number, the work being the same); share of the rate of
-a large bfloat16 matrix product (float32 on a CPU) measured in the same process; CPU seconds an iteration, of all threads,
-which other work on the machine disturbs less than the time; seconds until the first step is done.
+a large bfloat16 matrix product (float32 on a CPU) measured in the same process; CPU seconds an iteration, which
+other work on the machine disturbs less than the time; seconds until the first step is done.
 `jax` includes making the strong views; PyTorch's batch holds them.
 """
 
@@ -81,7 +81,7 @@ def random_batch(config, seed: int = 0) -> dict:
 
 
 def time_steps(take, wait, seconds: float) -> dict[str, float]:
-    """Returns {"ms", "cpu_s"} of a step, steps being enqueued one behind the other, and "first_s", until it was done."""
+    """Returns {"ms", "cpu_s"} of a step, enqueued one behind the other, and "first_s", until the first was done."""
     started = time.perf_counter()
     wait(take())
     first = time.perf_counter() - started
