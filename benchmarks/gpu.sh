@@ -5,8 +5,8 @@
 #
 # PART: all (default) | step | train | golden. A part that is run alone has the whole time.
 #   step    the table of benchmarks/step.py, its rows in the order of their importance  -> OUT/step.json
-#   train   a short training run on generated images at crop 513: the share of time it waits for data -> OUT/train.jsonl
-#           and the speed of the strong views and of the input pipeline -> OUT/augment.json, OUT/input.json
+#   train   a short run of the VOC recipe on generated JPEGs: the share of time it waits for data  -> OUT/train.jsonl
+#           alone, also the speed of the strong views and of the input pipeline -> OUT/augment.json, OUT/input.json
 #   golden  the golden numbers, in float64 on the GPU -> OUT/golden.txt
 # OUT: folder of the results (default: the variable OUT, else /tmp/dssn_gpu).
 # WHEELS: folder of wheels to install first, where packages of requirements.txt are missing and no index can be reached;
@@ -35,13 +35,12 @@ if [ "$part" = golden ] || [ "$part" = all ]; then
     JAX_PLATFORMS=cuda timeout "$budget" "$python" -m tests.golden tests/data/golden 2>&1 | tee "$out/golden.txt"
 fi
 if [ "$part" = train ] || [ "$part" = all ]; then
-    # Generated images, which cost the host more than decoding a photograph of VOC does.
-    budget=$([ "$part" = all ] && echo 150 || echo $(($(left) - 150)))
-    timeout "$budget" "$python" main.py --config=configs/shapes.py:backbone=resnet101,crop=513,steps=400 \
-        --config.data.shapes.size=500 --config.data.shapes.val=8 --config.views.operations='(1, 3)' \
-        --config.model.dtype=bfloat16 --config.model.decoder_channels=256 --config.train.log_every=20 \
-        --config.train.eval_every=400 --config.train.pictures=0 --config.teacher.batch_stats_epochs=0 \
-        --workdir=/tmp/dssn_gpu_run 2>&1 | tee "$out/train.txt"
+    budget=$([ "$part" = all ] && echo 170 || echo $(($(left) - 150)))
+    "$python" -m benchmarks.folder /tmp/dssn_gpu_data || exit
+    timeout "$budget" "$python" main.py --config=configs/pascal.py:split=183 --config.data.root=/tmp/dssn_gpu_data \
+        --config.model.dtype=bfloat16 --config.teacher.batch_stats_epochs=0 --config.train.log_every=20 \
+        --config.train.steps=400 --config.train.eval_every=400 --config.train.checkpoint_every=400 \
+        --config.train.pictures=0 --workdir=/tmp/dssn_gpu_run 2>&1 | tee "$out/train.txt"
     cp /tmp/dssn_gpu_run/metrics.jsonl "$out/train.jsonl"
 fi
 if [ "$part" = train ]; then

@@ -19,28 +19,16 @@ import numpy as np
 from PIL import Image
 
 import input_pipeline
+from benchmarks import folder as files
 from benchmarks import tables
 from configs import cityscapes, pascal
 from input_pipeline import pipeline
 from input_pipeline.cutmix import cutmix_box
 from input_pipeline.photometric import strong_view
-from input_pipeline.shapes import ShapesSource
 from input_pipeline.sources import FolderSource, Sources
 
 SIZES = {"voc 500x375": (500, 375, pascal), "cityscapes 2048x1024": (2048, 1024, cityscapes)}
 COLUMNS = ("images", "loader", "cores", "samples/s", "crops/s", "crops/s per core", "ratio")
-
-
-def write_images(folder: pathlib.Path, width: int, height: int, count: int) -> pathlib.Path:
-    """Writes JPEGs of generated shapes, quality 90, and the list of them."""
-    side = min(width, 512)  # Tiles: large images take long to draw.
-    tiles = ShapesSource(side, count, 0, part="train", labeled=False)
-    for i in range(count):
-        tile = tiles[i]["image"]
-        image = np.tile(tile, (-(-height // side), -(-width // side), 1))[:height, :width]
-        Image.fromarray(image).save(folder / f"{i}.jpg", quality=90)
-    (folder / "list.txt").write_text("".join(f"{i}.jpg\n" for i in range(count)))
-    return folder / "list.txt"
 
 
 def pil_crop(path: str, config, rng: np.random.Generator) -> list[np.ndarray]:
@@ -65,26 +53,22 @@ def pil_crop(path: str, config, rng: np.random.Generator) -> list[np.ndarray]:
     return [np.ascontiguousarray(((view.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)) for view in views]
 
 
-def pil_samples(paths: list[str], config, seed: int, deadline: float) -> int:
-    """Makes samples (two crops of an image each) until the deadline; returns their number."""
-    rng, made = np.random.default_rng(seed), 0
-    while time.time() < deadline:
+def pil_rate(paths: list[str], config, seed: int, seconds: float) -> float:
+    """Makes samples (two crops of an image each) for so long; returns samples/s."""
+    rng, made, started = np.random.default_rng(seed), 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
         for _ in range(2):
             pil_crop(paths[made % len(paths)], config, rng)
         made += 1
-    return made
+    return made / (time.perf_counter() - started)
 
 
 def measure_pil(paths: list[str], config, cores: int, seconds: float) -> float:
     """Samples/s of `cores` processes."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(cores, context) as pool:
-        list(pool.map(abs, range(cores)))  # Start them.
-        config.lock()
-        list(pool.map(pil_samples, [paths] * cores, [config] * cores, range(cores), [time.time() + 0.5] * cores))
-        deadline = time.time() + seconds
-        made = sum(pool.map(pil_samples, [paths] * cores, [config] * cores, range(cores), [deadline] * cores))
-    return made / seconds
+    with concurrent.futures.ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+        for stretch in (0.1, seconds):  # The first starts the processes.
+            rates = list(pool.map(pil_rate, [paths] * cores, [config] * cores, range(cores), [stretch] * cores))
+    return sum(rates)
 
 
 def measure_ours(source: FolderSource, config, cores: int, seconds: float) -> float:
@@ -118,20 +102,20 @@ class _Nothing:
 def measure(name: str, seconds: float, core_counts: list[int]) -> list[dict]:
     """The rows of one size of images."""
     width, height, module = SIZES[name]
-    rows = []
+    rows, all_cores = [], sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
-        listed = write_images(pathlib.Path(folder), width, height, count=32)
-        source = FolderSource(folder, str(listed), 2, 255, labeled=False)
+        files.write(pathlib.Path(folder), 32, width, height, split="all")
+        source = FolderSource(folder, f"{folder}/splits/all/unlabeled.txt", 21, 255, labeled=False)
         paths = [os.path.join(folder, source.name(i)) for i in range(len(source))]
         for cores in core_counts:
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores]) if cores < max(core_counts) else None
+            os.sched_setaffinity(0, all_cores[:cores])
             pil = measure_pil(paths, _config(module), cores, seconds)
             found = {"PIL": pil}
             for loader, device in (("ours", True), ("ours, host views", False)):
                 config = _config(module)
                 config.views.device = device
                 found[loader] = measure_ours(source, config, cores, seconds)
-            os.sched_setaffinity(0, range(os.cpu_count()))
+            os.sched_setaffinity(0, all_cores)
             for loader, rate in found.items():
                 rows.append({
                     "images": name, "loader": loader, "cores": cores, "samples/s": rate, "crops/s": 2 * rate,

@@ -46,7 +46,9 @@ def from_config(views) -> Recipe | None:
     if not views.device:
         return None
     values = {field.name: views[field.name] for field in dataclasses.fields(Recipe)}
-    return Recipe(**{name: tuple(v) if isinstance(v, (tuple, list)) else v for name, v in values.items()})
+    # A deviation may be a whole number, but what is drawn from whole numbers is one, see `_between`.
+    values["blur_sigma"] = tuple(map(float, views.blur_sigma))
+    return Recipe(**values | {"hue": float(views.hue), "operations": tuple(views.operations)})
 
 
 class Draw(NamedTuple):

@@ -122,6 +122,9 @@ def _check_numbers(config) -> None:
         section, name = key.split(".")
         if not 0 <= config[section][name] <= 1:
             raise ConfigError(f"config.{key} is {config[section][name]}; expected 0 to 1")
+    for key, most in (("brightness", 7), ("contrast", 7), ("saturation", 7), ("hue", 0.5)):
+        if not 0 <= config.views[key] <= most:
+            raise ConfigError(f"config.views.{key} is {config.views[key]}; expected 0 to {most}")
     for key in ("data.scale", "views.blur_sigma", "views.operations", "views.cutmix_area", "views.cutmix_aspect"):
         section, name = key.split(".")
         pair = tuple(config[section][name])

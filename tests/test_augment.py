@@ -163,6 +163,13 @@ def test_views_do_not_depend_on_the_number_of_devices():
         assert (found[0][one] != found[0][other]).any()
 
 
+def test_a_deviation_of_whole_numbers_is_still_drawn_from_all():
+    views = pascal.get_config().views
+    views.blur_sigma = (1, 2)
+    sigma = augment.draw(jax.random.PRNGKey(0), 100, augment.from_config(views)).sigma
+    assert len(np.unique(sigma)) > 20
+
+
 def test_only_batches_that_lack_views_get_them(images):
     batch = batch_of(images)
     assert augment.add_strong_views(batch, None, jax.random.PRNGKey(0), 0) is batch
