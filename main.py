@@ -1,4 +1,4 @@
-"""Trains and evaluates: `python main.py --config=configs/shapes.py --workdir=/tmp/shapes`."""
+"""Trains, evaluates, reports, exports: `python main.py --config=configs/shapes.py --workdir=/tmp/shapes`."""
 
 import logging as python_logging
 import pathlib
@@ -7,15 +7,32 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ("train", "eval")
+MODES = {
+    "train": "trains, or continues a stopped run",
+    "eval": "scores a checkpoint",
+    "report": "makes a page about runs",
+    "export": "writes a network that JAX alone runs",
+}
+CONFIGURED = ("train", "eval")  # The other modes read the configuration that is in the work directory.
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, with arguments after a colon.", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, summary.")
-_MODE = flags.DEFINE_enum("mode", "train", MODES, "train (continues a stopped run) or eval (scores a checkpoint).")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "For --mode=eval: best, latest or a step.")
-flags.mark_flags_as_required(["config", "workdir"])
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; for --mode=report several, with commas between.")
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "; ".join(f"{name}: {does}" for name, does in MODES.items()) + ".")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "For eval and export: best, latest or a step.")
+_TO = flags.DEFINE_string("to", None, "File that report or export writes; default: one in the (first) work directory.")
+_IMAGES = flags.DEFINE_integer("images", 200, "For report: most validation images to look through; 0: no pictures.", 0)
+_NETWORK = flags.DEFINE_enum(
+    "network", None, ["student", "teacher"], "For export; default: the teacher if there is one."
+)
+_SIZE = flags.DEFINE_string("size", None, "For export: HEIGHTxWIDTH of the images; default: the training crop.")
+flags.mark_flag_as_required("workdir")
+flags.register_multi_flags_validator(
+    ["mode", "config"],
+    lambda values: (values["config"] is not None) == (values["mode"] in CONFIGURED),
+    f"--config is needed for --mode={' and '.join(CONFIGURED)}; the other modes read it from --workdir",
+)
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
@@ -26,7 +43,8 @@ def parse_flags(arguments: list[str]) -> list[str]:
     try:
         check_keys(arguments, defaults.get_config())
         rest = flags.FLAGS(arguments)
-        _CONFIG.value.name  # A file that cannot be read is noticed here.  # noqa: B018
+        if _CONFIG.value is not None:
+            _CONFIG.value.name  # A file that cannot be read is noticed here.  # noqa: B018
         return rest
     except (flags.Error, ConfigError) as error:
         _fail(str(error))
@@ -47,18 +65,32 @@ def suggest_config(path: str) -> str:
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         _fail(f"unexpected argument {arguments[1]!r}")
-    from dssn_jax import checkpoint, config, evaluate, train  # After the flags: --help need not wait for JAX.
+    from dssn_jax.checkpoint import CheckpointError  # After the flags: --help need not wait for JAX.
+    from dssn_jax.config import ConfigError
+    from dssn_jax.saved_run import WorkdirError
+    from dssn_jax.train import DivergedError
     from input_pipeline import DataError
 
+    errors = (ConfigError, CheckpointError, WorkdirError, DivergedError, DataError)
     logging.set_verbosity(logging.WARNING)
     python_logging.getLogger("jax").setLevel(python_logging.ERROR)
     try:
-        if _MODE.value == "train":
-            train.train(_CONFIG.value, _WORKDIR.value)
-        else:
-            evaluate.evaluate(_CONFIG.value, _WORKDIR.value, _CHECKPOINT.value)
-    except (config.ConfigError, checkpoint.CheckpointError, train.DivergedError, DataError) as error:
+        _run(_MODE.value)
+    except errors as error:
         _fail(str(error))
+
+
+def _run(mode: str) -> None:
+    from dssn_jax import evaluate, export, report, train
+
+    if mode == "train":
+        train.train(_CONFIG.value, _WORKDIR.value)
+    elif mode == "eval":
+        evaluate.evaluate(_CONFIG.value, _WORKDIR.value, _CHECKPOINT.value)
+    elif mode == "report":
+        report.report(_WORKDIR.value.split(","), _TO.value, _IMAGES.value)
+    else:
+        export.export(_WORKDIR.value, _CHECKPOINT.value, _NETWORK.value, _SIZE.value, _TO.value)
 
 
 def _fail(message: str) -> None:

@@ -53,7 +53,7 @@ class Trainer:
             parts.model, parts.method, parts.optimizer, parts.schedule, config.data, parts.mesh
         )
         self._evaluator = evaluate.Evaluator(parts.model, config, parts.mesh)
-        self._panels = panels.Panels(parts)
+        self._panels = panels.Panels(parts, config.train.pictures)
         self._recorder = recorder.Recorder(workdir, self._step)
         self._feeder = Feeder(self._iterator, parts.mesh)
         self._pending: list[dict] = []  # Metrics of the steps since the last log line, on the device.
