@@ -75,7 +75,8 @@ def class_bars(runs: list[Run]) -> list[dict]:
                 traces.append(trace | {"meta": {"run": index}})
     if not traces:
         return []
-    layout = {"barmode": "group", "yaxis": {"range": [0, 100], "title": {"text": "IoU, %"}}, "bargap": 0.25}
+    axes = {"xaxis": {"type": "category", "showgrid": False}, "yaxis": {"range": [0, 100], "title": {"text": "IoU, %"}}}
+    layout = {"barmode": "group", "bargap": 0.25, **axes}
     chart = {"title": "", "kind": "bars", "traces": traces, "layout": layout}
     return [chart | {"width": len(classes) * (10 * len(traces) + 14)}]
 
@@ -103,16 +104,14 @@ def confusion(run: Run, network: str) -> dict:
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     trace = {
         "type": "heatmap", "x": run.classes, "y": run.classes, "z": np.round(shares, 2).tolist(),
-        "colorscale": "Cividis", "zmin": 0, "zmax": 100, "xgap": 1, "ygap": 1, "colorbar": {"thickness": 10},
+        "colorscale": "Cividis", "zmin": 0, "zmax": 100, "xgap": 1, "ygap": 1,
+        "colorbar": {"thickness": 10}, "showscale": len(run.classes) > CELL_TEXT,
         "hovertemplate": "%{y} called %{x}: %{z:.2f} %<extra></extra>",
     }  # fmt: skip
     if len(run.classes) <= CELL_TEXT:
         trace["texttemplate"] = "%{z:.0f}"
     axis = {"type": "category", "dtick": 1, "showgrid": False}
-    layout = {
-        "xaxis": {"title": {"text": "predicted"}, **axis},
-        "yaxis": {"title": {"text": "true"}, "autorange": "reversed", **axis},
-    }
+    layout = {"xaxis": axis, "yaxis": {"autorange": "reversed", **axis}}
     side = max(320, 18 * len(run.classes))
     chart = {"title": f"{run.label}, {network}", "kind": "confusion", "traces": [trace], "layout": layout}
     return chart | {"height": side + 80, "width": side}

@@ -3,6 +3,8 @@
 const specs = JSON.parse(document.getElementById("charts").textContent);
 const plots = [...document.querySelectorAll(".plot")];
 const options = { responsive: true, displaylogo: false, displayModeBar: false };
+const longest = Math.max(0, ...specs.flatMap((spec) => spec.traces.flatMap((trace) => trace.meta?.seconds ?? [])));
+const unit = longest > 3 * 3600 ? { name: "hours", seconds: 3600 } : { name: "minutes", seconds: 60 };
 let axis = "step";
 
 // Layout that all charts share, in the colours of the light or the dark page.
@@ -26,14 +28,14 @@ function themed(spec) {
 }
 
 function axisOptions() {
-  return { title: { text: axis === "time" ? "minutes" : axis, standoff: 4 }, rangemode: "tozero" };
+  return { title: { text: axis === "time" ? unit.name : axis, standoff: 4 }, rangemode: "tozero" };
 }
 
 // Where the points of a curve lie on the chosen axis; nowhere if the run did not record it.
 function positions(trace) {
   const { seconds, steps_per_epoch: perEpoch } = trace.meta;
   if (axis === "epoch") return trace.x.map((step) => (perEpoch ? step / perEpoch : null));
-  if (axis === "time") return seconds.map((value) => (value === null ? null : value / 60));
+  if (axis === "time") return seconds.map((value) => (value === null ? null : value / unit.seconds));
   return trace.x;
 }
 
