@@ -1,7 +1,6 @@
 """Trains, evaluates, reports, exports: `python main.py --config=configs/shapes.py --workdir=/tmp/shapes`."""
 
 import logging as python_logging
-import pathlib
 import sys
 
 from absl import app, flags, logging
@@ -23,43 +22,28 @@ _MODE = flags.DEFINE_enum("mode", "train", MODES, "; ".join(f"{name}: {does}" fo
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "For eval and export: best, latest or a step.")
 _TO = flags.DEFINE_string("to", None, "File that report or export writes; default: one in the (first) work directory.")
 _IMAGES = flags.DEFINE_integer("images", 200, "For report: most validation images to look through; 0: no pictures.", 0)
-_NETWORK = flags.DEFINE_enum(
-    "network", None, ["student", "teacher"], "For export; default: the teacher if there is one."
-)
+_NETWORK = flags.DEFINE_enum("network", None, ["student", "teacher"], "For export; default: the teacher, if any.")
 _SIZE = flags.DEFINE_string("size", None, "For export: HEIGHTxWIDTH of the images; default: the training crop.")
 flags.mark_flag_as_required("workdir")
-flags.register_multi_flags_validator(
-    ["mode", "config"],
-    lambda values: (values["config"] is not None) == (values["mode"] in CONFIGURED),
-    f"--config is needed for --mode={' and '.join(CONFIGURED)}; the other modes read it from --workdir",
-)
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
     """Parses the command line; a mistake in it, or in the config file, ends the program with one line."""
     from configs import defaults
-    from dssn_jax.config import ConfigError, check_keys
+    from dssn_jax.config import ConfigError, check_keys, suggest_config_file
 
     try:
         check_keys(arguments, defaults.get_config())
         rest = flags.FLAGS(arguments)
-        if _CONFIG.value is not None:
-            _CONFIG.value.name  # A file that cannot be read is noticed here.  # noqa: B018
+        name = getattr(_CONFIG.value, "name", None)  # A file that cannot be read is noticed here.
+        if (name is not None) != (_MODE.value in CONFIGURED):
+            _fail(f"--config goes with --mode={' and '.join(CONFIGURED)}; the other modes read that of --workdir")
         return rest
     except (flags.Error, ConfigError) as error:
         _fail(str(error))
     except OSError:
         path = str(flags.FLAGS["config"].config_filename)
-        _fail(f"config file {path!r} cannot be read{suggest_config(path)}")
-
-
-def suggest_config(path: str) -> str:
-    """Names the config files that there are."""
-    from dssn_jax.config import suggest
-
-    folder = pathlib.Path(__file__).parent / "configs"
-    helpers = {"__init__", "arguments", "defaults", "methods"}
-    return suggest(path, sorted(f"configs/{file.name}" for file in folder.glob("*.py") if file.stem not in helpers))
+        _fail(f"config file {path!r} cannot be read{suggest_config_file(path)}")
 
 
 def main(arguments: list[str]) -> None:
