@@ -1,47 +1,53 @@
-"""Trains, evaluates, predicts and converts: `python main.py --config=configs/shapes.py --workdir=/tmp/shapes`."""
+"""Trains, evaluates, predicts, reports, exports, converts.
+
+python main.py --config=configs/shapes.py --workdir=/tmp/shapes
+"""
 
 import logging as python_logging
-import pathlib
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-# Mode -> flags that it needs.
+# What a mode does, and the flags that it needs. Without --config, predict reads that of the work directory.
 MODES = {
-    "train": ("config", "workdir"),
-    "eval": ("config", "workdir"),
-    "predict": ("config", "workdir", "from", "to"),
-    "convert": ("from", "to"),
+    "train": ("trains, or continues a stopped run", ("config", "workdir")),
+    "eval": ("scores a checkpoint", ("config", "workdir")),
+    "predict": ("writes class maps of images", ("workdir", "from", "to")),
+    "report": ("makes a page about runs", ("workdir",)),
+    "export": ("writes a network that JAX alone runs", ("workdir",)),
+    "convert": ("takes weights of PyTorch in or out", ("from", "to")),
 }
+UNCONFIGURED = ("report", "export")  # They read the configuration that is in the work directory.
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, with arguments after a colon.", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, summary.")
-_MODE = flags.DEFINE_enum(
-    "mode", "train", list(MODES), "train (continues a stopped run), eval (scores a checkpoint), predict or convert."
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; for --mode=report several, with commas between.")
+_MODE = flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{k}: {does}" for k, (does, _) in MODES.items()))
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Of a work directory that is read: best, latest or a step.")
-_FROM = flags.DEFINE_string("from", None, "What to predict (image, folder, list) or convert (weights, work directory).")
-_TO = flags.DEFINE_string("to", None, "Folder of predictions, or new .pth or .safetensors file or work directory.")
-_TEACHER = flags.DEFINE_string("teacher", None, "For --mode=convert to a work directory: file of the teacher.")
 _NETWORK = flags.DEFINE_enum("network", None, ["student", "teacher"], "Of a work directory that is read.")
-_CONFIDENCE = flags.DEFINE_bool("confidence", False, "For --mode=predict: writes the probability of the class too.")
-_PART = flags.DEFINE_enum("part", "network", ["network", "backbone"], "For --mode=convert to a file: what to write.")
+_FROM = flags.DEFINE_string("from", None, "What to predict (image, folder, list) or convert (weights, work directory).")
+_TO = flags.DEFINE_string("to", None, "What predict (folder), convert, report or export (file) writes.")
+_CONFIDENCE = flags.DEFINE_bool("confidence", False, "For predict: writes the probability of the class too.")
+_IMAGES = flags.DEFINE_integer("images", 200, "For report: most validation images to look through; 0: no pictures.", 0)
+_SIZE = flags.DEFINE_string("size", None, "For export: HEIGHTxWIDTH of the images; default: the training crop.")
+_TEACHER = flags.DEFINE_string("teacher", None, "For convert to a work directory: file of the teacher.")
+_PART = flags.DEFINE_enum("part", "network", ["network", "backbone"], "For convert to a file: what to write.")
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
     """Parses the command line; a mistake in it, or in the config file, ends the program with one line."""
     from configs import defaults
-    from dssn_jax.config import ConfigError, check_keys
+    from dssn_jax.config import ConfigError, check_keys, suggest_config_file
 
     try:
         check_keys(arguments, defaults.get_config())
         rest = flags.FLAGS(arguments)
-        if _CONFIG.value is not None:
-            _CONFIG.value.name  # A file that cannot be read is noticed here.  # noqa: B018
-        for name in MODES[_MODE.value]:
+        configured = getattr(_CONFIG.value, "name", None) is not None  # A file that cannot be read is noticed here.
+        if configured and _MODE.value in UNCONFIGURED:
+            _fail(f"--mode={_MODE.value} reads the configuration of --workdir; it takes no --config")
+        for name in MODES[_MODE.value][1]:
             if flags.FLAGS[name].value is None:
                 _fail(f"--mode={_MODE.value} needs --{name}")
         return rest
@@ -49,43 +55,38 @@ def parse_flags(arguments: list[str]) -> list[str]:
         _fail(str(error))
     except OSError:
         path = str(flags.FLAGS["config"].config_filename)
-        _fail(f"config file {path!r} cannot be read{suggest_config(path)}")
-
-
-def suggest_config(path: str) -> str:
-    """Names the config files that there are."""
-    from dssn_jax.config import suggest
-
-    folder = pathlib.Path(__file__).parent / "configs"
-    helpers = {"__init__", "arguments", "defaults", "methods"}
-    return suggest(path, sorted(f"configs/{file.name}" for file in folder.glob("*.py") if file.stem not in helpers))
+        _fail(f"config file {path!r} cannot be read{suggest_config_file(path)}")
 
 
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         _fail(f"unexpected argument {arguments[1]!r}")
-    # After the flags: --help need not wait for JAX.
-    from dssn_jax import checkpoint, config, convert, evaluate, predict, state_dict_files, train
-    from input_pipeline import DataError
+    from dssn_jax.errors import ERRORS  # After the flags: --help need not wait for JAX.
 
     logging.set_verbosity(logging.WARNING)
     python_logging.getLogger("jax").setLevel(python_logging.ERROR)
     try:
-        if _MODE.value == "train":
-            train.train(_CONFIG.value, _WORKDIR.value)
-        elif _MODE.value == "eval":
-            evaluate.evaluate(_CONFIG.value, _WORKDIR.value, _CHECKPOINT.value)
-        elif _MODE.value == "predict":
-            how = {"which": _CHECKPOINT.value, "network": _NETWORK.value, "confidence": _CONFIDENCE.value}
-            predict.predict(_CONFIG.value, _WORKDIR.value, _FROM.value, _TO.value, **how)
-        else:
-            how = {"which": _CHECKPOINT.value, "network": _NETWORK.value or "student"}
-            convert.convert(_FROM.value, _TO.value, _CONFIG.value, _TEACHER.value, part=_PART.value, **how)
-    except (
-        config.ConfigError, checkpoint.CheckpointError, state_dict_files.StateDictError, train.DivergedError,
-        predict.UnreadableError, DataError,
-    ) as error:  # fmt: skip
+        _run(_MODE.value, _WORKDIR.value, _CHECKPOINT.value, _NETWORK.value)
+    except ERRORS as error:
         _fail(str(error))
+
+
+def _run(mode: str, workdir: str, which: str, network: str | None) -> None:
+    from dssn_jax import convert, evaluate, export, predict, report, train
+
+    if mode == "train":
+        train.train(_CONFIG.value, workdir)
+    elif mode == "eval":
+        evaluate.evaluate(_CONFIG.value, workdir, which)
+    elif mode == "predict":
+        predict.predict(_CONFIG.value, workdir, _FROM.value, _TO.value, which, network, _CONFIDENCE.value)
+    elif mode == "report":
+        report.report(workdir.split(","), _TO.value, _IMAGES.value)
+    elif mode == "export":
+        export.export(workdir, which, network, _SIZE.value, _TO.value)
+    else:
+        weights = {"teacher": _TEACHER.value, "network": network or "student", "which": which, "part": _PART.value}
+        convert.convert(_FROM.value, _TO.value, _CONFIG.value, **weights)
 
 
 def _fail(message: str) -> None:

@@ -1,6 +1,7 @@
 """Checks of a configuration before anything runs. The keys are defined in `configs/defaults.py`."""
 
 import difflib
+import pathlib
 from collections.abc import Iterable
 
 import jax
@@ -26,6 +27,13 @@ def suggest(found: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(found), known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
     return f"{hint} known: {', '.join(known)}"
+
+
+def suggest_config_file(path: str) -> str:
+    """Names the files of configs/ for a path that is none of them, as `suggest` does."""
+    folder = pathlib.Path(__file__).parent.parent / "configs"
+    helpers = {"__init__", "arguments", "defaults", "methods"}
+    return suggest(path, sorted(f"configs/{file.name}" for file in folder.glob("*.py") if file.stem not in helpers))
 
 
 def check_choice(what: str, found: str, known: Iterable[str]) -> None:

@@ -11,11 +11,11 @@ import re
 import shutil
 import time
 
-from dssn_jax import checkpoint, optimizer, pretrained, report, scores, state_dict_files, train_state
+from dssn_jax import checkpoint, optimizer, pretrained, recorder, scores, state_dict_files, train_state
 from dssn_jax import config as configuration
 from dssn_jax.config import ConfigError
 from dssn_jax.pretrained import Weights
-from dssn_jax.report import logger
+from dssn_jax.recorder import logger
 from dssn_jax.state_dict_files import StateDictError
 from dssn_jax.state_dicts import from_state_dict, shapes, to_state_dict, torch_name, with_counters
 
@@ -46,7 +46,7 @@ def convert(
     Raises StateDictError, CheckpointError or ConfigError for what cannot be converted.
     """
     started = time.monotonic()
-    report.log_to(None)
+    recorder.log_to(None)
     destination = pathlib.Path(target).expanduser().absolute()
     to_file = destination.suffix in state_dict_files.SUFFIXES
     _check_target(destination, to_file)
@@ -157,7 +157,7 @@ def _save(target: pathlib.Path, state: train_state.TrainState, config: dict, ori
         meta = {"config": config, "scores": {**scores.new(), "best_step": 0}, "converted": origin}
         saved.save(0, state, None, meta)
         saved.close()
-        report.write_json(part / "config.json", config)
+        recorder.write_json(part / "config.json", config)
         os.rename(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import input_pipeline
-from dssn_jax import checkpoint, experiment, inference, metrics, report, scores, sharding, views
+from dssn_jax import checkpoint, experiment, inference, metrics, recorder, scores, sharding, views
 from dssn_jax.models import DeepLabV3Plus
 from dssn_jax.models.layers import Extent
-from dssn_jax.report import duration, logger
+from dssn_jax.recorder import duration, logger
 
 
 class Evaluator:
@@ -133,7 +133,7 @@ def evaluate(config, workdir: str, which: str) -> dict:
     Logs a table, writes and returns `workdir/eval_STEP.json`: {"student": {"miou", "iou"}, "teacher": ...}, per cent.
     """
     parts = experiment.build(config)
-    report.log_to(None)
+    recorder.log_to(None)
     saved = checkpoint.Checkpointer(workdir, read_only=True)
     step = saved.resolve(which)
     state, _ = saved.restore(step, parts.abstract_state(), config)
@@ -144,8 +144,8 @@ def evaluate(config, workdir: str, which: str) -> dict:
     evaluator = Evaluator(parts.model, config, parts.mesh)
     confusions = evaluator(networks, evaluator.groups(val), log_progress(len(val)))
     found = {name: scores.of_confusion(confusion, config.data.classes) for name, confusion in confusions.items()}
-    logger.info("IoU, per cent\n%s", report.class_table(found))
+    logger.info("IoU, per cent\n%s", recorder.class_table(found))
     path = pathlib.Path(workdir) / f"eval_{step}.json"
-    report.write_json(path, {"name": config.name, "step": step, "mode": config.eval.mode, **found})
+    recorder.write_json(path, {"name": config.name, "step": step, "mode": config.eval.mode, **found})
     logger.info("wrote %s", path)
     return found

@@ -1,6 +1,7 @@
 """What a configuration builds: data sources, network, method, optimiser, on the devices that there are."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,12 +61,12 @@ def _initialiser(config, model: models.DeepLabV3Plus, transformation: optax.Grad
     return functools.partial(train_state.initialise, model, transformation, teacher)
 
 
-def build(config) -> Experiment:
-    """Checks `config`, opens its data and builds its parts.
+def build(config, devices: Sequence[jax.Device] | None = None) -> Experiment:
+    """Checks `config`, opens its data and builds its parts, for `devices` (default: all).
 
     Raises `dssn_jax.config.ConfigError` or `input_pipeline.DataError` for what cannot be run.
     """
-    configuration.validate(config, jax.device_count())
+    configuration.validate(config, len(devices or jax.devices()))
     sources = input_pipeline.open_sources(config)
     steps_per_epoch = input_pipeline.steps_per_epoch(sources, config)
     steps = config.train.steps or config.train.epochs * steps_per_epoch
@@ -73,7 +74,7 @@ def build(config) -> Experiment:
     return Experiment(
         config=config,
         sources=sources,
-        mesh=sharding.make_mesh(),
+        mesh=sharding.make_mesh(devices),
         model=models.build(config.model, len(config.data.classes)),
         method=methods.from_config(config, steps_per_epoch),
         optimizer=transformation,

@@ -11,16 +11,17 @@ from dssn_jax.models import layers
 
 
 class Panels:
-    """Draws `config.train.pictures` images of the training batch and of the validation images."""
+    """Draws the first images of the training batch and of the validation images."""
 
-    def __init__(self, parts: experiment.Experiment):
-        self._parts, self._rows = parts, parts.config.train.pictures
+    def __init__(self, parts: experiment.Experiment, rows: int):
+        """Takes the number of images of a panel."""
+        self._parts, self._rows = parts, rows
         look = functools.partial(_look, parts=parts)
         self._look = jax.jit(look, out_shardings=sharding.replicated(parts.mesh))
 
     def __call__(self, state, batch: dict, evaluator) -> dict[str, np.ndarray]:
         """Returns pictures uint8 [H, W, 3] by name: labeled, unlabeled (if the method has views of it), validation."""
-        seen = {name: np.asarray(value[: self._rows]) for name, value in self._look(state, batch).items()}
+        seen = self.seen(state, batch)
         colour = functools.partial(pictures.colourise, num_classes=len(self._parts.config.data.classes))
         panels = {
             "labeled/image-prediction-truth": pictures.panel(
@@ -35,6 +36,10 @@ class Panels:
                 seen["image_u"], *strong, *maps
             )
         return panels | self._validation(state, evaluator, colour)
+
+    def seen(self, state, batch: dict) -> dict[str, np.ndarray]:
+        """Returns what the step reads of the first images of a batch, and the class maps of them, by name."""
+        return {name: np.asarray(value[: self._rows]) for name, value in self._look(state, batch).items()}
 
     def _validation(self, state, evaluator, colour) -> dict[str, np.ndarray]:
         networks, shown = state.networks(), slice(self._rows)

@@ -5,16 +5,14 @@ import pathlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 import input_pipeline
-from dssn_jax import checkpoint, evaluate, experiment, models, pictures, report, sharding
-from dssn_jax import config as configuration
-from dssn_jax.config import ConfigError
-from dssn_jax.report import logger
+from dssn_jax import evaluate, pictures, recorder, saved_run, sharding
+from dssn_jax.config import ConfigError, check_choice
+from dssn_jax.recorder import logger
 
 CLASS_IDS, OVERLAYS, CONFIDENCE = "class_ids", "overlays", "confidence"
 
@@ -39,7 +37,7 @@ def predict(
     predicted class, 0 to 255).
 
     Args:
-      config: of the run.
+      config: of the run; None: that in the work directory.
       workdir: of the run.
       images: an image, a folder or a list; see `input_pipeline.find_images`.
       target: folder; existing pictures in it are replaced.
@@ -48,19 +46,21 @@ def predict(
       confidence: whether to write it.
 
     Raises:
-      UnreadableError, at the end, if an image could not be read; CheckpointError, ConfigError or DataError before
-      anything is written.
+      UnreadableError, at the end, if an image could not be read. Before anything is written: CheckpointError,
+      WorkdirError, ConfigError or DataError.
     """
-    report.log_to(None)
-    configuration.validate(config, jax.device_count())
+    recorder.log_to(None)
+    config = saved_run.read_config(workdir) if config is None else config
     source, names = input_pipeline.find_images(images, config.data.root)
     targets = _targets(names)
     mesh = sharding.make_mesh()
-    variables, step, network = _load(config, mesh, workdir, which, network)
-    logger.info("predicting %d images with the %s of step %d of %s", len(source.readable), network, step, workdir)
+    saved = saved_run.restore_networks(workdir, which, config, mesh)
+    network = network or list(saved.variables)[-1]
+    check_choice(f"network of {workdir}", network, saved.variables)
+    logger.info("predicting %d images with the %s of step %d of %s", len(source.readable), network, saved.step, workdir)
 
     errors = list(source.errors)
-    evaluator = evaluate.Evaluator(models.build(config.model, len(config.data.classes)), config, mesh)
+    evaluator = evaluate.Evaluator(saved.model, config, mesh)
     groups = evaluator.groups(source, source.readable, lambda _, error: errors.append(error))
     writer = Writer(pathlib.Path(target), len(config.data.classes), confidence)
     done = 0
@@ -69,7 +69,7 @@ def predict(
         tqdm(total=len(source.readable), unit="image", file=sys.stdout, mininterval=1) as bar,
     ):
         for group in groups:
-            maps, certainties = evaluator.predict(variables, group)
+            maps, certainties = evaluator.predict(saved.variables[network], group)
             pictures_of = [
                 (targets[index], *(array[row, :height, :width] for array in (group.images, maps, certainties)))
                 for row, (index, (height, width)) in enumerate(zip(group.indices, group.sizes, strict=False))
@@ -118,16 +118,3 @@ def _targets(names: list[str]) -> list[str]:
             raise ConfigError(f"the predictions of {found[stem]} and {name} would both be {stem}.png")
         found[stem] = name
     return list(found)
-
-
-def _load(config, mesh: jax.sharding.Mesh, workdir: str, which: str, network: str | None) -> tuple[dict, int, str]:
-    """Returns variables, the step of the checkpoint, and which network it is."""
-    saved = checkpoint.Checkpointer(workdir, read_only=True)
-    step = saved.resolve(which)
-    state, _ = saved.restore(step, experiment.abstract_state(config, mesh), config)
-    saved.close()
-    networks = state.networks()
-    name = network or ("teacher" if "teacher" in networks else "student")
-    if name not in networks:
-        raise ConfigError(f"the run in {workdir} has no {name}; it has: {', '.join(networks)}")
-    return networks[name], step, name

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 import input_pipeline
-from dssn_jax import checkpoint, evaluate, experiment, panels, pretrained, report, scores, sharding
+from dssn_jax import checkpoint, evaluate, experiment, panels, pretrained, recorder, scores, sharding
 from dssn_jax import config as configuration
-from dssn_jax.report import duration, logger
+from dssn_jax.recorder import duration, logger
 
 # Beginnings of the names of metrics, in the order of the log line.
 _LOGGED = ("loss", "contrast", "mask_ratio", "lr", "grad_norm")
@@ -34,7 +34,7 @@ def train(config, workdir: str | pathlib.Path) -> dict:
     if config.model.pretrained and not checkpoint.exists(workdir):
         weights = pretrained.load(config, parts.abstract_state().student)
     workdir.mkdir(parents=True, exist_ok=True)
-    report.log_to(workdir)
+    recorder.log_to(workdir)
     trainer = Trainer(parts, workdir, weights)
     del weights  # The state has its own copy; a second one would stay on the device for the whole run.
     try:
@@ -57,8 +57,8 @@ class Trainer:
         self._step = int(self.state.step)
         self._take_step = parts.compile_step()
         self._evaluator = evaluate.Evaluator(parts.model, config, parts.mesh)
-        self._panels = panels.Panels(parts)
-        self._recorder = report.Recorder(workdir, self._step)
+        self._panels = panels.Panels(parts, config.train.pictures)
+        self._recorder = recorder.Recorder(workdir, self._step)
         self._feeder = Feeder(self._iterator, parts.mesh)
         self._pending: list[dict] = []  # Metrics of the steps since the last log line, on the device.
         self._clock = Clock()
@@ -67,7 +67,8 @@ class Trainer:
         """Restores the latest checkpoint, or begins with `weights`."""
         parts, step = self._parts, self._saved.latest_step()
         config = json.loads(parts.config.to_json())
-        logger.info(_description(parts))
+        found = facts(parts)
+        logger.info(_description(config, found))
         if step is None:
             state = parts.initial_state(weights and weights.variables)
             logger.info("starting from %s", weights.report if weights else "random weights")
@@ -79,12 +80,12 @@ class Trainer:
             logger.info("continuing from step %d of %s", step, self._workdir)
             for change in configuration.differences(meta["config"], config):
                 logger.warning("changed since that checkpoint: %s", change)
-        report.write_json(self._workdir / "config.json", config)
+        recorder.write_json(self._workdir / "config.json", config)
+        recorder.write_json(self._workdir / recorder.RUN, found)
         return state
 
     def run(self) -> dict:
         """Trains to the last step; returns the summary."""
-        started = time.monotonic()
         while self._step < self._parts.steps:
             batch, waited = self._feeder.take(running=self._pending[-2:])
             self.state, metrics = self._take_step(self.state, batch)
@@ -94,7 +95,7 @@ class Trainer:
                 self._feeder.start()  # A checkpoint holds the iterator's position, so it must not run ahead of that.
             self._clock.stepped(waited)
             self._after_step(batch)
-        return self._summarise(time.monotonic() - started)
+        return self._summarise()
 
     def _due(self, key: str) -> bool:
         """Whether the event of `config.train[key]` comes after this step; 0 means every epoch."""
@@ -142,7 +143,7 @@ class Trainer:
         confusions = self._evaluator(networks, self._evaluator.groups(val), evaluate.log_progress(len(val)))
         found = {name: scores.of_confusion(counts, config.data.classes) for name, counts in confusions.items()}
         scores.update(self._scores, self._step, found)
-        self._recorder.scalars(self._step, {f"miou_{name}": entry["miou"] for name, entry in found.items()})
+        self._recorder.evaluation(self._step, found, confusions)
         if config.train.pictures:
             for name, picture in self._panels(self.state, batch, self._evaluator).items():
                 self._recorder.picture(self._step, name, picture)
@@ -152,13 +153,13 @@ class Trainer:
             duration(time.monotonic() - started), self._scores["best_miou"], self._scores["best_step"],
         )  # fmt: skip
 
-    def _summarise(self, seconds: float) -> dict:
+    def _summarise(self) -> dict:
         parts = self._parts
-        summary = {"name": parts.config.name, "steps": self._step, "seconds": seconds, **self._scores}
-        report.write_json(self._workdir / "summary.json", summary)
+        summary = {"name": parts.config.name, "steps": self._step, "seconds": self._recorder.seconds, **self._scores}
+        recorder.write_json(self._workdir / "summary.json", summary)
         last = scores.last(self._scores)
         if last:
-            logger.info("IoU per class after step %d, per cent\n%s", self._step, report.class_table(last))
+            logger.info("IoU per class after step %d, per cent\n%s", self._step, recorder.class_table(last))
         logger.info("finished %d steps; %s", self._step, self._workdir / "summary.json")
         return summary
 
@@ -248,16 +249,30 @@ def _terms(metrics: dict[str, float]) -> str:
     return " ".join(f"{name} {float(metrics[name]):.4g}" for name in names)
 
 
-def _description(parts: experiment.Experiment) -> str:
-    config, method = parts.config, parts.method
-    weights = parts.abstract_state().params
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(weights)) / 1e6
-    batch = f"{config.data.labeled_batch} labeled"
-    if method.uses_unlabeled:
-        batch += f" + {config.data.unlabeled_batch} unlabeled"
+def facts(parts: experiment.Experiment) -> dict:
+    """What was built from the configuration, and where it runs: what `run.json` holds."""
+    weights, sources = parts.abstract_state().params, parts.sources
+    return {
+        "name": parts.config.name,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights)),
+        "images": {name: len(source) for name, source in sources._asdict().items()},
+        "steps": parts.steps,
+        "steps_per_epoch": parts.steps_per_epoch,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "hosts": jax.process_count(),
+        "jax": jax.__version__,
+    }
+
+
+def _description(config: dict, found: dict) -> str:
+    """One line for the log, of a configuration as a dict and its `facts`."""
+    data, method, images = config["data"], config["method"], found["images"]
+    batch = f"{data['labeled_batch']} labeled"
+    if method["strong_views"] + method["feature_views"]:
+        batch += f" + {data['unlabeled_batch']} unlabeled"
     return (
-        f"{config.name or 'run'}: {config.model.backbone} with {parameters:.1f} M parameters, "
-        f"{len(config.data.classes)} classes; {len(parts.sources.labeled)} labeled, {len(parts.sources.unlabeled)} "
-        f"unlabeled, {len(parts.sources.val)} validation images; {parts.steps} steps of {batch} at crop "
-        f"{config.data.crop} ({parts.steps_per_epoch} an epoch); {jax.device_count()} x {jax.devices()[0].device_kind}"
+        f"{found['name'] or 'run'}: {config['model']['backbone']} with {found['parameters'] / 1e6:.1f} M parameters, "
+        f"{len(data['classes'])} classes; {images['labeled']} labeled, {images['unlabeled']} unlabeled, "
+        f"{images['val']} validation images; {found['steps']} steps of {batch} at crop {data['crop']} "
+        f"({found['steps_per_epoch']} an epoch); {found['devices']}"
     )

@@ -25,7 +25,7 @@ def parsed_flags():
         flags.FLAGS(["tests"])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config():
     """Returns a function that makes a configuration of a small network on a few small images, by method."""
 

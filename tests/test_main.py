@@ -36,6 +36,8 @@ def run_main(*options):
         (["--config=configs/shape.py"], ["'configs/shape.py' cannot be read", "'configs/shapes.py'"]),
         (["--config=configs/pascal.py", "--config.data.root=/nowhere"], ["/nowhere"]),
         (["--config=configs/shapes.py", "--mode=eval"], ["checkpoints: no such folder"]),
+        (["--mode=eval"], ["--config goes with --mode=train and eval"]),
+        (["--config=configs/shapes.py", "--mode=report"], ["the other modes read that of --workdir"]),
     ],
 )
 def test_mistakes_end_with_one_line(options, messages, tmp_path):

@@ -2,12 +2,11 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from dssn_jax import checkpoint, evaluate, experiment, metrics, pictures, predict, scores
+from dssn_jax import checkpoint, evaluate, experiment, metrics, pictures, predict, recorder, saved_run, scores
 from dssn_jax.config import ConfigError
 from input_pipeline import DataError
 
@@ -96,13 +95,11 @@ def test_mistakes_leave_nothing(run, root, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_student_or_teacher(run, tmp_path):
-    """The teacher, where there is one, unless the student is asked for."""
+def test_the_work_directory_tells_the_configuration(run, root, tmp_path):
     config, workdir = run
-    saved = checkpoint.Checkpointer(workdir, read_only=True)
-    like = experiment.build(config).abstract_state()
-    state, _ = saved.restore(0, like, config)
-    saved.close()
-    jax.tree.map(np.testing.assert_array_equal, state.student, state.teacher)
-    for asked, given in ((None, "teacher"), ("student", "student")):
-        assert predict._load(config, experiment.build(config).mesh, workdir, "0", asked)[1:] == (0, given)
+    recorder.write_json(workdir / "config.json", json.loads(config.to_json()))
+    assert predict.predict(None, workdir, str(root / "images/d.jpg"), str(tmp_path / "out"), network="student") == 1
+    assert (tmp_path / "out/class_ids/d.png").exists()
+    with pytest.raises(saved_run.WorkdirError, match="no such folder"):
+        predict.predict(None, tmp_path / "nowhere", str(root / "images/d.jpg"), str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()

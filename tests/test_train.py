@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from dssn_jax import checkpoint, evaluate, experiment, train
+from dssn_jax import checkpoint, evaluate, experiment, recorder, train
 from tests.conftest import ONE_DEVICE
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -42,6 +42,14 @@ def test_a_run_leaves_its_scores_logs_and_checkpoints(tiny_config, tmp_path):
         assert list(last["iou"]) == list(config.data.classes)
         assert last["miou"] == pytest.approx(np.mean(list(last["iou"].values())))
     assert list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+    evaluated = [line for line in recorder.read_metrics(tmp_path) if "iou_teacher" in line]
+    confusion = json.loads((tmp_path / "confusion.json").read_text())
+    assert [line["step"] for line in evaluated] == [3, 6] and confusion["step"] == 6
+    for network in ("student", "teacher"):
+        assert evaluated[-1][f"iou_{network}"] == list(summary[network]["last"]["iou"].values())
+        assert np.sum(confusion[network]) == 6 * 48 * 48  # No pixel of the shapes is ignored.
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert (run["steps"], run["steps_per_epoch"], run["images"]["val"]) == (6, 4, 6) and "4 x" in run["devices"]
     log = (tmp_path / "log.txt").read_text()
     for part in ("step 6/6", "loss_fp2", "contrast_image", "mask_ratio", "lr ", "images/s", "waiting", "left", "mIoU"):
         assert part in log, part

@@ -1,0 +1,11 @@
+"""What the command line ends with in one line: the errors of bad input, of all modules."""
+
+from dssn_jax.checkpoint import CheckpointError
+from dssn_jax.config import ConfigError
+from dssn_jax.predict import UnreadableError
+from dssn_jax.saved_run import WorkdirError
+from dssn_jax.state_dict_files import StateDictError
+from dssn_jax.train import DivergedError
+from input_pipeline import DataError
+
+ERRORS = (CheckpointError, ConfigError, DataError, DivergedError, StateDictError, UnreadableError, WorkdirError)

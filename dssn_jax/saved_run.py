@@ -1,0 +1,77 @@
+"""What a work directory holds, read back without the command line that made it: the configuration, the networks."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+
+from configs import defaults
+from dssn_jax import checkpoint, experiment, models, sharding
+from dssn_jax import config as configuration
+
+CONFIG = "config.json"
+
+
+class WorkdirError(ValueError):
+    """A folder that is not the work directory of a run, or is damaged: the message names it and what is expected."""
+
+
+class SavedNetworks(NamedTuple):
+    """The networks of a checkpoint."""
+
+    config: Any
+    step: int
+    model: models.DeepLabV3Plus
+    variables: dict[str, dict]  # Of student, and of teacher if the method has one; for `model.apply`.
+
+
+def read_json(workdir: str | pathlib.Path, name: str) -> dict:
+    """Returns the content of a JSON file of `workdir`; raises WorkdirError."""
+    path = pathlib.Path(workdir) / name
+    if not pathlib.Path(workdir).is_dir():
+        raise WorkdirError(f"{workdir}: no such folder; expected the work directory of a training run")
+    if not path.is_file():
+        raise WorkdirError(f"{workdir}: no {name} in it; expected the work directory of a training run")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise WorkdirError(f"{path}: damaged, not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise WorkdirError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def read_config(workdir: str | pathlib.Path):
+    """Returns the configuration of a run; keys that are newer than the run have their defaults.
+
+    Raises WorkdirError.
+    """
+    saved = read_json(workdir, CONFIG)
+    config = defaults.get_config()
+    try:
+        config.update(saved)  # Lists become the tuples that they were.
+    except (TypeError, ValueError) as error:
+        raise WorkdirError(f"{pathlib.Path(workdir) / CONFIG}: not a configuration of this program: {error}") from None
+    return config
+
+
+def restore_networks(
+    workdir: str | pathlib.Path, which: str, config=None, mesh: jax.sharding.Mesh | None = None
+) -> SavedNetworks:
+    """Restores the networks of a checkpoint ("latest", "best" or a step); the data are not needed.
+
+    They are those of `config` (default: that of the work directory), on every device of `mesh` (default: on one).
+
+    Raises WorkdirError, CheckpointError or ConfigError.
+    """
+    config = read_config(workdir) if config is None else config
+    mesh = sharding.make_mesh(jax.local_devices()[:1]) if mesh is None else mesh
+    configuration.validate(config, mesh.size)
+    saved = checkpoint.Checkpointer(workdir, read_only=True)
+    try:
+        step = saved.resolve(which)
+        state, _ = saved.restore(step, experiment.abstract_state(config, mesh), config)
+    finally:
+        saved.close()
+    return SavedNetworks(config, step, models.build(config.model, len(config.data.classes)), state.networks())
