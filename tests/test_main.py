@@ -36,8 +36,10 @@ def run_main(*options):
         (["--config=configs/shape.py"], ["'configs/shape.py' cannot be read", "'configs/shapes.py'"]),
         (["--config=configs/pascal.py", "--config.data.root=/nowhere"], ["/nowhere"]),
         (["--config=configs/shapes.py", "--mode=eval"], ["checkpoints: no such folder"]),
-        (["--mode=eval"], ["--config goes with --mode=train and eval"]),
-        (["--config=configs/shapes.py", "--mode=report"], ["the other modes read that of --workdir"]),
+        (["--mode=eval"], ["--mode=eval needs --config"]),
+        (["--mode=predict", "--from=images"], ["--mode=predict needs --to"]),
+        (["--config=configs/shapes.py", "--mode=report"], ["it takes no --config"]),
+        (["--mode=report"], ["run: no such folder"]),
     ],
 )
 def test_mistakes_end_with_one_line(options, messages, tmp_path):

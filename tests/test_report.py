@@ -99,9 +99,9 @@ def test_the_page_in_a_browser(page, tmp_path):
     scripts = re.compile(r"<(script|style)\b.*?</\1>", re.DOTALL)
     dom = scripts.sub("", dom)  # What is left can be seen.
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", dom)
-    # Drawn by the page's script: mean IoU, 8 losses, 3 shares, 4 of optimisation and speed, 6 classes; bars; matrices.
-    assert len(re.findall(r'class="plot js-plotly-plot"', dom)) == 1 + 8 + 3 + 4 + 6 + 1 + 3
-    assert len(re.findall(r'class="trace scatter', dom)) == 3 + (8 + 2) + 3 + 4 * 2 + 6 * 3
+    # Drawn by the page's script: 3 scores, 8 losses, 3 shares, 4 of optimisation and speed, 6 classes; bars; matrices.
+    assert len(re.findall(r'class="plot js-plotly-plot"', dom)) == 3 + 8 + 3 + 4 + 6 + 1 + 3
+    assert len(re.findall(r'class="trace scatter', dom)) == 3 * 3 + (8 + 2) + 3 + 4 * 2 + 6 * 3
     assert len(re.findall(r'class="trace bars"', dom)) == 3
     assert len(re.findall(r'class="hm"', dom)) == 3
     for text in (

@@ -18,6 +18,8 @@ SCORES = "Scores"  # The section of the page with the numbers of student and tea
 SECTIONS = {"Losses": ("loss", "contrast"), "Selected pixels": ("mask_ratio",), "Optimisation and speed": ("",)}
 TITLES = {
     "miou": "Mean IoU, %",
+    "pixel_accuracy": "Pixel accuracy, %",
+    "frequency_weighted_iou": "Frequency-weighted IoU, %",
     "loss": "Total loss",
     "loss_x": "Labeled loss L_x",
     "loss_s1": "Strong view 1, L_s1",
