@@ -6,6 +6,8 @@ import pathlib
 import platform
 from collections.abc import Sequence
 
+from dssn_jax import files
+
 
 def show(rows: Sequence[dict], columns: Sequence[str] = ()) -> None:
     """Prints rows as a table, with `columns` first and in this order; what a row lacks stays empty."""
@@ -27,9 +29,8 @@ def write(path: pathlib.Path | None, content: dict) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n")
-    os.replace(part, path)
+    with files.whole(path) as part:
+        part.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n")
 
 
 def machine() -> dict:

@@ -28,10 +28,10 @@ class Evaluator:
         self._score = jax.jit(self._score_batch, in_shardings=(everywhere, split), out_shardings=(everywhere, split))
         self._predict = jax.jit(self._predict_batch, in_shardings=(everywhere, split), out_shardings=split)
 
-    def groups(self, source: input_pipeline.Source, indices=None, on_error=None) -> Iterator[input_pipeline.Group]:
-        """The images of `source` (those at `indices`) as `config.eval` wants them batched, this process's rows.
+    def groups(self, source: input_pipeline.Source, **options) -> Iterator[input_pipeline.Group]:
+        """The images of `source` as `config.eval` wants them batched, this process's rows.
 
-        See `input_pipeline.eval_groups`.
+        `options` go to `input_pipeline.eval_groups`: indices, ahead, on_error.
         """
         config = self._config
         crop = (config.eval.crop or config.data.crop) if config.eval.mode == "center_crop" else 0
@@ -41,11 +41,10 @@ class Evaluator:
             ignore=config.data.ignore,
             buckets=config.eval.buckets,
             crop=crop,
-            indices=indices,
-            on_error=on_error,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             threads=config.data.threads,
+            **options,
         )
 
     def __call__(
@@ -76,8 +75,7 @@ class Evaluator:
 
     def class_maps(self, variables: dict, group: input_pipeline.Group) -> np.ndarray:
         """Predicts a group: uint8 [rows, H, W], ignored where there is no image."""
-        found = np.asarray(self._score(variables, self._put(group))[1])
-        return np.where(_inside(group.sizes, found.shape[1:]), found, self._config.data.ignore).astype(np.uint8)
+        return np.asarray(self._score(variables, self._put(group))[1])
 
     def predict(self, variables: dict, group: input_pipeline.Group) -> tuple[np.ndarray, np.ndarray]:
         """Predicts a group: class ids uint8 [rows, H, W], and the probability of the predicted class, 0 to 255."""
@@ -88,10 +86,13 @@ class Evaluator:
         return sharding.put_batch(arrays, self._mesh)
 
     def _score_batch(self, variables: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
-        """The confusion matrix int32 [K, K] and class maps uint8 [rows, H, W] of a group."""
-        found = self._inference.predict(self._model, variables, *self._images(batch))
-        confusion = metrics.confusion_matrix(found, batch["labels"], self._model.num_classes, self._config.data.ignore)
-        return confusion, found.astype(jnp.uint8)
+        """The confusion matrix int32 [K, K] of a group, and class maps uint8 [rows, H, W], ignored outside images."""
+        images, extent = self._images(batch)
+        found = self._inference.predict(self._model, variables, images, extent)
+        ignore = self._config.data.ignore
+        confusion = metrics.confusion_matrix(found, batch["labels"], self._model.num_classes, ignore)
+        inside = extent.mask(*found.shape[1:])[..., 0]
+        return confusion, jnp.where(inside, found, ignore).astype(jnp.uint8)
 
     def _predict_batch(self, variables: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
         found, confidence = self._inference.predict_with_confidence(self._model, variables, *self._images(batch))
@@ -103,13 +104,6 @@ class Evaluator:
         dtype = jnp.promote_types(self._model.dtype, jnp.float32)
         images = views.normalise(batch["images"], data.mean, data.std, dtype)
         return images, Extent(batch["sizes"][:, 0], batch["sizes"][:, 1])
-
-
-def _inside(sizes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """bool [rows, H, W], True where there is an image; sizes are int [rows, 2]."""
-    rows = np.arange(shape[0]) < sizes[:, :1]
-    columns = np.arange(shape[1]) < sizes[:, 1:]
-    return rows[:, :, None] & columns[:, None, :]
 
 
 def log_progress(total: int, every: float = 10.0) -> Callable[[int], None]:

@@ -1,6 +1,5 @@
 """The inference network as one file that JAX alone runs: a StableHLO artifact of `jax.export`; `--mode=export`."""
 
-import os
 import pathlib
 import re
 
@@ -8,8 +7,8 @@ import jax
 import jax.export  # Not imported by `import jax`.
 import jax.numpy as jnp
 
-from dssn_jax import recorder, saved_run, views
-from dssn_jax.config import ConfigError, check_choice
+from dssn_jax import files, recorder, saved_run, views
+from dssn_jax.config import ConfigError
 from dssn_jax.recorder import logger
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -36,8 +35,7 @@ def export(workdir: str, which: str, network: str | None, size: str | None, to: 
     """
     height_width = _parse_size(size)
     saved = saved_run.restore_networks(workdir, which)
-    network = network or list(saved.variables)[-1]
-    check_choice(f"network of {workdir}", network, saved.variables)
+    network = saved_run.choose_network(workdir, saved.variables, network)
     height, width = height_width or (saved.config.data.crop,) * 2
     path = pathlib.Path(to or pathlib.Path(workdir) / f"{network}_{saved.step}.stablehlo")
     if not path.parent.is_dir():
@@ -57,9 +55,8 @@ def export(workdir: str, which: str, network: str | None, size: str | None, to: 
         "jax": jax.__version__,
     }
     recorder.write_json(path.with_name(path.name + ".json"), facts)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(exported.serialize())
-    os.replace(part, path)
+    with files.whole(path) as part:
+        part.write_bytes(exported.serialize())
     logger.info("wrote %s (%.1f MB) and %s.json", path, path.stat().st_size / 1e6, path)
     return path
 

@@ -43,7 +43,7 @@ class Panels:
 
     def _validation(self, state, evaluator, colour) -> dict[str, np.ndarray]:
         networks, shown = state.networks(), slice(self._rows)
-        group = next(evaluator.groups(self._parts.sources.val))
+        group = next(evaluator.groups(self._parts.sources.val, ahead=0))
         maps = [colour(evaluator.class_maps(variables, group)[shown]) for variables in networks.values()]
         name = "-".join(["validation/image", *networks, "truth"])
         return {name: pictures.panel(group.images[shown], *maps, colour(group.labels[shown]))}

@@ -1,6 +1,5 @@
 """Class maps of any images: `--mode=predict`. Class ids as palette PNGs, overlays, and confidence if wanted."""
 
-import os
 import pathlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +9,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import input_pipeline
-from dssn_jax import evaluate, pictures, recorder, saved_run, sharding
-from dssn_jax.config import ConfigError, check_choice
+from dssn_jax import evaluate, files, pictures, recorder, saved_run, sharding
+from dssn_jax.config import ConfigError
 from dssn_jax.recorder import logger
 
 CLASS_IDS, OVERLAYS, CONFIDENCE = "class_ids", "overlays", "confidence"
@@ -55,13 +54,12 @@ def predict(
     targets = _targets(names)
     mesh = sharding.make_mesh()
     saved = saved_run.restore_networks(workdir, which, config, mesh)
-    network = network or list(saved.variables)[-1]
-    check_choice(f"network of {workdir}", network, saved.variables)
+    network = saved_run.choose_network(workdir, saved.variables, network)
     logger.info("predicting %d images with the %s of step %d of %s", len(source.readable), network, saved.step, workdir)
 
     errors = list(source.errors)
     evaluator = evaluate.Evaluator(saved.model, config, mesh)
-    groups = evaluator.groups(source, source.readable, lambda _, error: errors.append(error))
+    groups = evaluator.groups(source, indices=source.readable, on_error=lambda _, error: errors.append(error))
     writer = Writer(pathlib.Path(target), len(config.data.classes), confidence)
     done = 0
     with (
@@ -103,9 +101,8 @@ class Writer:
     def _save(self, picture: Image.Image, kind: str, name: str, suffix: str, **options) -> None:
         path = self._target / kind / (name + suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        picture.save(part, format="JPEG" if suffix == ".jpg" else "PNG", **options)
-        os.replace(part, path)
+        with files.whole(path) as part:
+            picture.save(part, format="JPEG" if suffix == ".jpg" else "PNG", **options)
 
 
 def _targets(names: list[str]) -> list[str]:

@@ -7,13 +7,14 @@ has the confusion matrices of the last evaluation, rows true classes: {"step", N
 
 import json
 import logging
-import os
 import pathlib
 import sys
 import time
 
 import numpy as np
 import tensorboardX
+
+from dssn_jax import files
 
 METRICS = "metrics.jsonl"
 CONFUSION = "confusion.json"
@@ -38,9 +39,8 @@ def log_to(workdir: pathlib.Path | None) -> None:
 
 def write_json(path: pathlib.Path, content: dict) -> None:
     """Writes `content` whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(part, path)
+    with files.whole(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")
 
 
 class Recorder:
@@ -50,9 +50,8 @@ class Recorder:
         """Continues after `step`: what an interrupted run recorded later is dropped."""
         self._path, self._confusion = workdir / METRICS, workdir / CONFUSION
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-        part = self._path.with_name(self._path.name + ".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(part, self._path)
+        with files.whole(self._path) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self._started = time.monotonic() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
 

@@ -56,6 +56,13 @@ def read_config(workdir: str | pathlib.Path):
     return config
 
 
+def choose_network(workdir: str | pathlib.Path, networks: dict[str, dict], network: str | None) -> str:
+    """Returns the name of the network asked for, or of the teacher if there is one; raises ConfigError."""
+    network = network or list(networks)[-1]
+    configuration.check_choice(f"network of {workdir}", network, networks)
+    return network
+
+
 def restore_networks(
     workdir: str | pathlib.Path, which: str, config=None, mesh: jax.sharding.Mesh | None = None
 ) -> SavedNetworks:

@@ -4,7 +4,6 @@ Nothing in a file is ever run: pickles are read by PyTorch's `weights_only` unpi
 and only for .pth.
 """
 
-import os
 import pathlib
 import pickle
 import re
@@ -16,6 +15,8 @@ import ml_dtypes  # Also makes NumPy know bfloat16, which safetensors asks for b
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from dssn_jax import files
 
 TORCH_SUFFIXES = (".pth", ".pt")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")  # Of files that are written.
@@ -51,18 +52,15 @@ def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     Raises StateDictError where nothing can be written.
     """
     tensors = {name: np.asarray(_wide(value), order="C") for name, value in tensors.items()}
-    part = path.with_name(f".{path.name}.part")
     try:
-        if path.suffix == ".safetensors":
-            safetensors.numpy.save_file(tensors, part, {"format": "pt", **metadata})
-        else:
-            torch = _import_torch(path)
-            torch.save({name: torch.from_numpy(value.copy()) for name, value in tensors.items()}, part)
-        os.replace(part, path)
+        with files.whole(path) as part:
+            if path.suffix == ".safetensors":
+                safetensors.numpy.save_file(tensors, part, {"format": "pt", **metadata})
+            else:
+                torch = _import_torch(path)
+                torch.save({name: torch.from_numpy(value.copy()) for name, value in tensors.items()}, part)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # A folder or disk that takes no file.
         raise StateDictError(f"{path}: cannot be written: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def check_writable(path: pathlib.Path) -> None:

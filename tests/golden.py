@@ -80,7 +80,7 @@ class Case:
 
     def variables(self, seed_suffix: str = "") -> dict:
         """Variables filled by `weight`."""
-        shapes = _shapes(self.model())
+        shapes = abstract_variables(self.model())
         zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
         state_dict = state_dicts.to_state_dict(zeros)
         filled = {name: weight(self.seed + seed_suffix, name, value.shape) for name, value in state_dict.items()}
@@ -88,7 +88,8 @@ class Case:
 
 
 @functools.cache
-def _shapes(model: models.DeepLabV3Plus) -> dict:
+def abstract_variables(model: models.DeepLabV3Plus) -> dict:
+    """Shapes and dtypes of the network's variables."""
     return jax.eval_shape(model.init, jax.random.PRNGKey(0), jnp.zeros((1, 33, 33, 3)))
 
 

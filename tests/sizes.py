@@ -11,7 +11,6 @@ import sys
 os.environ["JAX_ENABLE_X64"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -39,8 +38,7 @@ def largest_error(backbone: str, output_stride: int, sizes: np.ndarray) -> float
     model = models.DeepLabV3Plus(models.BACKBONES[backbone](output_stride=output_stride, **types), CLASSES, **types)
     network = twin(backbone, output_stride)
     state_dict = {name: value.numpy() for name, value in network.state_dict().items()}
-    like = jax.eval_shape(model.init, jax.random.PRNGKey(0), jnp.zeros((1, 33, 33, 3)))
-    variables = state_dicts.from_state_dict(state_dict, like)
+    variables = state_dicts.from_state_dict(state_dict, golden.abstract_variables(model))
     apply = golden.jit(lambda x, extent: model.apply(variables, x, extent=extent))
     images = golden.normal("sizes", (len(sizes), *sizes.max(0), 3)).astype(np.float64)
     worst = 0.0

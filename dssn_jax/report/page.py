@@ -1,6 +1,5 @@
 """The page itself: what is on it, rendered by the template `page.html` into one file that needs no network."""
 
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -8,7 +7,7 @@ import jinja2
 import plotly.offline
 
 from configs import defaults
-from dssn_jax import pictures, recorder
+from dssn_jax import files, pictures, recorder
 from dssn_jax.config import ConfigError
 from dssn_jax.recorder import duration, logger
 from dssn_jax.report import charts, gallery, runs
@@ -38,9 +37,8 @@ def report(workdirs: Sequence[str], to: str | None = None, images: int = 200) ->
     if not path.parent.is_dir():
         raise ConfigError(f"--to={path}: the folder {path.parent} does not exist")
     page = render(shown, [gallery.draw(run, images) for run in shown])
-    part = path.with_name(path.name + ".part")
-    part.write_text(page)
-    os.replace(part, path)
+    with files.whole(path) as part:
+        part.write_text(page)
     logger.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
     return path
 

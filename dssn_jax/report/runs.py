@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import flax
 import numpy as np
 
 from dssn_jax import recorder, saved_run
@@ -129,14 +130,5 @@ def _series(lines: list[dict]) -> dict[str, Series]:
 
 def flatten(config) -> dict[str, str]:
     """Every key of a configuration, such as "data.crop", with its value as text."""
-    return _flatten(json.loads(config.to_json()), "")
-
-
-def _flatten(section: dict, prefix: str) -> dict[str, str]:
-    flat = {}
-    for key, value in section.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
-    return flat
+    flat = flax.traverse_util.flatten_dict(json.loads(config.to_json()), sep=".")
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
