@@ -17,11 +17,11 @@ PARTS = ("train", "val")
 _COMMON = (DISK, RECTANGLE, TRIANGLE, RING)
 # The rare class is in every tenth image, and small.
 _RARE_PERIOD, _RARE_OFFSET = 10, 3
-_RADIUS = (0.13, 0.27)  # Of the image side.
-_RARE_RADIUS = (0.11, 0.16)
-# Hue in the middle of a class's range, in turns of the colour circle; the ranges of neighbours touch.
+_RADIUS = (0.2, 0.34)  # Of the image side.
+_RARE_RADIUS = (0.17, 0.22)
+# Hue in the middle of a class's range, in turns of the colour circle; light, clutter and textures blur the ranges.
 _HUE_OF = {DISK: 0.0, RECTANGLE: 0.2, TRIANGLE: 0.4, RING: 0.6, CROSS: 0.8}
-_HUE_RANGE = 0.1
+_HUE_RANGE = 0.06
 
 Grid = tuple[np.ndarray, np.ndarray]  # y and x of every pixel, float32 [size, size].
 
@@ -72,7 +72,7 @@ def _draw(size: int, index: int, rng: np.random.Generator) -> tuple[np.ndarray, 
     image = _background(y, x, rng)
     label = np.zeros((size, size), np.uint8)
     topmost = _COMMON[index % len(_COMMON)]
-    classes = [*rng.choice(_COMMON, size=rng.integers(3)), topmost]
+    classes = [*rng.choice(_COMMON, size=rng.integers(2)), topmost]
     if index % _RARE_PERIOD == _RARE_OFFSET:
         classes.append(CROSS)
     for shape in classes:
@@ -101,14 +101,14 @@ def _outline(shape: int, v: np.ndarray, u: np.ndarray, radius: float) -> np.ndar
     if shape == DISK:
         return u * u + v * v <= radius * radius
     if shape == RING:
-        return np.abs(np.hypot(u, v) - 0.75 * radius) <= 0.25 * radius
+        return np.abs(np.hypot(u, v) - 0.7 * radius) <= 0.3 * radius
     if shape == RECTANGLE:
         return (np.abs(u) <= 0.95 * radius) & (np.abs(v) <= 0.6 * radius)
     if shape == TRIANGLE:  # Equilateral: the three sides are half a radius from the centre.
         side = 0.75**0.5 * u
         return (v >= -radius / 2) & (v / 2 + side <= radius / 2) & (v / 2 - side <= radius / 2)
     near, far = np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
-    return (near <= 0.3 * radius) & (far <= radius)
+    return (near <= 0.4 * radius) & (far <= radius)
 
 
 def _color(rng: np.random.Generator) -> np.ndarray:
@@ -177,7 +177,7 @@ def _texture(
     """Returns a two-coloured texture of a random kind, float32 [size, size, 3]; `first` is one of its colours."""
     amount = kinds[rng.integers(len(kinds))](y, x, rng)[..., None]
     first, second = _color(rng) if first is None else first, _color(rng)
-    second = first + rng.uniform(0.2, 0.8) * (second - first)  # From faint to strong.
+    second = first + rng.uniform(0.2, 0.5) * (second - first)  # From faint to clear.
     return first + amount * (second - first)
 
 
