@@ -104,7 +104,7 @@ def measure(name: str, seconds: float, core_counts: list[int]) -> list[dict]:
     width, height, module = SIZES[name]
     rows, all_cores = [], sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
-        files.write(pathlib.Path(folder), 32, width, height, split="all")
+        files.write(pathlib.Path(folder), [(height, width)] * 32, split="all")
         source = FolderSource(folder, f"{folder}/splits/all/unlabeled.txt", 21, 255, labeled=False)
         paths = [os.path.join(folder, source.name(i)) for i in range(len(source))]
         for cores in core_counts:
