@@ -75,11 +75,11 @@ class Evaluator:
 
     def class_maps(self, variables: dict, group: input_pipeline.Group) -> np.ndarray:
         """Predicts a group: uint8 [rows, H, W], ignored where there is no image."""
-        return np.asarray(self._score(variables, self._put(group))[1])
+        return sharding.local_rows(self._score(variables, self._put(group))[1])
 
     def predict(self, variables: dict, group: input_pipeline.Group) -> tuple[np.ndarray, np.ndarray]:
         """Predicts a group: class ids uint8 [rows, H, W], and the probability of the predicted class, 0 to 255."""
-        return tuple(np.asarray(each) for each in self._predict(variables, self._put(group)))
+        return tuple(map(sharding.local_rows, self._predict(variables, self._put(group))))
 
     def _put(self, group: input_pipeline.Group) -> dict[str, jax.Array]:
         arrays = {"images": group.images, "labels": group.labels, "sizes": group.sizes}

@@ -45,6 +45,26 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 
+def local_rows(array: jax.Array) -> np.ndarray:
+    """Returns this process's rows of an array that is split along its first axis."""
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def split_rows(tree, parts: int, mesh: Mesh):
+    """Splits batches [N, ...] of a tree into [parts, N / parts, ...] in which rows stay on their device.
+
+    Each part has as many rows of every device: with D devices, part i has the i-th of `parts` stretches of the N / D
+    rows of each.
+    """
+
+    def split(array: jax.Array) -> jax.Array:
+        rows = array.reshape(mesh.size, parts, -1, *array.shape[1:]).swapaxes(0, 1)
+        return rows.reshape(parts, -1, *array.shape[1:])
+
+    return jax.tree.map(split, tree)
+
+
 def interleave(*arrays: jax.Array) -> jax.Array:
     """Joins batches [N_i, ...] into one [sum(N_i), ...] in which rows of the same device stay on it.
 
