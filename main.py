@@ -3,10 +3,9 @@
 python main.py --config=configs/shapes.py --workdir=/tmp/shapes
 """
 
-import logging as python_logging
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 # What a mode does, and the flags that it needs. Without --config, predict reads that of the work directory.
@@ -34,12 +33,15 @@ _IMAGES = flags.DEFINE_integer("images", 200, "For report: most validation image
 _SIZE = flags.DEFINE_string("size", None, "For export: HEIGHTxWIDTH of the images; default: the training crop.")
 _TEACHER = flags.DEFINE_string("teacher", None, "For convert to a work directory: file of the teacher.")
 _PART = flags.DEFINE_enum("part", "network", ["network", "backbone"], "For convert to a file: what to write.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no cluster tells it.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has.", 1)
+_PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.", 0)
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
     """Parses the command line; a mistake in it, or in the config file, ends the program with one line."""
     from configs import defaults
-    from dssn_jax.config import ConfigError, check_keys, suggest_config_file
+    from dssn_jax.config import ConfigError, check_keys, unreadable_config_file
 
     try:
         check_keys(arguments, defaults.get_config())
@@ -54,21 +56,20 @@ def parse_flags(arguments: list[str]) -> list[str]:
     except (flags.Error, ConfigError) as error:
         _fail(str(error))
     except OSError:
-        path = str(flags.FLAGS["config"].config_filename)
-        _fail(f"config file {path!r} cannot be read{suggest_config_file(path)}")
+        _fail(unreadable_config_file(str(flags.FLAGS["config"].config_filename)))
 
 
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         _fail(f"unexpected argument {arguments[1]!r}")
-    from dssn_jax.errors import ERRORS  # After the flags: --help need not wait for JAX.
+    from dssn_jax import distributed, errors, recorder  # After the flags: --help need not wait for JAX.
 
-    logging.set_verbosity(logging.WARNING)
-    python_logging.getLogger("jax").setLevel(python_logging.ERROR)
+    recorder.quiet_libraries()
     try:
+        distributed.initialise(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         _run(_MODE.value, _WORKDIR.value, _CHECKPOINT.value, _NETWORK.value)
-    except ERRORS as error:
-        _fail(str(error))
+    except errors.ERRORS as error:
+        _fail(str(error), getattr(error, "exit_code", 1))
 
 
 def _run(mode: str, workdir: str, which: str, network: str | None) -> None:
@@ -89,9 +90,9 @@ def _run(mode: str, workdir: str, which: str, network: str | None) -> None:
         convert.convert(_FROM.value, _TO.value, _CONFIG.value, **weights)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, exit_code: int = 1) -> None:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

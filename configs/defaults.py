@@ -158,6 +158,12 @@ def _train() -> ConfigDict:
     train = ConfigDict()
     train.epochs = 100  # Passes over the unlabeled list.
     train.steps = 0  # If not 0, the number of steps instead of `epochs`.
+    # Parts that each batch is gone through in, one after another, before the one update of a step: less memory.
+    # Batch norm and the means over pixels are those of a part.
+    train.accumulation = 1
+    # What a run that is continued does with a configuration, or lists of images, that would change what comes: exact:
+    # stops and names them | changed: goes on with them.
+    train.resume = "exact"
     train.log_every = 50  # Steps between log lines.
     train.eval_every = 0  # Steps between evaluations; 0: every epoch. The last step is always evaluated.
     train.checkpoint_every = 0  # Steps between checkpoints; 0: every epoch. Each evaluation makes one too.

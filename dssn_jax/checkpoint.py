@@ -1,14 +1,16 @@
-"""Checkpoints of training: WORKDIR/checkpoints/STEP/{state,data,meta}, written in the background.
+"""Checkpoints of training: WORKDIR/checkpoints/STEP/{state,meta}, written in the background.
 
-The latest and the best (by the larger mean IoU of student and teacher) are kept. `data` is the position of the data
-iterator, `meta` the configuration and the scores so far.
+The latest and the best (by the larger mean IoU of student and teacher) are kept. `meta` is the configuration, digests
+of the lists of images and the scores so far. The position in the data is the number of steps: batches are a pure
+function of it (`input_pipeline.pipeline`), so that a run may continue on other hosts and with other workers.
 """
 
+import contextlib
 import gc
 import json
 import pathlib
+from collections.abc import Iterator
 
-import grain
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -47,7 +49,6 @@ class Checkpointer:
             options=options,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
-                "data": grain.checkpoint.CheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
         )
@@ -55,20 +56,32 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(
-        self, step: int, state, iterator: grain.DatasetIterator | None, meta: dict, miou: float | None = None
-    ) -> None:
+    def save(self, step: int, state, meta: dict, miou: float | None = None) -> None:
         """Starts writing the checkpoint of `step`; `miou` (per cent, None where not evaluated) ranks it.
 
-        Weights that were never trained here, step 0, come without an `iterator`.
-
-        Returns when the arrays may be overwritten. Waits for an earlier save, and raises its error if it failed.
+        Returns when the arrays may be overwritten. Waits for an earlier save. Raises CheckpointError if that failed, or
+        this one cannot be begun.
         """
         items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
-        if iterator is not None:
-            items["data"] = grain.checkpoint.CheckpointSave(iterator)
         metrics = None if miou is None else {"miou": miou}
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+        with self._naming_the_last_good():
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+
+    def wait(self) -> None:
+        """Waits for the last save; raises CheckpointError if it failed."""
+        with self._naming_the_last_good():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _naming_the_last_good(self) -> Iterator[None]:
+        """Turns what goes wrong in saving (a full disk, a folder that became read-only) into a CheckpointError."""
+        try:
+            yield
+        except Exception as error:  # Orbax raises no narrower one; what a background thread raised may be anything.
+            steps = [int(path.name) for path in self._folder.glob("*") if path.name.isdigit()]
+            good = f"the last good checkpoint is that of step {max(steps)}" if steps else "there is no checkpoint yet"
+            reason = str(error).strip() or type(error).__name__
+            raise CheckpointError(f"{self._folder}: cannot save ({reason}); {good}") from None
 
     def meta(self, step: int) -> dict:
         """Returns what `save` was given as `meta`."""
@@ -86,10 +99,6 @@ class Checkpointer:
         if difference:
             raise CheckpointError(f"{self._folder / str(step)} is of another model: {difference}")
         return self._restore(step, state=ocp.args.StandardRestore(like)).state, meta
-
-    def restore_iterator(self, step: int, iterator: grain.DatasetIterator) -> None:
-        """Moves `iterator` to the batch that follows `step`."""
-        self._restore(step, data=grain.checkpoint.CheckpointRestore(iterator))
 
     def resolve(self, which: str) -> int:
         """Turns "latest", "best" or a number into the step of an existing checkpoint."""
@@ -112,9 +121,9 @@ class Checkpointer:
         )
 
     def close(self) -> None:
-        """Waits for the last save."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Ends the threads; `wait` first to be told of a save that failed."""
+        with contextlib.suppress(Exception):  # `wait` and `save` tell it.
+            self._manager.close()
 
     def _restore(self, step: int, **items):
         try:

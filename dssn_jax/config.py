@@ -12,6 +12,7 @@ from input_pipeline.pipeline import MIX_PARTNERS
 from input_pipeline.sources import SOURCES
 
 DTYPES = ("float32", "bfloat16", "float64")
+RESUME = ("exact", "changed")
 
 
 class ConfigError(Exception):
@@ -29,11 +30,12 @@ def suggest(found: str, known: Iterable[str]) -> str:
     return f"{hint} known: {', '.join(known)}"
 
 
-def suggest_config_file(path: str) -> str:
-    """Names the files of configs/ for a path that is none of them, as `suggest` does."""
+def unreadable_config_file(path: str) -> str:
+    """Says that a config file cannot be read, and names those of configs/, as `suggest` does."""
     folder = pathlib.Path(__file__).parent.parent / "configs"
     helpers = {"__init__", "arguments", "defaults", "methods"}
-    return suggest(path, sorted(f"configs/{file.name}" for file in folder.glob("*.py") if file.stem not in helpers))
+    known = sorted(f"configs/{file.name}" for file in folder.glob("*.py") if file.stem not in helpers)
+    return f"config file {path!r} cannot be read{suggest(path, known)}"
 
 
 def check_choice(what: str, found: str, known: Iterable[str]) -> None:
@@ -69,6 +71,23 @@ def differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
     return found
 
 
+# Keys, or sections of keys, that may change between a stop and the same run's next start: no step or score depends on
+# them, or they say where things lie.
+_FREE = (
+    "name", "data.root", "data.splits", "data.split", "data.workers", "data.threads", "data.buffer", "model.pretrained",
+    "model.remat", "train.resume", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.pictures",
+    "train.epochs", "train.steps", "eval",
+)  # fmt: skip
+
+
+def inexact_changes(old: dict, new: dict) -> list[str]:
+    """Lists the differences of two configurations after which a run does not continue as it would have."""
+    free = tuple(f"config.{key}" for key in _FREE)
+    return [
+        change for change in differences(old, new) if not any(change.startswith((f"{key}:", f"{key}.")) for key in free)
+    ]
+
+
 def validate(config, device_count: int) -> None:
     """Raises ConfigError for the first value that cannot be run on `device_count` devices (of all hosts)."""
     _check_choices(config)
@@ -99,6 +118,7 @@ def _check_choices(config) -> None:
         ("method.selection", pseudo_labels.SELECTIONS),
         ("method.labeled_loss", methods.LABELED_LOSSES),
         ("eval.mode", inference.MODES),
+        ("train.resume", RESUME),
     ):
         section, name = key.split(".")
         check_choice(f"config.{key}", config[section][name], known)
@@ -117,9 +137,9 @@ def _check_numbers(config) -> None:
         ("data.crop", 1), ("data.labeled_batch", 1), ("data.unlabeled_batch", 1), ("data.threads", 1),
         ("data.buffer", 1), ("data.workers", 0), ("model.decoder_channels", 1), ("method.strong_views", 0),
         ("method.feature_views", 0), ("method.ohem_group", 1), ("method.ohem_min_kept", 0), ("optimizer.lr", 0),
-        ("train.epochs", 0), ("train.steps", 0), ("train.log_every", 1), ("train.eval_every", 0),
-        ("train.checkpoint_every", 0), ("train.pictures", 0), ("eval.crop", 0), ("eval.batch", 1),
-        ("eval.buckets", 1),
+        ("train.epochs", 0), ("train.steps", 0), ("train.accumulation", 1), ("train.log_every", 1),
+        ("train.eval_every", 0), ("train.checkpoint_every", 0), ("train.pictures", 0), ("eval.crop", 0),
+        ("eval.batch", 1), ("eval.buckets", 1),
     ):  # fmt: skip
         section, name = key.split(".")
         if config[section][name] < least:
@@ -162,11 +182,15 @@ def _check_batches(config, device_count: int) -> None:
     keys = ["labeled_batch"]
     if config.method.strong_views or config.method.feature_views:
         keys.append("unlabeled_batch")
+    parts = config.train.accumulation
     for key in keys:
-        if config.data[key] % device_count:
-            raise ConfigError(f"config.data.{key} is {config.data[key]}; expected a multiple of {device_count} devices")
-    if config.method.labeled_loss == "ohem" and config.data.labeled_batch % config.method.ohem_group:
+        if config.data[key] % (device_count * parts):
+            expected = f"{device_count} devices" + (
+                f" x {parts} parts (config.train.accumulation)" if parts > 1 else ""
+            )
+            raise ConfigError(f"config.data.{key} is {config.data[key]}; expected a multiple of {expected}")
+    if config.method.labeled_loss == "ohem" and config.data.labeled_batch // parts % config.method.ohem_group:
         raise ConfigError(
-            f"config.data.labeled_batch is {config.data.labeled_batch}; expected a multiple of "
+            f"config.data.labeled_batch is {config.data.labeled_batch}, in {parts} parts; expected a multiple of "
             f"config.method.ohem_group ({config.method.ohem_group})"
         )

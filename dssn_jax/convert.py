@@ -155,7 +155,7 @@ def _save(target: pathlib.Path, state: train_state.TrainState, config: dict, ori
         saved = checkpoint.Checkpointer(part)
         # The only checkpoint is the best one until training evaluates another.
         meta = {"config": config, "scores": {**scores.new(), "best_step": 0}, "converted": origin}
-        saved.save(0, state, None, meta)
+        saved.save(0, state, meta)
         saved.close()
         recorder.write_json(part / "config.json", config)
         os.rename(part, target)

@@ -15,11 +15,11 @@ from jax.experimental import multihost_utils
 
 from dssn_jax.config import ConfigError
 
-TERMINATED = 128 + signal.SIGTERM  # Exit code of a run that SIGTERM ended, as of a shell.
-
 
 class PreemptedError(RuntimeError):
     """The run was told to end (SIGTERM) and saved its state: the same command continues it."""
+
+    exit_code = 128 + signal.SIGTERM  # As a shell has it of a process that SIGTERM ended.
 
 
 def found_cluster(environment: Mapping[str, str] = os.environ) -> str | None:

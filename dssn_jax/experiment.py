@@ -42,7 +42,14 @@ class Experiment(NamedTuple):
     def compile_step(self):
         """The training step, see `train_step.compile_step`."""
         return train_step.compile_step(
-            self.model, self.method, self.optimizer, self.schedule, self.config.data, self.recipe, self.mesh
+            self.model,
+            self.method,
+            self.optimizer,
+            self.schedule,
+            self.config.data,
+            self.recipe,
+            self.mesh,
+            self.config.train.accumulation,
         )
 
 

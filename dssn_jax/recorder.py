@@ -11,10 +11,11 @@ import pathlib
 import sys
 import time
 
+import absl.logging
 import numpy as np
 import tensorboardX
 
-from dssn_jax import files
+from dssn_jax import distributed, files
 
 METRICS = "metrics.jsonl"
 CONFUSION = "confusion.json"
@@ -23,10 +24,21 @@ RUN = "run.json"  # What was built from the configuration, and where it runs; se
 logger = logging.getLogger("dssn")
 
 
+def quiet_libraries() -> None:
+    """Leaves out what libraries log and users cannot use."""
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    logging.getLogger("jax").setLevel(logging.ERROR)
+
+
 def log_to(workdir: pathlib.Path | None) -> None:
-    """Sends the log lines to standard output and, if `workdir` is given, to `workdir/log.txt`."""
+    """Sends the log lines to standard output and, if `workdir` is given, to `workdir/log.txt`.
+
+    Of several processes the first does; the others tell what goes wrong.
+    """
     handlers = [logging.StreamHandler(sys.stdout)]
-    if workdir is not None:
+    if not distributed.is_first():
+        handlers[0].setLevel(logging.WARNING)
+    elif workdir is not None:
         handlers.append(logging.FileHandler(workdir / "log.txt"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -38,21 +50,25 @@ def log_to(workdir: pathlib.Path | None) -> None:
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
-    """Writes `content` whole or not at all."""
+    """Writes `content` whole or not at all; the first process does."""
+    if not distributed.is_first():
+        return
     with files.whole(path) as part:
         part.write_text(json.dumps(content, indent=2) + "\n")
 
 
 class Recorder:
-    """Numbers by step in `metrics.jsonl` and TensorBoard, pictures in TensorBoard."""
+    """Numbers by step in `metrics.jsonl` and TensorBoard, pictures in TensorBoard; the first process writes them."""
 
     def __init__(self, workdir: pathlib.Path, step: int):
         """Continues after `step`: what an interrupted run recorded later is dropped."""
         self._path, self._confusion = workdir / METRICS, workdir / CONFUSION
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-        with files.whole(self._path) as part:
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._board = None
+        if distributed.is_first():
+            with files.whole(self._path) as part:
+                part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self._started = time.monotonic() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
 
     @property
@@ -76,16 +92,22 @@ class Recorder:
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Records a uint8 [H, W, 3] picture."""
-        self._board.add_image(name, image, step, dataformats="HWC")
+        if self._board is not None:
+            self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
     def _write(self, step: int, values: dict) -> None:
+        if self._board is None:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, "seconds": round(self.seconds, 1), **values}) + "\n")
 
     def _show(self, step: int, values: dict[str, float]) -> None:
+        if self._board is None:
+            return
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()

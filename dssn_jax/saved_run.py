@@ -47,12 +47,18 @@ def read_config(workdir: str | pathlib.Path):
 
     Raises WorkdirError.
     """
-    saved = read_json(workdir, CONFIG)
-    config = defaults.get_config()
     try:
-        config.update(saved)  # Lists become the tuples that they were.
+        return complete(read_json(workdir, CONFIG))
     except (TypeError, ValueError) as error:
+        if isinstance(error, WorkdirError):
+            raise
         raise WorkdirError(f"{pathlib.Path(workdir) / CONFIG}: not a configuration of this program: {error}") from None
+
+
+def complete(saved: dict):
+    """Returns the configuration of one that was saved as JSON; keys that are newer than it have their defaults."""
+    config = defaults.get_config()
+    config.update(saved)  # Lists become the tuples that they were.
     return config
 
 

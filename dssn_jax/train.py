@@ -9,7 +9,18 @@ import jax
 import numpy as np
 
 import input_pipeline
-from dssn_jax import checkpoint, evaluate, experiment, panels, pretrained, recorder, scores, sharding
+from dssn_jax import (
+    checkpoint,
+    distributed,
+    evaluate,
+    experiment,
+    panels,
+    pretrained,
+    recorder,
+    saved_run,
+    scores,
+    sharding,
+)
 from dssn_jax import config as configuration
 from dssn_jax.recorder import duration, logger
 
@@ -53,6 +64,8 @@ class Trainer:
         dataset = input_pipeline.train_dataset(parts.sources, config, jax.process_index(), jax.process_count())
         self._iterator = input_pipeline.train_iterator(dataset, config)
         self._scores = scores.new()
+        trained_on = {"labeled": parts.sources.labeled, "unlabeled": parts.sources.unlabeled}
+        self._records = {name: input_pipeline.digest(source) for name, source in trained_on.items()}
         self.state = self._start(weights)
         self._step = int(self.state.step)
         self._take_step = parts.compile_step()
@@ -60,6 +73,7 @@ class Trainer:
         self._panels = panels.Panels(parts, config.train.pictures)
         self._recorder = recorder.Recorder(workdir, self._step)
         self._feeder = Feeder(self._iterator, parts.mesh)
+        self._preemption = distributed.Preemption()
         self._pending: list[dict] = []  # Metrics of the steps since the last log line, on the device.
         self._clock = Clock()
 
@@ -74,12 +88,13 @@ class Trainer:
             logger.info("starting from %s", weights.report if weights else "random weights")
         else:
             state, meta = self._saved.restore(step, parts.abstract_state(), parts.config)
-            if step > 0:  # A converted checkpoint has no position.
-                self._saved.restore_iterator(step, self._iterator)
+            self._iterator.set_state({"step": step})
             self._scores = meta["scores"]
+            if 0 < step < parts.steps and parts.config.train.resume == "exact":
+                _check_continues(self._workdir, step, meta, self._meta())
             logger.info("continuing from step %d of %s", step, self._workdir)
             for change in configuration.differences(meta["config"], config):
-                logger.warning("changed since that checkpoint: %s", change)
+                logger.info("changed since that checkpoint: %s", change)
         recorder.write_json(self._workdir / "config.json", config)
         recorder.write_json(self._workdir / recorder.RUN, found)
         return state
@@ -91,11 +106,34 @@ class Trainer:
             self.state, metrics = self._take_step(self.state, batch)
             self._pending.append(metrics)
             self._step += 1
-            if not (self._due("eval_every") or self._due("checkpoint_every")):
-                self._feeder.start()  # A checkpoint holds the iterator's position, so it must not run ahead of that.
+            if self._step < self._parts.steps:
+                self._feeder.start()
             self._clock.stepped(waited)
             self._after_step(batch)
+            if self._preemption.reached(self._step):
+                self._stop()
+        self._saved.wait()
         return self._summarise()
+
+    def _stop(self) -> None:
+        """Saves the state now, unless it just was, and ends the run."""
+        if self._saved.latest_step() != self._step:
+            self._log()
+            self._saved.save(self._step, self.state, self._meta())
+        self._saved.wait()
+        raise distributed.PreemptedError(
+            f"stopped by SIGTERM after step {self._step} of {self._parts.steps}, which is saved in {self._workdir}; "
+            "the same command continues"
+        )
+
+    def _meta(self) -> dict:
+        """What a checkpoint holds beside the state."""
+        return {
+            "config": json.loads(self._parts.config.to_json()),
+            "steps": self._parts.steps,
+            "records": self._records,
+            "scores": self._scores,
+        }
 
     def _due(self, key: str) -> bool:
         """Whether the event of `config.train[key]` comes after this step; 0 means every epoch."""
@@ -110,13 +148,14 @@ class Trainer:
         if evaluation:
             self._evaluate(batch)
         if save:
-            meta = {"config": json.loads(self._parts.config.to_json()), "scores": self._scores}
             miou = scores.last_miou(self._scores) if evaluation else None
-            self._saved.save(self._step, self.state, self._iterator, meta, miou)
+            self._saved.save(self._step, self.state, self._meta(), miou)
             self._clock.other_work_done()
 
     def _log(self) -> None:
-        """Fetches the metrics of the steps since the last line, checks and reports them."""
+        """Fetches the metrics of the steps since the last line, if any, checks and reports them."""
+        if not self._pending:
+            return
         fetched, self._pending = jax.device_get(self._pending), []
         for step, metrics in enumerate(fetched, self._step - len(fetched) + 1):
             if not np.isfinite(metrics["loss"]):
@@ -164,11 +203,30 @@ class Trainer:
         return summary
 
     def close(self) -> None:
-        """Waits for checkpoints and ends threads and workers."""
+        """Ends threads and workers."""
+        self._preemption.close()
         self._feeder.close()
         self._iterator.close()
         self._recorder.close()
         self._saved.close()
+
+
+def _check_continues(workdir: pathlib.Path, step: int, saved: dict, current: dict) -> None:
+    """Raises ConfigError if a run that goes on from a checkpoint of `saved` meta would not go on as it would have."""
+    before = json.loads(saved_run.complete(saved["config"]).to_json())
+    changes = configuration.inexact_changes(before, current["config"])
+    if saved.get("steps", current["steps"]) != current["steps"]:
+        changes.append(
+            f"the run's length, which its learning rate follows: {saved['steps']} steps, now {current['steps']}"
+        )
+    for name, digest in current["records"].items():
+        if saved.get("records", current["records"])[name] != digest:
+            changes.append(f"the list of {name} images")
+    if changes:
+        raise configuration.ConfigError(
+            f"{workdir} cannot be continued exactly from step {step}: changed since are {'; '.join(changes)}. Undo "
+            "that, take another --workdir, or go on all the same with --config.train.resume=changed"
+        )
 
 
 class Feeder:
@@ -259,7 +317,8 @@ def facts(parts: experiment.Experiment) -> dict:
         "steps": parts.steps,
         "steps_per_epoch": parts.steps_per_epoch,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "hosts": jax.process_count(),
+        "processes": jax.process_count(),
+        "devices_a_process": jax.local_device_count(),
         "jax": jax.__version__,
     }
 
@@ -267,9 +326,13 @@ def facts(parts: experiment.Experiment) -> dict:
 def _description(config: dict, found: dict) -> str:
     """One line for the log, of a configuration as a dict and its `facts`."""
     data, method, images = config["data"], config["method"], found["images"]
-    batch = f"{data['labeled_batch']} labeled"
+    sizes, names = [data["labeled_batch"]], ["labeled"]
     if method["strong_views"] + method["feature_views"]:
-        batch += f" + {data['unlabeled_batch']} unlabeled"
+        sizes, names = [*sizes, data["unlabeled_batch"]], [*names, "unlabeled"]
+    batch = " + ".join(f"{size} {name}" for size, name in zip(sizes, names, strict=True))
+    processes, devices, parts = found["processes"], found["devices_a_process"], config["train"]["accumulation"]
+    each = " + ".join(str(size // (processes * devices * parts)) for size in sizes)
+    batch += f" ({processes} processes x {devices} devices x {each} a device x {parts} accumulated)"
     return (
         f"{found['name'] or 'run'}: {config['model']['backbone']} with {found['parameters'] / 1e6:.1f} M parameters, "
         f"{len(data['classes'])} classes; {images['labeled']} labeled, {images['unlabeled']} unlabeled, "

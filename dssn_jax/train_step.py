@@ -35,20 +35,40 @@ class Forward(NamedTuple):
     batch_stats: dict
 
 
+class Statistics(NamedTuple):
+    """Running statistics of batch norm, of the student and of the teacher (None without one)."""
+
+    student: dict
+    teacher: dict | None
+
+
 def compile_step(
-    model: DeepLabV3Plus, method: Method, optimizer: optax.GradientTransformation, schedule, data, recipe, mesh
+    model: DeepLabV3Plus,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    schedule,
+    data,
+    recipe,
+    mesh,
+    accumulation: int = 1,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """Returns the jitted step over `mesh`: (state, batch of uint8 images) -> (state, metrics); the state is donated.
 
     `schedule` gives the learning rate that is reported, `data` (config.data) the mean and deviation of the images,
-    `recipe` (`augment.from_config`) says how strong views are drawn; None: the batch holds them.
+    `recipe` (`augment.from_config`) says how strong views are drawn; None: the batch holds them. With `accumulation`
+    the batch is gone through in so many parts, and their mean gradient makes the one update of the step.
     """
     dtype = jnp.promote_types(model.dtype, jnp.float32)
+    see = functools.partial(views.from_batch, mean=data.mean, std=data.std, dtype=dtype)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         lr = schedule(state.step)
         batch = augment.add_strong_views(batch, recipe, state.rng, state.step)
-        state, metrics = step(state, views.from_batch(batch, data.mean, data.std, dtype), model, method, optimizer)
+        if accumulation == 1:
+            state, metrics = step(state, see(batch), model, method, optimizer)
+        else:
+            parts = sharding.split_rows(batch, accumulation, mesh)
+            state, metrics = accumulated_step(state, parts, see, model, method, optimizer)
         return state, metrics | {"lr": lr}
 
     everywhere, split = sharding.replicated(mesh), sharding.batch_sharded(mesh)
@@ -59,27 +79,75 @@ def step(
     state: TrainState, seen: Views, model: DeepLabV3Plus, method: Method, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one step on `seen`; returns the new state and scalar metrics (every loss term, mask ratios, grad_norm)."""
+    key = jax.random.fold_in(state.rng, state.step)
+    gradients, metrics, statistics = differentiate(state, seen, model, method, key)
+    return _update(state, gradients, metrics, statistics, method, optimizer)
+
+
+def accumulated_step(
+    state: TrainState,
+    batches: dict,
+    see: Callable[[dict], Views],
+    model: DeepLabV3Plus,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes one step on the mean gradient of batches [parts, rows, ...], each turned into views when it is its turn.
+
+    Batch norm has the statistics of each part, and the running ones move once a part; every mean over pixels, and the
+    choice of hard pixels (OHEM), is over those of the part.
+    """
+    parts = len(jax.tree.leaves(batches)[0])
+    key = jax.random.fold_in(state.rng, state.step)
+
+    def one(carry, part):
+        total, statistics = carry
+        number, batch = part
+        current = state.replace(batch_stats=statistics.student, teacher_batch_stats=statistics.teacher)
+        found = differentiate(current, see(batch), model, method, jax.random.fold_in(key, number))
+        gradients, metrics, statistics = found
+        return (jax.tree.map(jnp.add, total, gradients), statistics), metrics
+
+    start = jax.tree.map(jnp.zeros_like, state.params), Statistics(state.batch_stats, state.teacher_batch_stats)
+    (total, statistics), metrics = jax.lax.scan(one, start, (jnp.arange(parts), batches))
+    gradients = jax.tree.map(lambda gradient: gradient / parts, total)
+    metrics = {name: values.mean() for name, values in metrics.items()}
+    return _update(state, gradients, metrics, statistics, method, optimizer)
+
+
+def differentiate(
+    state: TrainState, seen: Views, model: DeepLabV3Plus, method: Method, dropout_key: jax.Array
+) -> tuple[dict, dict[str, jax.Array], Statistics]:
+    """Returns the gradients of the loss on `seen`, scalar metrics, and the running statistics after the forwards."""
     labels, teacher_batch_stats = label(state, seen, model, method)
-    dropout_key = jax.random.fold_in(state.rng, state.step)
-    warming_up = state.step < method.warmup_steps if method.has_teacher else jnp.array(False)
 
     def loss_fn(params):
         outputs = forward({"params": params, "batch_stats": state.batch_stats}, seen, model, method, dropout_key)
         terms, ratios = loss_terms(outputs, labels, seen, method)
-        return total_loss(terms, method, warming_up), (terms | ratios, outputs.batch_stats)
+        return total_loss(terms, method, _warming_up(state, method)), (terms | ratios, outputs.batch_stats)
 
     (loss, (metrics, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    return gradients, {"loss": loss, **metrics}, Statistics(batch_stats, teacher_batch_stats)
+
+
+def _update(state: TrainState, gradients, metrics: dict, statistics: Statistics, method: Method, optimizer):
+    """Moves the student by the gradients, and the teacher after it."""
+    warming_up = _warming_up(state, method)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     state = state.replace(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
+        batch_stats=statistics.student,
         opt_state=opt_state,
-        teacher_batch_stats=teacher_batch_stats,
+        teacher_batch_stats=statistics.teacher,
     )
     if method.has_teacher:
         state = _move_teacher(state, jnp.where(warming_up, 0.0, method.keep_rate))
-    return state, {"loss": loss, **metrics, "grad_norm": optax.tree.norm(gradients)}
+    return state, {**metrics, "grad_norm": optax.tree.norm(gradients)}
+
+
+def _warming_up(state: TrainState, method: Method) -> jax.Array:
+    return state.step < method.warmup_steps if method.has_teacher else jnp.array(False)
 
 
 def label(state: TrainState, seen: Views, model: DeepLabV3Plus, method: Method) -> tuple[Labels, dict | None]:

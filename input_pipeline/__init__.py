@@ -13,7 +13,7 @@ from input_pipeline.evaluation import Group, eval_groups
 from input_pipeline.images import find_images
 from input_pipeline.pipeline import TrainIterator, steps_per_epoch, train_dataset, train_iterator
 from input_pipeline.shapes import SHAPES_CLASSES
-from input_pipeline.sources import Source, Sources, open_sources
+from input_pipeline.sources import Source, Sources, digest, open_sources
 
 __all__ = [
     "SHAPES_CLASSES",
@@ -22,6 +22,7 @@ __all__ = [
     "Source",
     "Sources",
     "TrainIterator",
+    "digest",
     "eval_groups",
     "find_images",
     "open_sources",

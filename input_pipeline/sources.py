@@ -4,6 +4,7 @@ Sources are picklable (worker processes get a copy) and safe to read from many t
 """
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,14 @@ class Sources(NamedTuple):
     labeled: Source
     unlabeled: Source
     val: Source
+
+
+def digest(source: Source) -> str:
+    """Returns a digest of the names of the images and of their order, which is what batches depend on."""
+    names = hashlib.sha256()
+    for index in range(len(source)):
+        names.update(source.name(index).encode() + b"\n")
+    return names.hexdigest()
 
 
 class FolderSource:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import input_pipeline
 from dssn_jax import checkpoint, experiment, saved_run, scores
 from dssn_jax.config import ConfigError
 from dssn_jax.export import PLATFORMS, export
@@ -35,9 +34,8 @@ def trained(tiny_config, tmp_path_factory):
     state = parts.initial_state()
     state = state.replace(teacher_params=jax.tree.map(lambda leaf: leaf[..., ::-1], state.teacher_params))
     settings = json.loads(config.to_json())
-    iterator = input_pipeline.train_iterator(input_pipeline.train_dataset(parts.sources, config), config)
     saved = checkpoint.Checkpointer(workdir)
-    saved.save(3, state, iterator, {"config": settings, "scores": scores.new() | {"best_step": 3}}, 50.0)
+    saved.save(3, state, {"config": settings, "scores": scores.new() | {"best_step": 3}}, 50.0)
     saved.close()
     # An export must not need the data.
     settings["data"] |= {"source": "folder", "root": "/nowhere"}

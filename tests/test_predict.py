@@ -43,7 +43,7 @@ def run(tiny_config, root, tmp_path):
     state = experiment.build(config).initial_state()
     sharp = {"kernel": 300 * state.params["classifier"]["kernel"], "bias": state.params["classifier"]["bias"]}
     params = {**state.params, "classifier": sharp}  # Several classes in each image.
-    saved.save(0, state.replace(params=params, teacher_params=params), None, meta)
+    saved.save(0, state.replace(params=params, teacher_params=params), meta)
     saved.close()
     return config, tmp_path / "run"
 

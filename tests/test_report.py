@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import input_pipeline
 from dssn_jax import checkpoint, experiment, recorder, saved_run, scores, train
 from dssn_jax.report import charts, gallery, report, runs
 from tests.test_main import run_main
@@ -42,9 +41,8 @@ def record(config, workdir, steps):
             scores.update(kept, step, found)
             record.evaluation(step, found, counts)
     record.close()
-    iterator = input_pipeline.train_iterator(input_pipeline.train_dataset(parts.sources, config), config)
     saved, settings = checkpoint.Checkpointer(workdir), json.loads(config.to_json())
-    saved.save(steps, state, iterator, {"config": settings, "scores": kept | {"best_step": steps}}, 50.0)
+    saved.save(steps, state, {"config": settings, "scores": kept | {"best_step": steps}}, 50.0)
     saved.close()
     for name, content in (("config", settings), ("run", train.facts(parts)), ("summary", kept)):
         recorder.write_json(workdir / f"{name}.json", content)

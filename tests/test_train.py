@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from dssn_jax import checkpoint, evaluate, experiment, recorder, train
+from dssn_jax.config import ConfigError
 from tests.conftest import ONE_DEVICE
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -107,6 +110,55 @@ def test_killed_and_continued_runs_end_with_the_same_parameters(tiny_config, tra
     assert losses(trained) == losses(tmp_path)
     scores = [json.loads((workdir / "summary.json").read_text()) for workdir in (trained, tmp_path)]
     assert scores[0]["student"] == scores[1]["student"] and scores[0]["teacher"] == scores[1]["teacher"]
+
+
+def test_sigterm_saves_and_a_run_continues_on_other_devices_with_other_workers(trained, tmp_path):
+    with subprocess.Popen(command(tmp_path), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+        wait_for(process, "step 4/12")
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+    assert process.returncode == 128 + signal.SIGTERM
+    saved = checkpoint.Checkpointer(tmp_path, read_only=True)
+    assert 4 <= saved.latest_step() < 12
+    saved.close()
+    four_devices = {**os.environ, "XLA_FLAGS": f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"}
+    last = command(tmp_path, "--config.data.workers=2", "--config.data.buffer=1")
+    last = subprocess.run(last, cwd=ROOT, env=four_devices, check=True, capture_output=True, text=True)
+    assert f"continuing from step {max(saved_steps(last.stdout))}" in last.stdout
+    whole, continued = losses(trained), losses(tmp_path)
+    assert list(continued) == list(whole)
+    for step, loss in whole.items():  # In float32; in float64 devices are compared in test_distributed.py.
+        assert continued[step] == pytest.approx(loss, rel=0.02), step
+
+
+def saved_steps(log):
+    return [int(line.split("continuing from step ")[1].split()[0]) for line in log.splitlines() if "continuing" in line]
+
+
+def test_a_run_is_not_continued_with_what_would_change_it(tiny_config, trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match=r"step 12: .*optimizer.lr: 0.05, now 0.01.*the steps.*: 12, now 14.*resume"):
+        train.train(tiny_config(train__steps=14, optimizer__lr=0.01), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["lr"] == 0.05
+    summary = train.train(tiny_config(train__steps=14, optimizer__lr=0.01, train__resume="changed"), tmp_path)
+    assert summary["steps"] == 14
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(trained, tmp_path):
+    """No file may become larger than 20 kB once the first checkpoint is there, as if the disk were full."""
+    with subprocess.Popen(
+        command(tmp_path, "--config.train.checkpoint_every=1"), cwd=ROOT, env=ENVIRONMENT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        wait_for(process, "step 4/12")
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+        _, errors = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in errors
+    step = int(re.search(r"checkpoints: cannot save .*last good checkpoint is that of step (\d+)", errors)[1])
+    assert step >= 2
+    again = subprocess.run(command(tmp_path), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    assert saved_steps(again.stdout)[0] >= step
+    assert losses(tmp_path) == losses(trained)
 
 
 def test_finished_runs_are_not_trained_again(tiny_config, trained, tmp_path):

@@ -1,0 +1,99 @@
+"""Processes of one run: the same run as of one, and how they find each other."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from dssn_jax import distributed
+from dssn_jax.config import ConfigError
+from tests.conftest import ONE_DEVICE
+
+ROOT = pathlib.Path(__file__).parent.parent
+FOUR_DEVICES = f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"
+
+
+def start(workdir, xla_flags, *options):
+    """A process of ten steps in float64 and an evaluation of 14 images, which fill no batch of 8."""
+    command = [
+        sys.executable, "main.py", "--config=configs/shapes.py:backbone=resnet10w16,crop=33,labeled=8,steps=10",
+        f"--workdir={workdir}", "--config.model.decoder_channels=16", "--config.model.dtype=float64",
+        "--config.model.param_dtype=float64", "--config.data.shapes.size=48", "--config.data.shapes.unlabeled=16",
+        "--config.data.shapes.val=14", "--config.train.log_every=1", "--config.train.eval_every=10",
+        "--config.train.pictures=0", "--config.eval.batch=8", *options,
+    ]  # fmt: skip
+    environment = {**os.environ, "XLA_FLAGS": xla_flags, "JAX_ENABLE_X64": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def finish(*processes):
+    """Waits for all; returns what they printed."""
+    printed = [process.communicate()[0] for process in processes]
+    for process, text in zip(processes, printed, strict=True):
+        assert process.returncode == 0, text[-2000:]
+    return printed
+
+
+def test_two_processes_of_four_devices_train_and_evaluate_as_one_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    join = [f"--coordinator={coordinator}", "--processes=2"]
+    finish(start(tmp_path / "one", ONE_DEVICE))
+    two = [start(tmp_path / "two", FOUR_DEVICES, *join, f"--process={i}") for i in range(2)]
+    first, second = finish(*two)
+    assert "2 processes x 4 devices x 1 + 1 a device x 1 accumulated" in first
+    assert "step 10/10" in first and "step 10/10" not in second  # The first process alone reports.
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [*range(1, 11), 10]
+    free = {"seconds", "images_per_second", "waiting"}
+    for expected, found in zip(one, two, strict=True):
+        for name in expected.keys() - free:
+            assert found[name] == pytest.approx(expected[name], rel=1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1"}, "SLURM"),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_NTASKS": "4"}, None),  # The shell that a job was asked from.
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({}, None),
+    ],
+)
+def test_clusters_are_found(environment, found):
+    assert distributed.found_cluster({"JAX_PLATFORMS": "cpu", **environment}) == found
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((None, 2, 0), "need --coordinator"),
+        (("localhost:1", None, None), "needs --processes and --process"),
+        (("localhost:1", 2, 2), "--process is 2; expected 0 to 1"),
+    ],
+)
+def test_flags_that_lack_others_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        distributed.initialise(*flags)
+
+
+def test_a_notice_is_taken_and_the_signal_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    preemption = distributed.Preemption()
+    assert not preemption.reached(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert preemption.reached(2)
+    preemption.close()
+    assert signal.getsignal(signal.SIGTERM) == before
