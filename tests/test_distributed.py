@@ -25,7 +25,7 @@ def start(workdir, xla_flags, *options):
         f"--workdir={workdir}", "--config.model.decoder_channels=16", "--config.model.dtype=float64",
         "--config.model.param_dtype=float64", "--config.data.shapes.size=48", "--config.data.shapes.unlabeled=16",
         "--config.data.shapes.val=14", "--config.train.log_every=1", "--config.train.eval_every=10",
-        "--config.train.pictures=0", "--config.eval.batch=8", *options,
+        "--config.train.pictures=0", "--config.eval.batch=8", "--config.views.device=False", *options,
     ]  # fmt: skip
     environment = {**os.environ, "XLA_FLAGS": xla_flags, "JAX_ENABLE_X64": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -137,7 +137,7 @@ def saved_steps(log):
 
 def test_a_run_is_not_continued_with_what_would_change_it(tiny_config, trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    with pytest.raises(ConfigError, match=r"step 12: .*optimizer.lr: 0.05, now 0.01.*the steps.*: 12, now 14.*resume"):
+    with pytest.raises(ConfigError, match=r"step 12: .*lr: 0.05, now 0.01.*length.*: 12 steps, now 14.*resume"):
         train.train(tiny_config(train__steps=14, optimizer__lr=0.01), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["lr"] == 0.05
     summary = train.train(tiny_config(train__steps=14, optimizer__lr=0.01, train__resume="changed"), tmp_path)

@@ -184,3 +184,43 @@ def test_loss_falls_on_a_repeated_batch(tiny_config):
         values.append(float(metrics["loss_x"]))
     assert values[-1] < 0.8 * values[0]
     assert optax.tree_utils.tree_get(state.opt_state, "count") == parts.steps
+
+
+def test_accumulated_gradients_make_one_update_of_their_mean(tiny_config):
+    """Two parts of a batch of 4 on 2 devices: part 0 is the first row of each device, part 1 the second."""
+    config = tiny_config("supervised", train__accumulation=2)
+    parts, state, step = start(config, devices=2)
+    batch = batches(parts, 1)[0]
+    before = jax.device_get(state)
+    images = np.asarray(views.normalise(batch["image_x"], config.data.mean, config.data.std))
+    labels = np.asarray(batch["label_x"])
+    after, metrics = step(state, batch)
+
+    batch_stats, gradients, losses = before.batch_stats, [], []
+    for rows in ([0, 2], [1, 3]):
+
+        def loss_fn(params, batch_stats=batch_stats, rows=rows):
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits, updated = parts.model.apply(variables, images[rows], train=True, mutable=["batch_stats"])
+            valid = labels[rows] != 255
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, np.where(valid, labels[rows], 0))
+            return (each * valid).sum() / valid.sum(), updated["batch_stats"]
+
+        (loss, batch_stats), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(before.params)
+        gradients.append(gradient)
+        losses.append(loss)
+    assert float(metrics["loss"]) == pytest.approx(float(np.mean(losses)), rel=1e-5)
+    decay, lr = config.optimizer.weight_decay, config.optimizer.lr
+    for leaf, found, first, second in zip(
+        *map(jax.tree.leaves, (before.params, after.params, *gradients)), strict=True
+    ):
+        expected = leaf - lr * ((first + second) / 2 + decay * leaf)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    for found, expected in zip(*map(jax.tree.leaves, (after.batch_stats, batch_stats)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_every_method_accumulates(tiny_config):
+    state, metrics = run(tiny_config("dssn", train__accumulation=2), 2, devices=2)
+    assert int(state.step) == 2 and np.isfinite([found["loss"] for found in metrics]).all()
+    assert all(TERMS["dssn"] <= set(found) for found in metrics)
