@@ -21,9 +21,9 @@ FOUR_DEVICES = f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"
 def start(workdir, xla_flags, *options):
     """A process of ten steps in float64 and an evaluation of 14 images, which fill no batch of 8."""
     command = [
-        sys.executable, "main.py", "--config=configs/shapes.py:backbone=resnet10w16,crop=33,labeled=8,steps=10",
+        sys.executable, "main.py", "--config=configs/shapes.py:method=fixmatch,backbone=resnet10w16,crop=17,steps=10",
         f"--workdir={workdir}", "--config.model.decoder_channels=16", "--config.model.dtype=float64",
-        "--config.model.param_dtype=float64", "--config.data.shapes.size=48", "--config.data.shapes.unlabeled=16",
+        "--config.model.param_dtype=float64", "--config.data.shapes.size=32", "--config.data.shapes.unlabeled=16",
         "--config.data.shapes.val=14", "--config.train.log_every=1", "--config.train.eval_every=10",
         "--config.train.pictures=0", "--config.eval.batch=8", "--config.views.device=False", *options,
     ]  # fmt: skip
