@@ -129,10 +129,15 @@ def _size(shapes: str) -> int:
 
 
 def _group(code: str, devices: int) -> int:
-    """Devices that take part together, from "replica_groups=mesh['a'=4,'b'=2] {'b'}"; 0 for all `devices`."""
-    found = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", code)
-    sizes = dict(axis.split("=") for axis in found[1].split(","))
-    group = math.prod(int(sizes[axis.strip()]) for axis in found[2].split(","))
+    """Devices that take part together, 0 for all `devices`.
+
+    From "replica_groups=mesh['a'=4,'b'=2] {'b'}", a mesh and the axes along which is reduced, or "{{0,1},{2,3}}".
+    """
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", code):
+        sizes = dict(axis.split("=") for axis in found[1].split(","))
+        group = math.prod(int(sizes[axis.strip()]) for axis in found[2].split(","))
+    else:
+        group = len(re.search(r"replica_groups=\{\{([\d,]*)\}", code)[1].split(","))
     return 0 if group == devices else group
 
 
