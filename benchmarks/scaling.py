@@ -16,9 +16,9 @@ Assumptions (`MACHINES`). All of the time is the sum of computation and communic
   400 Gb/s ConnectX-7 a GPU: NVIDIA, DGX H100 user guide); TPU v5p 600 (1200 both ways: the same page of Google's).
 - a ring: an all-reduce of b bytes over g devices sends 2 (g - 1) / g * b bytes out of each; an all-gather with a result
   of b bytes sends (g - 1) / g * b.
-- The CPU's compiler reduces the gradients of the two student forwards (labeled and weak images; strong views) apart and
-  then adds them, in float32. That of GPUs has a pass (AllReduceReassociate) that adds first, which halves those bytes;
-  the times here do not count on it.
+- what is compiled for CPUs holds for accelerators. It is pessimistic in bytes: gradients of the two student forwards
+  (labeled and weak images; strong views) are reduced apart, in float32, and then added. XLA's compiler for GPUs has a
+  pass (AllReduceReassociate) that adds first, which halves the bytes; the times here do not count on it.
 - latency of a collective: 2 log2(g) steps of 5 microseconds (GPUs) or 1 (TPUs). These are guesses without a source.
 
 Columns: collectives a step, as run (in loops as often as these turn); MB of them, of it gradients; GB sent by a device;
