@@ -73,7 +73,7 @@ class Collective(NamedTuple):
 
     kind: str  # all-reduce, ...
     bytes: int  # Of its result on a device.
-    group: int  # Devices that take part together; 0: all.
+    group: int  # Devices that take part together, on any number of devices; 0: all.
     times: int  # How often a step runs it.
     branch: bool  # In a branch of a conditional.
     origin: str  # The JAX operations that it comes from.
