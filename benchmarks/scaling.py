@@ -16,9 +16,10 @@ Assumptions (`MACHINES`). All of the time is the sum of computation and communic
   400 Gb/s ConnectX-7 a GPU: NVIDIA, DGX H100 user guide); TPU v5p 600 (1200 both ways: the same page of Google's).
 - a ring: an all-reduce of b bytes over g devices sends 2 (g - 1) / g * b bytes out of each; an all-gather with a result
   of b bytes sends (g - 1) / g * b.
-- what is compiled for CPUs holds for accelerators. It is pessimistic in bytes: gradients of the two student forwards
-  (labeled and weak images; strong views) are reduced apart, in float32, and then added. XLA's compiler for GPUs has a
-  pass (AllReduceReassociate) that adds first, which halves the bytes; the times here do not count on it.
+- what is compiled for CPUs holds for accelerators, but for sums in bfloat16 (gradients of convolutions): the CPU's
+  compiler widens them, here they count as bfloat16. Gradients of the two student forwards (labeled and weak images;
+  strong views) are reduced apart and then added. XLA's compiler for GPUs has a pass (AllReduceReassociate) that adds
+  first, which would halve the bytes; the times here do not count on it.
 - latency of a collective: 2 log2(g) steps of 5 microseconds (GPUs) or 1 (TPUs). These are guesses without a source.
 
 Columns: collectives a step, as run (in loops as often as these turn); MB of them, of it gradients; GB sent by a device;
@@ -107,9 +108,10 @@ def _walk(bodies: dict, name: str, devices: int, times: int, branch: bool) -> It
         code, _, rest = line.partition(", metadata=")
         if found := _COLLECTIVE.search(code):
             origin = re.search(r'op_name="([^"]*)"', rest)
-            yield Collective(
-                found[2], _size(found[1]), _group(code, devices), times, branch, origin[1] if origin else ""
-            )
+            # The CPU's compiler widens sums in bfloat16 to float32, and names them so. (A few small sums in float32 may
+            # be combined with them.)
+            size = _size(found[1]) // (2 if "_promoted" in code else 1)
+            yield Collective(found[2], size, _group(code, devices), times, branch, origin[1] if origin else "")
         elif found := re.search(r" while\(.*body=%?([\w.-]+)", code):
             turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
             yield from _walk(bodies, found[1], devices, times * int(turns[1] if turns else 1), branch)
