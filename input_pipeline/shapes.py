@@ -1,6 +1,6 @@
 """A generated data set: textured shapes on clutter. Exact masks, no files, any number of images.
 
-It is made so that a few labels do not settle it: a class has only a liking for some hues and textures, shapes cover
+It is made so that a few labels do not settle it: light, textures and clutter blur a class's range of hues, shapes cover
 each other, and clutter takes any texture. Every image depends on (seed, part, index) alone.
 """
 

@@ -67,21 +67,21 @@ def test_rare_class_is_rare_and_small():
 
 
 def test_outlines_have_their_areas():
-    """At radius 1: disk pi, rectangle 1.9 x 1.2, triangle 3 sqrt(3) / 4, ring pi (1 - 1/4), cross 4 (0.6) - 0.36."""
+    """At radius 1: disk pi, rectangle 1.9 x 1.2, triangle 3 sqrt(3) / 4, ring pi (1 - 0.4^2), cross 4 (0.8) - 0.8^2."""
     v, u = np.mgrid[-1.5:1.5:601j, -1.5:1.5:601j]
-    expected = (np.pi, 1.9 * 1.2, 3 * np.sqrt(3) / 4, 0.75 * np.pi, 2 * 2 * 0.6 - 0.36)
+    expected = (np.pi, 1.9 * 1.2, 3 * np.sqrt(3) / 4, 0.84 * np.pi, 2 * 2 * 0.8 - 0.64)
     for shape, area in enumerate(expected, 1):
         assert shapes._outline(shape, v, u, 1.0).sum() * (3 / 600) ** 2 == pytest.approx(area, rel=0.02)
 
 
 def test_colour_alone_does_not_settle_the_class():
-    """The best rule on a pixel's colour, from 150 labeled images, finds some of each class and misses as much."""
+    """The best rule on a pixel's colour, from 150 labeled images, finds much of each class and misses a third."""
     seen = _colour_counts(ShapesSource(96, 150, 0, "train", labeled=True), 150)
     counts = _colour_counts(ShapesSource(96, 50, 0, "val", labeled=True), 50)
     prediction = seen.argmax(0)  # Bayes' rule: the most frequent class of each colour.
     confusion = np.stack([counts[:, prediction == shape].sum(1) for shape in range(6)], 1)
     iou = np.diag(confusion) / (confusion.sum(0) + confusion.sum(1) - np.diag(confusion))
-    assert 0.2 < iou[1:5].mean() < 0.6, iou
+    assert 0.4 < iou[1:5].mean() < 0.75, iou
 
 
 def _colour_counts(source, count):
