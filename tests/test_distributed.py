@@ -21,11 +21,11 @@ FOUR_DEVICES = f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"
 def start(workdir, xla_flags, *options):
     """A process of ten steps in float64 and an evaluation of 14 images, which fill no batch of 8."""
     command = [
-        sys.executable, "main.py", "--config=configs/shapes.py:method=fixmatch,backbone=resnet10w16,crop=17,steps=10",
+        sys.executable, "main.py", "--config=configs/shapes.py:method=supervised,backbone=resnet10w16,crop=17,steps=10",
         f"--workdir={workdir}", "--config.model.decoder_channels=16", "--config.model.dtype=float64",
         "--config.model.param_dtype=float64", "--config.data.shapes.size=32", "--config.data.shapes.unlabeled=16",
         "--config.data.shapes.val=14", "--config.train.log_every=1", "--config.train.eval_every=10",
-        "--config.train.pictures=0", "--config.eval.batch=8", "--config.views.device=False", *options,
+        "--config.train.pictures=0", "--config.eval.batch=8", "--config.data.labeled_batch=8", *options,
     ]  # fmt: skip
     environment = {**os.environ, "XLA_FLAGS": xla_flags, "JAX_ENABLE_X64": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -48,7 +48,7 @@ def test_two_processes_of_four_devices_train_and_evaluate_as_one_of_one(tmp_path
     finish(start(tmp_path / "one", ONE_DEVICE))
     two = [start(tmp_path / "two", FOUR_DEVICES, *join, f"--process={i}") for i in range(2)]
     first, second = finish(*two)
-    assert "2 processes x 4 devices x 1 + 1 a device x 1 accumulated" in first
+    assert "2 processes x 4 devices x 1 a device x 1 accumulated" in first
     assert "step 10/10" in first and "step 10/10" not in second  # The first process alone reports.
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
