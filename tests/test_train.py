@@ -94,39 +94,29 @@ def trained(tmp_path_factory):
     return workdir
 
 
-def test_killed_and_continued_runs_end_with_the_same_parameters(tiny_config, trained, tmp_path):
-    """SIGKILL in the middle of the second epoch and again later; the parameters equal those of a run left alone."""
-    for step in (6, 11):
+def test_stopped_and_continued_runs_end_with_the_same_parameters(tiny_config, trained, tmp_path):
+    """SIGKILL in the middle of the second epoch, SIGTERM later, then other workers; all equals a run left alone."""
+    for step, notice, code in ((6, signal.SIGKILL, -signal.SIGKILL), (8, signal.SIGTERM, 128 + signal.SIGTERM)):
         with subprocess.Popen(
             command(tmp_path), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
         ) as process:
             wait_for(process, f"step {step}/12")
-            process.send_signal(signal.SIGKILL)
-    last = subprocess.run(command(tmp_path), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
-    assert "continuing from step" in last.stdout
-    whole, killed = (parameters(tiny_config(), workdir) for workdir in (trained, tmp_path))
-    assert int(whole.step) == int(killed.step) == 12
-    jax.tree.map(np.testing.assert_array_equal, whole, killed)
-    assert losses(trained) == losses(tmp_path)
-    scores = [json.loads((workdir / "summary.json").read_text()) for workdir in (trained, tmp_path)]
-    assert scores[0]["student"] == scores[1]["student"] and scores[0]["teacher"] == scores[1]["teacher"]
-
-
-def test_sigterm_saves_and_a_run_continues_with_other_workers(tiny_config, trained, tmp_path):
-    with subprocess.Popen(command(tmp_path), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
-        wait_for(process, "step 4/12")
-        process.send_signal(signal.SIGTERM)
-        process.stdout.read()
-    assert process.returncode == 128 + signal.SIGTERM
+            process.send_signal(notice)
+            process.stdout.read()
+        assert process.returncode == code
     saved = checkpoint.Checkpointer(tmp_path, read_only=True)
     step = saved.latest_step()
     saved.close()
-    assert 4 <= step < 12
-    again = command(tmp_path, "--config.data.workers=2", "--config.data.buffer=1")
-    again = subprocess.run(again, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
-    assert saved_steps(again.stdout) == [step]
-    jax.tree.map(np.testing.assert_array_equal, *(parameters(tiny_config(), each) for each in (trained, tmp_path)))
+    assert 8 <= step < 12  # SIGTERM saved what came after the checkpoints of steps 6 and 7.
+    last = command(tmp_path, "--config.data.workers=2", "--config.data.buffer=1")
+    last = subprocess.run(last, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    assert saved_steps(last.stdout) == [step]
+    whole, stopped = (parameters(tiny_config(), workdir) for workdir in (trained, tmp_path))
+    assert int(whole.step) == int(stopped.step) == 12
+    jax.tree.map(np.testing.assert_array_equal, whole, stopped)
     assert losses(trained) == losses(tmp_path)
+    scores = [json.loads((workdir / "summary.json").read_text()) for workdir in (trained, tmp_path)]
+    assert scores[0]["student"] == scores[1]["student"] and scores[0]["teacher"] == scores[1]["teacher"]
 
 
 def saved_steps(log):
