@@ -71,15 +71,19 @@ def main() -> int:
         whole, killed, cache = (pathlib.Path(folder) / name for name in ("whole", "killed", "cache"))
         finish(start(whole, arguments.steps, cache))  # Also fills the cache of compiled programs.
         began = time.monotonic()
-        finish(start(pathlib.Path(folder) / "timed", arguments.steps, cache))
-        trained = time.monotonic()
-        finish(start(pathlib.Path(folder) / "timed", arguments.steps, cache))  # Has nothing left to do but to start.
-        starting = time.monotonic() - trained
-        training = trained - began - starting
+        timed = pathlib.Path(folder) / "timed"
+        process = start(timed, arguments.steps, cache)
+        while process.poll() is None and not (timed / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        while process.poll() is None and not losses(timed):
+            time.sleep(0.05)
+        starting = time.monotonic() - began  # Until the first step is done.
+        finish(process)
+        training = time.monotonic() - began - starting
         reached = []
         for kill in range(arguments.kills):
             process = start(killed, arguments.steps, cache)
-            time.sleep(moments.uniform(0.7 * starting, starting + 1.5 * training / arguments.kills))
+            time.sleep(moments.uniform(0.8 * starting, starting + 1.5 * training / arguments.kills))
             process.send_signal(signal.SIGKILL)
             process.communicate()
             steps = losses(killed) if (killed / "metrics.jsonl").exists() else {0: 0.0}
