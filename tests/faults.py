@@ -6,7 +6,6 @@ parameters, optimiser, teacher and logged losses equal, bit for bit, those of a 
 """
 
 import argparse
-import json
 import os
 import pathlib
 import random
@@ -21,7 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from dssn_jax import checkpoint, saved_run, sharding
+from dssn_jax import checkpoint, recorder, saved_run, sharding
 from dssn_jax.experiment import abstract_state
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -56,8 +55,7 @@ def final_state(workdir: pathlib.Path) -> dict:
 
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: line["loss"] for line in recorder.read_metrics(workdir) if "loss" in line}
 
 
 def main() -> int:
@@ -73,8 +71,6 @@ def main() -> int:
         began = time.monotonic()
         timed = pathlib.Path(folder) / "timed"
         process = start(timed, arguments.steps, cache)
-        while process.poll() is None and not (timed / "metrics.jsonl").exists():
-            time.sleep(0.05)
         while process.poll() is None and not losses(timed):
             time.sleep(0.05)
         starting = time.monotonic() - began  # Until the first step is done.
@@ -86,9 +82,8 @@ def main() -> int:
             time.sleep(moments.uniform(0.8 * starting, starting + 1.5 * training / arguments.kills))
             process.send_signal(signal.SIGKILL)
             process.communicate()
-            steps = losses(killed) if (killed / "metrics.jsonl").exists() else {0: 0.0}
             parts = len(list((killed / "checkpoints").glob("*orbax-checkpoint-tmp*")))
-            reached.append(max(steps, default=0))
+            reached.append(max(losses(killed), default=0))
             print(f"kill {kill + 1}: at step {reached[-1]}, {parts} unfinished checkpoints", flush=True)
         finish(start(killed, arguments.steps, cache))
         expected, found = final_state(whole), final_state(killed)
