@@ -8,11 +8,13 @@ function of it (`input_pipeline.pipeline`), so that a run may continue on other 
 import contextlib
 import gc
 import json
-import pathlib
 from collections.abc import Iterator
 
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from dssn_jax import files
 
 FOLDER = "checkpoints"
 # Keys of config.model that older checkpoints do not name, and what they hold.
@@ -26,9 +28,9 @@ class CheckpointError(ValueError):
 class Checkpointer:
     """Saves and restores the training of one work directory."""
 
-    def __init__(self, workdir: str | pathlib.Path, read_only: bool = False):
+    def __init__(self, workdir: epath.PathLike, read_only: bool = False):
         """Opens (and unless `read_only`, creates) the checkpoints of `workdir`."""
-        self._folder = pathlib.Path(workdir).absolute() / FOLDER
+        self._folder = files.absolute(workdir) / FOLDER
         if read_only and not self._folder.is_dir():
             raise CheckpointError(f"{self._folder}: no such folder; expected the work directory of a training run")
         policies = [
@@ -78,7 +80,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:  # Orbax raises no narrower one; what a background thread raised may be anything.
-            steps = [int(path.name) for path in self._folder.glob("*") if path.name.isdigit()]
+            steps = ocp.path.step.checkpoint_steps(self._folder)
             good = f"the last good checkpoint is that of step {max(steps)}" if steps else "there is no checkpoint yet"
             reason = str(error).strip() or type(error).__name__
             raise CheckpointError(f"{self._folder}: cannot save ({reason}); {good}") from None
@@ -134,10 +136,10 @@ class Checkpointer:
         raise CheckpointError(f"{self._folder / str(step)}: cannot be read: {message}")
 
 
-def exists(workdir: str | pathlib.Path) -> bool:
+def exists(workdir: epath.PathLike) -> bool:
     """Whether there is a checkpoint in `workdir`."""
-    folder = pathlib.Path(workdir) / FOLDER
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    folder = files.absolute(workdir) / FOLDER
+    return folder.is_dir() and bool(ocp.path.step.checkpoint_steps(folder))
 
 
 def _model_difference(saved: dict, current: dict) -> str:

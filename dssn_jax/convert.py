@@ -11,6 +11,8 @@ import re
 import shutil
 import time
 
+from etils import epath
+
 from dssn_jax import checkpoint, optimizer, pretrained, recorder, scores, state_dict_files, train_state
 from dssn_jax import config as configuration
 from dssn_jax.config import ConfigError
@@ -56,7 +58,7 @@ def convert(
         raise ConfigError("a work directory holds a whole network; --part=backbone is for converting to a file")
     if config is not None:
         configuration.validate(config, device_count=1)
-    if network != "student" and not pathlib.Path(source).expanduser().is_dir():
+    if network != "student" and not epath.Path(source).expanduser().is_dir():
         raise ConfigError(f"--network={network} is for work directories; {source} holds one network")
     try:
         if to_file:

@@ -2,13 +2,13 @@
 
 import collections
 import itertools
-import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 import input_pipeline
 from dssn_jax import checkpoint, experiment, inference, metrics, recorder, scores, sharding, views
@@ -139,7 +139,7 @@ def evaluate(config, workdir: str, which: str) -> dict:
     confusions = evaluator(networks, evaluator.groups(val), log_progress(len(val)))
     found = {name: scores.of_confusion(confusion, config.data.classes) for name, confusion in confusions.items()}
     logger.info("IoU, per cent\n%s", recorder.class_table(found))
-    path = pathlib.Path(workdir) / f"eval_{step}.json"
+    path = epath.Path(workdir) / f"eval_{step}.json"
     recorder.write_json(path, {"name": config.name, "step": step, "mode": config.eval.mode, **found})
     logger.info("wrote %s", path)
     return found

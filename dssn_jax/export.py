@@ -1,11 +1,11 @@
 """The inference network as one file that JAX alone runs: a StableHLO artifact of `jax.export`; `--mode=export`."""
 
-import pathlib
 import re
 
 import jax
 import jax.export  # Not imported by `import jax`.
 import jax.numpy as jnp
+from etils import epath
 
 from dssn_jax import files, recorder, saved_run, views
 from dssn_jax.config import ConfigError
@@ -14,7 +14,7 @@ from dssn_jax.recorder import logger
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def export(workdir: str, which: str, network: str | None, size: str | None, to: str | None) -> pathlib.Path:
+def export(workdir: str, which: str, network: str | None, size: str | None, to: str | None) -> epath.Path:
     """Writes a network of a checkpoint as an artifact, and beside it as JSON what one must know to use it.
 
     The artifact maps uint8 RGB images [b, H, W, 3], b any number, to (class ids uint8 [b, H, W], their probabilities
@@ -37,7 +37,7 @@ def export(workdir: str, which: str, network: str | None, size: str | None, to: 
     saved = saved_run.restore_networks(workdir, which)
     network = saved_run.choose_network(workdir, saved.variables, network)
     height, width = height_width or (saved.config.data.crop,) * 2
-    path = pathlib.Path(to or pathlib.Path(workdir) / f"{network}_{saved.step}.stablehlo")
+    path = epath.Path(to or epath.Path(workdir) / f"{network}_{saved.step}.stablehlo")
     if not path.parent.is_dir():
         raise ConfigError(f"--to={path}: the folder {path.parent} does not exist")
     recorder.log_to(None)
@@ -57,7 +57,7 @@ def export(workdir: str, which: str, network: str | None, size: str | None, to: 
     recorder.write_json(path.with_name(path.name + ".json"), facts)
     with files.whole(path) as part:
         part.write_bytes(exported.serialize())
-    logger.info("wrote %s (%.1f MB) and %s.json", path, path.stat().st_size / 1e6, path)
+    logger.info("wrote %s (%.1f MB) and %s.json", path, path.stat().length / 1e6, path)
     return path
 
 

@@ -5,6 +5,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
@@ -60,7 +61,7 @@ def predict(
     errors = list(source.errors)
     evaluator = evaluate.Evaluator(saved.model, config, mesh)
     groups = evaluator.groups(source, indices=source.readable, on_error=lambda _, error: errors.append(error))
-    writer = Writer(pathlib.Path(target), len(config.data.classes), confidence)
+    writer = Writer(epath.Path(target), len(config.data.classes), confidence)
     done = 0
     with (
         ThreadPoolExecutor(config.data.threads) as pool,
@@ -84,7 +85,7 @@ def predict(
 class Writer:
     """Writes what is predicted of an image, each file whole or not at all."""
 
-    def __init__(self, target: pathlib.Path, num_classes: int, confidence: bool):
+    def __init__(self, target: epath.Path, num_classes: int, confidence: bool):
         self._target, self._num_classes, self._confidence = target, num_classes, confidence
         self._palette = pictures.palette(256).ravel().tolist()
 

@@ -6,13 +6,13 @@ model by name and shape before anything is filled.
 
 import functools
 import itertools
-import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from configs import defaults
@@ -35,7 +35,7 @@ class Images(NamedTuple):
 class Weights(NamedTuple):
     """Tensors of a network, or of its backbone alone, under the original's names and in PyTorch's layout."""
 
-    path: pathlib.Path
+    path: epath.Path
     tensors: dict[str, np.ndarray]
     images: Images
     notes: dict  # What else the source tells: epoch, previous_best, step.
@@ -54,7 +54,7 @@ class Fitted(NamedTuple):
     report: str  # Says how many tensors were matched, unused and missing.
 
 
-def read(path: str | pathlib.Path, network: str = "student", which: str | None = None) -> Weights:
+def read(path: epath.PathLike, network: str = "student", which: str | None = None) -> Weights:
     """Reads weights from a file, or from a checkpoint of a work directory.
 
     Of a work directory, `network` is student or teacher and `which` the checkpoint: best, latest or a step (None: best
@@ -62,7 +62,7 @@ def read(path: str | pathlib.Path, network: str = "student", which: str | None =
 
     Raises StateDictError, CheckpointError or ConfigError for what cannot be read.
     """
-    path = pathlib.Path(path).expanduser()
+    path = epath.Path(path).expanduser()
     if path.is_dir():
         return _of_run(path, network, which)
     tensors, notes = state_dict_files.read(path)
@@ -167,7 +167,7 @@ def _images(notes: dict) -> Images:
     return found if len(found.mean) == len(found.std) == 3 else Images()
 
 
-def _of_run(workdir: pathlib.Path, network: str, which: str | None) -> Weights:
+def _of_run(workdir: epath.Path, network: str, which: str | None) -> Weights:
     saved = checkpoint.Checkpointer(workdir, read_only=True)
     step = saved.resolve("latest")
     if which is None:

@@ -7,16 +7,18 @@ has the confusion matrices of the last evaluation, rows true classes: {"step", N
 
 import json
 import logging
-import pathlib
+import os
 import sys
 import time
 
 import absl.logging
 import numpy as np
 import tensorboardX
+from etils import epath
 
 from dssn_jax import distributed, files
 
+LOG = "log.txt"
 METRICS = "metrics.jsonl"
 CONFUSION = "confusion.json"
 RUN = "run.json"  # What was built from the configuration, and where it runs; see `train.facts`.
@@ -26,20 +28,21 @@ logger = logging.getLogger("dssn")
 
 def quiet_libraries() -> None:
     """Leaves out what libraries log and users cannot use."""
-    absl.logging.set_verbosity(absl.logging.WARNING)
-    logging.getLogger("jax").setLevel(logging.ERROR)
+    absl.logging.set_verbosity(absl.logging.FATAL)  # What is worth telling, they raise too.
+    for name in ("jax", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def log_to(workdir: pathlib.Path | None) -> None:
-    """Sends the log lines to standard output and, if `workdir` is given, to `workdir/log.txt`.
+def log_to(folder: os.PathLike | None) -> None:
+    """Sends the log lines to standard output and, if `folder` is given, to `folder/log.txt`.
 
     Of several processes the first does; the others tell what goes wrong.
     """
     handlers = [logging.StreamHandler(sys.stdout)]
     if not distributed.is_first():
         handlers[0].setLevel(logging.WARNING)
-    elif workdir is not None:
-        handlers.append(logging.FileHandler(workdir / "log.txt"))
+    elif folder is not None:
+        handlers.append(logging.FileHandler(os.path.join(folder, LOG)))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     for old in logger.handlers:
@@ -49,7 +52,7 @@ def log_to(workdir: pathlib.Path | None) -> None:
     logger.setLevel(logging.INFO)
 
 
-def write_json(path: pathlib.Path, content: dict) -> None:
+def write_json(path: epath.Path, content: dict) -> None:
     """Writes `content` whole or not at all; the first process does."""
     if not distributed.is_first():
         return
@@ -60,15 +63,15 @@ def write_json(path: pathlib.Path, content: dict) -> None:
 class Recorder:
     """Numbers by step in `metrics.jsonl` and TensorBoard, pictures in TensorBoard; the first process writes them."""
 
-    def __init__(self, workdir: pathlib.Path, step: int):
+    def __init__(self, workdir: files.Folder, step: int):
         """Continues after `step`: what an interrupted run recorded later is dropped."""
-        self._path, self._confusion = workdir / METRICS, workdir / CONFUSION
-        kept = [line for line in read_metrics(workdir) if line["step"] <= step]
+        self._workdir, self._path, self._confusion = workdir, workdir.growing / METRICS, workdir.path / CONFUSION
+        kept = [line for line in read_metrics(workdir.path) if line["step"] <= step]
         self._board = None
         if distributed.is_first():
             with files.whole(self._path) as part:
                 part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+            self._board = tensorboardX.SummaryWriter(str(workdir.growing / "tensorboard"), purge_step=step + 1)
         self._started = time.monotonic() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
 
     @property
@@ -95,9 +98,15 @@ class Recorder:
         if self._board is not None:
             self._board.add_image(name, image, step, dataformats="HWC")
 
+    def publish(self) -> None:
+        """Brings everything recorded until now to the work directory, where that is on a bucket."""
+        if self._board is not None:
+            self._workdir.publish()
+
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+            self._workdir.publish()
 
     def _write(self, step: int, values: dict) -> None:
         if self._board is None:
@@ -113,9 +122,9 @@ class Recorder:
         self._board.flush()
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict]:
+def read_metrics(workdir: epath.PathLike) -> list[dict]:
     """The whole lines of `metrics.jsonl`, which may be missing or cut in its last line."""
-    path = workdir / METRICS
+    path = epath.Path(workdir) / METRICS
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

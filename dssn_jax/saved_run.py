@@ -1,10 +1,10 @@
 """What a work directory holds, read back without the command line that made it: the configuration, the networks."""
 
 import json
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 
 from configs import defaults
 from dssn_jax import checkpoint, experiment, models, sharding
@@ -26,10 +26,10 @@ class SavedNetworks(NamedTuple):
     variables: dict[str, dict]  # Of student, and of teacher if the method has one; for `model.apply`.
 
 
-def read_json(workdir: str | pathlib.Path, name: str) -> dict:
+def read_json(workdir: epath.PathLike, name: str) -> dict:
     """Returns the content of a JSON file of `workdir`; raises WorkdirError."""
-    path = pathlib.Path(workdir) / name
-    if not pathlib.Path(workdir).is_dir():
+    path = epath.Path(workdir) / name
+    if not epath.Path(workdir).is_dir():
         raise WorkdirError(f"{workdir}: no such folder; expected the work directory of a training run")
     if not path.is_file():
         raise WorkdirError(f"{workdir}: no {name} in it; expected the work directory of a training run")
@@ -42,7 +42,7 @@ def read_json(workdir: str | pathlib.Path, name: str) -> dict:
     return content
 
 
-def read_config(workdir: str | pathlib.Path):
+def read_config(workdir: epath.PathLike):
     """Returns the configuration of a run; keys that are newer than the run have their defaults.
 
     Raises WorkdirError.
@@ -52,7 +52,7 @@ def read_config(workdir: str | pathlib.Path):
     except (TypeError, ValueError) as error:
         if isinstance(error, WorkdirError):
             raise
-        raise WorkdirError(f"{pathlib.Path(workdir) / CONFIG}: not a configuration of this program: {error}") from None
+        raise WorkdirError(f"{epath.Path(workdir) / CONFIG}: not a configuration of this program: {error}") from None
 
 
 def complete(saved: dict):
@@ -62,7 +62,7 @@ def complete(saved: dict):
     return config
 
 
-def choose_network(workdir: str | pathlib.Path, networks: dict[str, dict], network: str | None) -> str:
+def choose_network(workdir: epath.PathLike, networks: dict[str, dict], network: str | None) -> str:
     """Returns the name of the network asked for, or of the teacher if there is one; raises ConfigError."""
     network = network or list(networks)[-1]
     configuration.check_choice(f"network of {workdir}", network, networks)
@@ -70,7 +70,7 @@ def choose_network(workdir: str | pathlib.Path, networks: dict[str, dict], netwo
 
 
 def restore_networks(
-    workdir: str | pathlib.Path, which: str, config=None, mesh: jax.sharding.Mesh | None = None
+    workdir: epath.PathLike, which: str, config=None, mesh: jax.sharding.Mesh | None = None
 ) -> SavedNetworks:
     """Restores the networks of a checkpoint ("latest", "best" or a step); the data are not needed.
 

@@ -1,12 +1,12 @@
 """The training loop: steps, log lines, evaluations, checkpoints."""
 
 import json
-import pathlib
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
+from etils import epath
 
 import input_pipeline
 from dssn_jax import (
@@ -14,6 +14,7 @@ from dssn_jax import (
     distributed,
     evaluate,
     experiment,
+    files,
     panels,
     pretrained,
     recorder,
@@ -32,35 +33,36 @@ class DivergedError(RuntimeError):
     """The loss became infinite or not a number."""
 
 
-def train(config, workdir: str | pathlib.Path) -> dict:
+def train(config, workdir: epath.PathLike) -> dict:
     """Trains what `config` describes in `workdir`, continuing from its latest checkpoint if there is one.
 
     Returns the summary, which is also written to `workdir/summary.json`. Raises ConfigError, DataError, CheckpointError
     and StateDictError before anything is written when the input is bad, and DivergedError when the loss is not finite.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = epath.Path(workdir)
     # Before the work directory is made: bad input leaves nothing behind.
     parts = experiment.build(config)
     weights = None
     if config.model.pretrained and not checkpoint.exists(workdir):
         weights = pretrained.load(config, parts.abstract_state().student)
-    workdir.mkdir(parents=True, exist_ok=True)
-    recorder.log_to(workdir)
-    trainer = Trainer(parts, workdir, weights)
+    folder = files.Folder(workdir, continued=(recorder.LOG,))
+    recorder.log_to(folder.growing)
+    trainer = Trainer(parts, folder, weights)
     del weights  # The state has its own copy; a second one would stay on the device for the whole run.
     try:
         return trainer.run()
     finally:
         trainer.close()
+        folder.close()
 
 
 class Trainer:
     """A run in progress."""
 
-    def __init__(self, parts: experiment.Experiment, workdir: pathlib.Path, weights: pretrained.Fitted | None = None):
+    def __init__(self, parts: experiment.Experiment, workdir: files.Folder, weights: pretrained.Fitted | None = None):
         """Continues the run in `workdir`, or begins with `weights` (None: random ones)."""
-        self._parts, self._workdir, config = parts, workdir, parts.config
-        self._saved = checkpoint.Checkpointer(workdir)
+        self._parts, self._workdir, config = parts, workdir.path, parts.config
+        self._saved = checkpoint.Checkpointer(workdir.path)
         dataset = input_pipeline.train_dataset(parts.sources, config, jax.process_index(), jax.process_count())
         self._iterator = input_pipeline.train_iterator(dataset, config)
         self._scores = scores.new()
@@ -119,6 +121,7 @@ class Trainer:
         """Saves the state now, unless it just was, and ends the run."""
         if self._saved.latest_step() != self._step:
             self._log()
+            self._recorder.publish()
             self._saved.save(self._step, self.state, self._meta())
         self._saved.wait()
         raise distributed.PreemptedError(
@@ -149,6 +152,7 @@ class Trainer:
             self._evaluate(batch)
         if save:
             miou = scores.last_miou(self._scores) if evaluation else None
+            self._recorder.publish()  # Before the checkpoint, after which a run that is killed goes on.
             self._saved.save(self._step, self.state, self._meta(), miou)
             self._clock.other_work_done()
 
@@ -211,7 +215,7 @@ class Trainer:
         self._saved.close()
 
 
-def _check_continues(workdir: pathlib.Path, step: int, saved: dict, current: dict) -> None:
+def _check_continues(workdir: epath.Path, step: int, saved: dict, current: dict) -> None:
     """Raises ConfigError if a run that goes on from a checkpoint of `saved` meta would not go on as it would have."""
     before = json.loads(saved_run.complete(saved["config"]).to_json())
     changes = configuration.inexact_changes(before, current["config"])

@@ -1,16 +1,16 @@
 import json
 
-from dssn_jax import recorder
+from dssn_jax import files, recorder
 
 
 def test_recorder_drops_what_came_after_the_resumed_step(tmp_path):
-    record = recorder.Recorder(tmp_path, 0)
+    record = recorder.Recorder(files.Folder(tmp_path), 0)
     for step in (1, 2, 3):
         record.scalars(step, {"loss": step / 2})
     record.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # A line cut by a kill.
-    record = recorder.Recorder(tmp_path, 2)
+    record = recorder.Recorder(files.Folder(tmp_path), 2)
     record.scalars(3, {"loss": 9.0})
     record.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dssn_jax import checkpoint, experiment, recorder, saved_run, scores, train
+from dssn_jax import checkpoint, experiment, files, recorder, saved_run, scores, train
 from dssn_jax.report import charts, gallery, report, runs
 from tests.test_main import run_main
 
@@ -27,7 +27,7 @@ HEADLESS = [
 def record(config, workdir, steps):
     """Leaves what training leaves after so many steps (with made-up numbers, which need no compilation)."""
     rng, parts = np.random.default_rng(0), experiment.build(config)
-    record = recorder.Recorder(workdir, 0)
+    record = recorder.Recorder(files.Folder(workdir), 0)
     kept, state = scores.new(), parts.initial_state()
     for step in range(1, steps + 1):
         names = ["loss", "loss_x", "lr", "grad_norm", "images_per_second", "waiting"]

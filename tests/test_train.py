@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from dssn_jax import checkpoint, evaluate, experiment, recorder, train
+from dssn_jax import checkpoint, evaluate, experiment, files, recorder, train
 from dssn_jax.config import ConfigError
 from tests.conftest import ONE_DEVICE
 
@@ -129,7 +129,7 @@ def test_a_run_is_not_continued_with_what_would_change_it(tiny_config, trained, 
         train.train(tiny_config(train__steps=14, optimizer__lr=0.01), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["lr"] == 0.05
     parts = experiment.build(tiny_config(train__steps=14, optimizer__lr=0.01, train__resume="changed"))
-    trainer = train.Trainer(parts, tmp_path)
+    trainer = train.Trainer(parts, files.Folder(tmp_path))
     trainer.close()
     assert int(trainer.state.step) == 12
 

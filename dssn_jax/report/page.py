@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jinja2
 import plotly.offline
+from etils import epath
 
 from configs import defaults
 from dssn_jax import files, pictures, recorder
@@ -16,7 +17,7 @@ from dssn_jax.report.runs import Run
 FOLDER = pathlib.Path(__file__).parent
 
 
-def report(workdirs: Sequence[str], to: str | None = None, images: int = 200) -> pathlib.Path:
+def report(workdirs: Sequence[str], to: str | None = None, images: int = 200) -> epath.Path:
     """Writes the page about the runs in `workdirs`; `--mode=report`.
 
     Args:
@@ -33,13 +34,13 @@ def report(workdirs: Sequence[str], to: str | None = None, images: int = 200) ->
     """
     recorder.log_to(None)
     shown = runs.read(workdirs)
-    path = pathlib.Path(to or shown[0].workdir / "report.html")
+    path = epath.Path(to or shown[0].workdir / "report.html")
     if not path.parent.is_dir():
         raise ConfigError(f"--to={path}: the folder {path.parent} does not exist")
     page = render(shown, [gallery.draw(run, images) for run in shown])
     with files.whole(path) as part:
         part.write_text(page)
-    logger.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
+    logger.info("wrote %s (%.1f MB)", path, path.stat().length / 1e6)
     return path
 
 

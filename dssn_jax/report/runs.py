@@ -3,14 +3,14 @@
 import dataclasses
 import datetime
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax
 import numpy as np
+from etils import epath
 
-from dssn_jax import recorder, saved_run
+from dssn_jax import files, recorder, saved_run
 from dssn_jax.scores import NETWORKS
 
 
@@ -27,7 +27,7 @@ class Run:
     """One run. What it did not record (yet) is empty."""
 
     label: str  # Short, and different from those of the other runs on the page.
-    workdir: pathlib.Path
+    workdir: epath.Path
     config: Any
     facts: dict  # `dssn_jax.train.facts`.
     series: dict[str, Series]  # By the name of the metric; "iou_NETWORK" has values [n, K].
@@ -68,7 +68,7 @@ class Run:
 
 def read(workdirs: Sequence[str]) -> list[Run]:
     """Reads the runs in their order; raises `dssn_jax.saved_run.WorkdirError` for a folder that is none, or twice."""
-    paths = [pathlib.Path(workdir).resolve() for workdir in workdirs]
+    paths = [files.absolute(workdir) for workdir in workdirs]
     for path in paths:
         if paths.count(path) > 1:
             raise saved_run.WorkdirError(f"{path}: named twice in --workdir")
@@ -76,7 +76,7 @@ def read(workdirs: Sequence[str]) -> list[Run]:
     return [_read(path, label) for path, label in zip(paths, labels, strict=True)]
 
 
-def _labels(paths: list[pathlib.Path]) -> list[str]:
+def _labels(paths: list[epath.Path]) -> list[str]:
     """The last parts of the paths, as many as tell them apart."""
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         labels = ["/".join(path.parts[-parts:]) for path in paths]
@@ -85,7 +85,7 @@ def _labels(paths: list[pathlib.Path]) -> list[str]:
     return labels
 
 
-def _read(workdir: pathlib.Path, label: str) -> Run:
+def _read(workdir: epath.Path, label: str) -> Run:
     config = saved_run.read_config(workdir)
     try:
         lines = recorder.read_metrics(workdir)
@@ -107,11 +107,11 @@ def _read(workdir: pathlib.Path, label: str) -> Run:
         },
         steps=max((line["step"] for line in lines), default=0),
         seconds=lines[-1].get("seconds", 0.0) if lines else 0.0,
-        recorded=datetime.datetime.fromtimestamp(metrics.stat().st_mtime) if lines else None,
+        recorded=datetime.datetime.fromtimestamp(metrics.stat().mtime) if lines else None,
     )
 
 
-def _optional(workdir: pathlib.Path, name: str) -> dict:
+def _optional(workdir: epath.Path, name: str) -> dict:
     """The content of a JSON file that a run may not have written (yet)."""
     return saved_run.read_json(workdir, name) if (workdir / name).exists() else {}
 
