@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -16,15 +17,17 @@ from tests.conftest import ONE_DEVICE
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOUR_DEVICES = f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"
+EIGHT_DEVICES = f"{ONE_DEVICE} --xla_force_host_platform_device_count=8"
 
 
 def start(workdir, xla_flags, *options):
-    """A process of ten steps in float64 and an evaluation of 14 images, which fill no batch of 8."""
+    """A process of 30 steps in float64 that evaluates 14 images, which fill no batch of 8, after ten and at the end."""
     command = [
-        sys.executable, "main.py", "--config=configs/shapes.py:method=supervised,backbone=resnet10w16,crop=17,steps=10",
+        sys.executable, "main.py", "--config=configs/shapes.py:method=supervised,backbone=resnet10w16,crop=17,steps=30",
         f"--workdir={workdir}", "--config.model.decoder_channels=16", "--config.model.dtype=float64",
         "--config.model.param_dtype=float64", "--config.data.shapes.size=32", "--config.data.shapes.unlabeled=16",
         "--config.data.shapes.val=14", "--config.train.log_every=1", "--config.train.eval_every=10",
+        "--config.train.checkpoint_every=10",
         "--config.train.pictures=0", "--config.eval.batch=8", "--config.data.labeled_batch=8", *options,
     ]  # fmt: skip
     environment = {**os.environ, "XLA_FLAGS": xla_flags, "JAX_ENABLE_X64": "1"}
@@ -32,29 +35,37 @@ def start(workdir, xla_flags, *options):
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
-def finish(*processes):
+def finish(*processes, code=0):
     """Waits for all; returns what they printed."""
     printed = [process.communicate()[0] for process in processes]
     for process, text in zip(processes, printed, strict=True):
-        assert process.returncode == 0, text[-2000:]
+        assert process.returncode == code, text[-2000:]
     return printed
 
 
-def test_two_processes_of_four_devices_train_and_evaluate_as_one_of_one(tmp_path):
+def test_two_processes_of_four_devices_and_then_one_of_eight_train_and_evaluate_as_one_of_one(tmp_path):
+    """The second of the two processes is told to end in the middle; both save and stop, and one goes on alone."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     join = [f"--coordinator={coordinator}", "--processes=2"]
     finish(start(tmp_path / "one", ONE_DEVICE))
     two = [start(tmp_path / "two", FOUR_DEVICES, *join, f"--process={i}") for i in range(2)]
-    first, second = finish(*two)
-    assert "2 processes x 4 devices x 1 a device x 1 accumulated" in first
-    assert "step 10/10" in first and "step 10/10" not in second  # The first process alone reports.
+    seen = next(line for line in two[0].stdout if "processes" in line)
+    assert "2 processes x 4 devices x 1 a device x 1 accumulated" in seen
+    assert any("step 11/30" in line for line in two[0].stdout)
+    two[1].send_signal(signal.SIGTERM)
+    first, second = finish(*two, code=128 + signal.SIGTERM)
+    step = re.search(r"stopped by SIGTERM after step (\d+) of 30, which is saved", first)[1]
+    assert f"SIGTERM after step {step} of 30" in second and " | loss" not in second  # The first process alone reports.
+    (alone,) = finish(start(tmp_path / "two", EIGHT_DEVICES))
+    assert f"continuing from step {step} " in alone and "1 processes x 8 devices" in alone
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     )
-    assert [line["step"] for line in one] == [line["step"] for line in two] == [*range(1, 11), 10]
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    assert {line["step"] for line in two if "miou_student" in line} == {10, 20, 30}
     free = {"seconds", "images_per_second", "waiting"}
     for expected, found in zip(one, two, strict=True):
         for name in expected.keys() - free:

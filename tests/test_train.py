@@ -134,16 +134,30 @@ def test_a_run_is_not_continued_with_what_would_change_it(tiny_config, trained, 
     assert int(trainer.state.step) == 12
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_config, tmp_path):
-    """No file may become larger than 20 kB once the first checkpoint is there, as if the disk were full."""
+def disk_full(process, workdir):
+    """No file may become larger than 20 kB, as if the disk were full."""
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def read_only(process, workdir):
+    (workdir / "checkpoints").chmod(0o555)
+
+
+# The superuser may write to every folder; without this capability not.
+AS_USER = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override"]
+
+
+@pytest.mark.parametrize("trouble", [disk_full, read_only])
+def test_a_disk_that_takes_no_more_leaves_the_last_good_checkpoint(tiny_config, tmp_path, trouble):
     with subprocess.Popen(
-        command(tmp_path, "--config.train.checkpoint_every=1"), cwd=ROOT, env=ENVIRONMENT, text=True,
+        [*AS_USER, *command(tmp_path, "--config.train.checkpoint_every=1")], cwd=ROOT, env=ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         wait_for(process, "step 4/12")
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+        trouble(process, tmp_path)
         _, errors = process.communicate()
     assert process.returncode == 1
+    (tmp_path / "checkpoints").chmod(0o755)
     step = int(re.search(r"checkpoints: cannot save .*last good checkpoint is that of step (\d+)", errors)[1])
     assert step >= 2 and int(parameters(tiny_config(), tmp_path).step) == step
 
