@@ -226,12 +226,12 @@ def _legend(rows: list[dict], devices: list[str], commands: list[str], outcomes:
         f"{len(outcomes)} runs, {' or '.join(map(str, counts)) or 'no'} seeds a cell, on {', '.join(devices) or '-'}. "
         "Mean ± sample standard deviation over seeds, per cent, on the validation images.",
         "",
-        "- Best: the largest of all evaluations of a run, of student or teacher, as the paper reports it; it is selected "
-        "on the validation images, and so flatters every method.",
-        "- Last: at the end of training, of the network that predictions and exports take: the teacher, if there is one, "
-        "else the student. Nothing is selected. IoU of single classes is of this network.",
-        f"- Over {BASELINE}: difference of the means in points and, in brackets, in deviations; a deviation is the root "
-        "of the mean of both variances.",
+        "- Best: the largest of all evaluations of a run, of student or teacher, as the paper reports it; it is "
+        "selected on the validation images, and so flatters every method.",
+        "- Last: at the end of training, of the network that predictions and exports take: the teacher, if there is "
+        "one, else the student. Nothing is selected. IoU of single classes is of this network.",
+        f"- Over {BASELINE}: difference of the means in points and, in brackets, in deviations; a deviation is the "
+        "root of the mean of both variances.",
         "- Seconds a run: the median over seeds. What is compiled is compiled once, for all seeds.",
     ]
     if any(row["values"] for row in rows):
@@ -307,14 +307,14 @@ def draw(rows: list[dict], paths: Sequence[pathlib.Path]) -> None:
     shown = [row for row in chosen if row["split"] == max(counts, key=counts.get)] if counts else []
     figure = Figure(figsize=(12, 4.2 * len(COMPARED)), layout="constrained")
     for (left, right), measure in zip(figure.subplots(len(COMPARED), 2), COMPARED, strict=True):
-        _draw_curves(left, chosen, measure)
-        _draw_bars(right, shown, measure)
+        draw_curves(left, chosen, measure)
+        draw_bars(right, shown, measure)
     for path in paths:
         with files.whole(path) as part:
             figure.savefig(part, dpi=120, format=path.suffix[1:])
 
 
-def _draw_curves(axes, rows: list[dict], measure: str) -> None:
+def draw_curves(axes, rows: list[dict], measure: str) -> None:
     """A line with error bars for each method."""
     methods = dict.fromkeys(row["variant"] for row in rows if not row["changes"])
     for index, variant in enumerate(methods):
@@ -334,7 +334,7 @@ def _draw_curves(axes, rows: list[dict], measure: str) -> None:
     axes.legend()
 
 
-def _draw_bars(axes, rows: list[dict], measure: str) -> None:
+def draw_bars(axes, rows: list[dict], measure: str) -> None:
     """A bar with an error bar for each variant on one split."""
     names = [row["variant"] for row in rows]
     colours = [charts.colour(0) if not row["changes"] else charts.colour(4) for row in rows]
