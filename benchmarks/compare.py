@@ -315,7 +315,10 @@ def compare(arguments: argparse.Namespace) -> None:
     """Does what the command line asks for; raises the errors of `dssn_jax.errors`."""
     deadline = time.monotonic() + 60 * arguments.minutes
     left = 0
-    if not arguments.table_only:
+    if arguments.table_only:
+        if not (arguments.out / compare_results.COMPARISON).exists():
+            raise configuration.ConfigError(f"--out={arguments.out}: no comparison has been run there")
+    else:
         if arguments.config is None or arguments.splits is None:
             raise configuration.ConfigError("--config and --splits are needed, unless it is --table-only")
         comparison = Comparison(arguments.config, parse_settings(arguments.set, "--set"))

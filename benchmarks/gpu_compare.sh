@@ -27,7 +27,8 @@ python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 
 mkdir -p "$out" "$work"
 if [ -n "$wheels" ]; then
-    "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/dssn_wheels "$wheels"/*.whl || exit
+    "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/dssn_wheels "$wheels"/*.whl \
+        || exit
     export PYTHONPATH=/tmp/dssn_wheels
 fi
 export PYTHONUNBUFFERED=1
@@ -41,7 +42,8 @@ compare() { # METHOD ...: within what is left of the piece.
     "$python" -m benchmarks.compare --config="configs/camvid.py:backbone=resnet50,crop=${CROP:-321}" --methods "$@" \
         --splits ${SPLITS:-1_16 1_8} --seeds "${SEEDS:-3}" --keep="${KEEP:-best}" --out="$work" \
         --minutes="$(awk "BEGIN {print $minutes - ($(date +%s) - $started) / 60}")" \
-        --set data.root="$data" model.dtype=bfloat16 train.steps="${STEPS:-2000}" train.eval_every=200 ${SETTINGS:-}
+        --set data.root="$data" model.dtype=bfloat16 train.steps="${STEPS:-2000}" train.eval_every=200 \
+              train.checkpoint_every=200 ${SETTINGS:-}
 }
 status=0
 if [ -n "${METHODS:-}" ]; then
