@@ -344,8 +344,7 @@ def draw_bars(axes, rows: list[dict], measure: str) -> None:
     for place, (mean, error) in enumerate(zip(means, errors, strict=True)):
         axes.text(mean + error, place, f" {mean:.1f}", va="center", fontsize=8)
     axes.invert_yaxis()
-    low = min((mean - error for mean, error in zip(means, errors, strict=True)), default=0.0)
-    axes.set_xlim(left=max(0.0, low - 5))
+    axes.margins(x=0.1)  # Room for the numbers.
     split = f"{rows[0]['labels']} labels" if rows else ""
     axes.set(xlabel="mean IoU, %", title=f"{COMPARED[measure]}, {split}")
     axes.grid(axis="x", alpha=0.3)
