@@ -5,9 +5,11 @@ each reads its share of the records, and the first writes logs and summaries.
 """
 
 import importlib.util
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping
 
 import jax
@@ -17,7 +19,7 @@ from dssn_jax.config import ConfigError
 
 
 class PreemptedError(RuntimeError):
-    """The run was told to end (SIGTERM) and saved its state: the same command continues it."""
+    """The run was told to end (SIGTERM, a time limit) and saved its state: the same command continues it."""
 
     exit_code = 128 + signal.SIGTERM  # As a shell has it of a process that SIGTERM ended.
 
@@ -73,11 +75,15 @@ class Preemption:
     """Notices SIGTERM, the notice that clusters give before they take a machine away.
 
     With several processes JAX's runtime listens, and all agree on the step after which they stop; alone, this does.
+    A deadline is such a notice too, where there is one process.
     """
 
-    def __init__(self):
-        """Begins to listen. Python runs handlers of signals in the main thread alone; elsewhere none is set."""
-        self._noticed = False
+    def __init__(self, deadline: float = math.inf):
+        """Begins to listen, until `deadline` (of time.monotonic).
+
+        Python runs handlers of signals in the main thread alone; elsewhere none is set.
+        """
+        self._noticed, self._deadline = False, deadline
         self._previous = None
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._notice)
@@ -88,8 +94,12 @@ class Preemption:
     def reached(self, step: int) -> bool:
         """Whether the run is to stop after `step`, which every process must ask after each step."""
         if jax.process_count() == 1:
-            return self._noticed
+            return self._noticed or time.monotonic() >= self._deadline
         return multihost_utils.reached_preemption_sync_point(step)
+
+    def cause(self) -> str:
+        """Why the run is to stop, once `reached` told so."""
+        return "SIGTERM" if self._noticed or jax.process_count() > 1 else "the time limit"
 
     def close(self) -> None:
         """Gives the signal back to who had it."""

@@ -1,6 +1,7 @@
 """The training loop: steps, log lines, evaluations, checkpoints."""
 
 import json
+import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -33,8 +34,10 @@ class DivergedError(RuntimeError):
     """The loss became infinite or not a number."""
 
 
-def train(config, workdir: epath.PathLike) -> dict:
+def train(config, workdir: epath.PathLike, deadline: float = math.inf) -> dict:
     """Trains what `config` describes in `workdir`, continuing from its latest checkpoint if there is one.
+
+    At `deadline` (of time.monotonic; for runs of one process) it saves and stops, as at SIGTERM: PreemptedError.
 
     Returns the summary, which is also written to `workdir/summary.json`. Raises ConfigError, DataError, CheckpointError
     and StateDictError before anything is written when the input is bad, and DivergedError when the loss is not finite.
@@ -47,7 +50,7 @@ def train(config, workdir: epath.PathLike) -> dict:
         weights = pretrained.load(config, parts.abstract_state().student)
     folder = files.Folder(workdir, continued=(recorder.LOG,))
     recorder.log_to(folder.growing)
-    trainer = Trainer(parts, folder, weights)
+    trainer = Trainer(parts, folder, weights, deadline)
     del weights  # The state has its own copy; a second one would stay on the device for the whole run.
     try:
         return trainer.run()
@@ -59,7 +62,13 @@ def train(config, workdir: epath.PathLike) -> dict:
 class Trainer:
     """A run in progress."""
 
-    def __init__(self, parts: experiment.Experiment, workdir: files.Folder, weights: pretrained.Fitted | None = None):
+    def __init__(
+        self,
+        parts: experiment.Experiment,
+        workdir: files.Folder,
+        weights: pretrained.Fitted | None = None,
+        deadline: float = math.inf,
+    ):
         """Continues the run in `workdir`, or begins with `weights` (None: random ones)."""
         self._parts, self._workdir, config = parts, workdir.path, parts.config
         self._saved = checkpoint.Checkpointer(workdir.path)
@@ -75,7 +84,7 @@ class Trainer:
         self._panels = panels.Panels(parts, config.train.pictures)
         self._recorder = recorder.Recorder(workdir, self._step)
         self._feeder = Feeder(self._iterator, parts.mesh)
-        self._preemption = distributed.Preemption()
+        self._preemption = distributed.Preemption(deadline)
         self._pending: list[dict] = []  # Metrics of the steps since the last log line, on the device.
         self._clock = Clock()
 
@@ -112,7 +121,7 @@ class Trainer:
                 self._feeder.start()
             self._clock.stepped(waited)
             self._after_step(batch)
-            if self._preemption.reached(self._step):
+            if self._preemption.reached(self._step) and self._step < self._parts.steps:
                 self._stop()
         self._saved.wait()
         return self._summarise()
@@ -125,8 +134,8 @@ class Trainer:
             self._saved.save(self._step, self.state, self._meta())
         self._saved.wait()
         raise distributed.PreemptedError(
-            f"stopped by SIGTERM after step {self._step} of {self._parts.steps}, which is saved in {self._workdir}; "
-            "the same command continues"
+            f"stopped by {self._preemption.cause()} after step {self._step} of {self._parts.steps}, which is saved in "
+            f"{self._workdir}; the same command continues"
         )
 
     def _meta(self) -> dict:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -108,3 +109,13 @@ def test_a_notice_is_taken_and_the_signal_given_back():
     assert preemption.reached(2)
     preemption.close()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_deadline_is_a_notice_that_tells_its_cause():
+    early, late = distributed.Preemption(time.monotonic() + 60), distributed.Preemption(time.monotonic())
+    assert not early.reached(1)
+    assert late.reached(1) and late.cause() == "the time limit"
+    os.kill(os.getpid(), signal.SIGTERM)  # The one that began to listen last hears it.
+    assert late.cause() == "SIGTERM" and not early.reached(2)
+    late.close()
+    early.close()
