@@ -1,5 +1,6 @@
 """Settings that must precede the first use of JAX: CPU only, four simulated devices; and small configurations."""
 
+import importlib.metadata
 import os
 import tempfile
 
@@ -9,7 +10,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PLATFORMS"] = "cpu"
-ONE_DEVICE = "--xla_backend_optimization_level=0"  # Compiled faster; the programs run for seconds at most.
+# Compiled faster; the programs run for seconds at most.
+ONE_DEVICE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA refuses flags that it does not know.
+    ONE_DEVICE += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"
 
 import pytest
