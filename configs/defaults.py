@@ -39,6 +39,11 @@ def _data() -> ConfigDict:
     data.val_overlap = "allow"
     data.classes = ()  # Class names, in the order of the ids in the masks.
     data.ignore = 255  # Mask value that no loss and no score counts.
+    data.ignore_values = ()  # Further values of masks that are ignored; without a label map.
+    # File that says which value of a mask means which class, relative to `root` or to the current folder: text or CSV
+    # with lines `ID CLASS`, or `RED GREEN BLUE CLASS` for masks of colours, or JSON {"ID": CLASS}. CLASS is a name, an
+    # id or "ignore". Values that are not in it are errors. "": values are ids.
+    data.label_map = ""
     # 0 in crop and batches: chosen by the images and the memory of the devices (dssn_jax/automatic.py).
     data.crop = 513  # Side of the square training crop, pixels.
     data.scale = (0.5, 2.0)  # The long side is scaled by U[scale] before the crop.

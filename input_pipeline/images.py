@@ -6,7 +6,7 @@ from PIL import Image
 
 from input_pipeline import split_lists
 from input_pipeline.errors import DataError
-from input_pipeline.sources import ImagesSource
+from input_pipeline.folder import ImagesSource
 
 LIST_SUFFIX = ".txt"
 

@@ -51,6 +51,11 @@ def find_layout(data) -> Layout:
         found = _from_lists(split_lists.find_split(root, data.splits, data.split))
     else:
         found = _from_folders(root, data)
+    if not found.defects:
+        parts = zip(found._fields, found[:3], strict=False)
+        found = found._replace(
+            defects=tuple(f"{part.where}: no {name} images" for name, part in parts if not part.entries)
+        )
     if data.val_overlap == "refuse":
         found = found._replace(defects=(*found.defects, *_overlaps(root, found)))
     return found
@@ -64,6 +69,12 @@ def find_root(data) -> str:
     if not os.path.isdir(root):
         raise DataError(f"the data root {root!r} is not a folder (config.data.root)")
     return root
+
+
+def first_lines(messages: Sequence[str]) -> str:
+    """Returns the first of several messages, and how many there are."""
+    more = [f"... {len(messages)} in all"] if len(messages) > _REPORTED else []
+    return "\n".join([*messages[:_REPORTED], *more])
 
 
 def image_path(root: str, entry: Entry) -> str:

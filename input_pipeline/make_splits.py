@@ -56,7 +56,7 @@ def make_splits(data, subsets: Sequence[str], seed: int = 0, stratify: bool = Tr
     target = os.path.join(root, target or data.splits)
     found = layout.find_layout(data)
     if found.defects:
-        raise DataError("\n".join(found.defects))
+        raise DataError(layout.first_lines(found.defects))
     pool, unlabeled, val = _pools(root, found)
     fraction = None if data.split else layout.held_out_fraction(data.folders)
     present = {}
