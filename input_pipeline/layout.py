@@ -57,7 +57,7 @@ def find_layout(data) -> Layout:
             defects=tuple(f"{part.where}: no {name} images" for name, part in parts if not part.entries)
         )
     if data.val_overlap == "refuse":
-        found = found._replace(defects=(*found.defects, *_overlaps(root, found)))
+        found = found._replace(defects=(*found.defects, *overlaps(root, found)))
     return found
 
 
@@ -145,7 +145,7 @@ def _from_folders(root: str, data) -> Layout:
 
     def without_val(entries: list[Entry], where: str) -> list[Entry]:
         # A fraction is held out. Of what the user named, a folder means all that is in it but what validates; a list
-        # means each image of it, which `_overlaps` looks at.
+        # means each image of it, which `overlaps` looks at.
         if fraction is None and (data.val_overlap == "allow" or where.endswith(LIST_SUFFIX)):
             return entries
         return _subtract(root, entries, val)
@@ -202,7 +202,7 @@ def _with_masks(root: str, folders, key: str, masks: str, defects: list[str]) ->
         stem = os.path.splitext(os.path.relpath(image, folders[key]))[0] + folders.mask_suffix
         found = by_stem.get(stem, [])
         if len(found) > 1:
-            defects.append(f"{os.path.join(root, image)}: several masks, {_names(found)}; expected one")
+            defects.append(f"{os.path.join(root, image)}: several masks, {names_of(found)}; expected one")
         elif not found:
             alone.append(Entry(image, None))
         elif found[0] in used:
@@ -224,11 +224,11 @@ def _missing_masks(entries: Sequence[Entry], others: int, what: str, advice: str
     """Says, if there are any, that entries have no mask."""
     if not entries:
         return []
-    names = _names([entry.image for entry in entries])
+    names = names_of([entry.image for entry in entries])
     return [f"{len(entries)} of {len(entries) + others} {what} have no mask: {names}{advice}"]
 
 
-def _overlaps(root: str, layout: Layout) -> list[str]:
+def overlaps(root: str, layout: Layout) -> list[str]:
     """Says which validation images are trained on too."""
     val, found = {image_path(root, entry): entry.image for entry in layout.val.entries}, []
     for name in ("labeled", "unlabeled"):
@@ -237,8 +237,23 @@ def _overlaps(root: str, layout: Layout) -> list[str]:
         if both:
             found.append(
                 f"{part.where}: {len(both)} {name} images are validation images too ({layout.val.where}), so that "
-                f"scores would flatter: {_names(both)}; to allow it say config.data.val_overlap=allow"
+                f"scores would flatter: {names_of(both)}; to allow it say config.data.val_overlap=allow"
             )
+    return found
+
+
+def unused_masks(root: str, data, layout: Layout) -> list[str]:
+    """Returns the files in the folders of masks that are the mask of no labeled and no validation image."""
+    folders = data.folders
+    if data.split or not folders.labeled:
+        return []
+    used = {os.path.normpath(entry.mask) for entry in (*layout.labeled.entries, *layout.val.entries)}
+    found = []
+    for key, masks in (("labeled", folders.masks), ("val", folders.val_masks)):
+        if masks and not folders[key].endswith(LIST_SUFFIX):
+            names = (os.path.join(masks, name) for name in images_below(os.path.join(root, masks)))
+            own = (name for name in names if _is_mask(name, folders[key], masks, folders.mask_suffix))
+            found += [name for name in own if os.path.normpath(name) not in used]
     return found
 
 
@@ -248,5 +263,6 @@ def _subtract(root: str, entries: list[Entry], others: Iterable[Entry]) -> list[
     return [entry for entry in entries if image_path(root, entry) not in paths]
 
 
-def _names(names: Sequence[str]) -> str:
+def names_of(names: Sequence[str]) -> str:
+    """Returns the first of several names, and how many there are."""
     return ", ".join(names[:_REPORTED]) + (f", ... ({len(names)} in all)" if len(names) > _REPORTED else "")

@@ -33,9 +33,11 @@ _CANDIDATES = 256  # Images compared for one place; more would make large data s
 class Made(NamedTuple):
     """What was made of a subset."""
 
+    folder: str
     name: str
     labeled: int
     unlabeled: int
+    val: int
     absent: tuple[str, ...]  # Classes of the labeled images that no image of the subset has; () if not stratified.
 
 
@@ -75,7 +77,7 @@ def make_splits(data, subsets: Sequence[str], seed: int = 0, stratify: bool = Tr
         rest = [entry for entry in pool if entry not in chosen] + unlabeled
         lists |= {os.path.join(name, LABELED): few, os.path.join(name, UNLABELED): rest or few}
         absent = _absent(present, few, pool, data.classes) if stratify else ()
-        made.append(Made(name, size, len(rest or few), absent))
+        made.append(Made(target, name, size, len(rest or few), len(val), absent))
     _write(target, lists)
     return made
 
