@@ -47,6 +47,18 @@ def _export(flags) -> None:
     export.export(flags.workdir, flags.checkpoint, flags.network, flags.size, flags.to)
 
 
+def _check(flags) -> None:
+    from dssn_jax import own_images
+
+    own_images.check(flags.config, flags.to)
+
+
+def _split(flags) -> None:
+    from dssn_jax import own_images
+
+    own_images.split(flags.config, flags.subsets.split(","), flags.stratify, flags.to or "")
+
+
 def _convert(flags) -> None:
     from dssn_jax import convert
 
@@ -57,6 +69,8 @@ def _convert(flags) -> None:
 
 # Without --config, predict reads that of the work directory.
 MODES = {
+    "check": Mode("looks through a whole data set and tells what is wrong with it", ("config",), _check),
+    "split": Mode("makes lists of labeled, unlabeled and validation images", ("config", "subsets"), _split),
     "train": Mode("trains, or continues a stopped run", ("config", "workdir"), _train),
     "eval": Mode("scores a checkpoint", ("config", "workdir"), _eval),
     "predict": Mode("writes class maps of images", ("workdir", "from", "to"), _predict),

@@ -10,6 +10,7 @@ import numpy as np
 
 import input_pipeline
 from dssn_jax import (
+    automatic,
     checkpoint,
     distributed,
     evaluate,
@@ -27,6 +28,11 @@ from dssn_jax.recorder import duration, logger
 # Beginnings of the names of metrics, in the order of the log line.
 _LOGGED = ("loss", "contrast", "mask_ratio", "lr", "grad_norm")
 
+_RANDOM_WEIGHTS = (
+    "random weights: published scores start from weights of ImageNet; without them, and with few labels, expect far "
+    "lower ones (config.model.pretrained; README, Pretrained weights)"
+)
+
 
 class DivergedError(RuntimeError):
     """The loss became infinite or not a number."""
@@ -40,8 +46,8 @@ def train(config, workdir: str | pathlib.Path) -> dict:
     """
     workdir = pathlib.Path(workdir)
     # Before the work directory is made: bad input leaves nothing behind.
-    parts = experiment.build(config)
-    weights = None
+    parts = experiment.build(automatic.as_before(config, workdir))
+    config, weights = parts.config, None
     if config.model.pretrained and not checkpoint.exists(workdir):
         weights = pretrained.load(config, parts.abstract_state().student)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -82,10 +88,12 @@ class Trainer:
         parts, step = self._parts, self._saved.latest_step()
         config = json.loads(parts.config.to_json())
         found = facts(parts)
+        for reason in parts.chosen:
+            logger.info("chosen: %s", reason)
         logger.info(_description(config, found))
         if step is None:
             state = parts.initial_state(weights and weights.variables)
-            logger.info("starting from %s", weights.report if weights else "random weights")
+            logger.info("starting from %s", weights.report if weights else _RANDOM_WEIGHTS)
         else:
             state, meta = self._saved.restore(step, parts.abstract_state(), parts.config)
             self._iterator.set_state({"step": step})

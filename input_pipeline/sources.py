@@ -9,12 +9,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from input_pipeline import split_lists
+from input_pipeline import layout
 from input_pipeline.errors import DataError
 from input_pipeline.folder import FolderSource
 from input_pipeline.labels import Labels
 from input_pipeline.shapes import SHAPES_CLASSES, ShapesSource
-from input_pipeline.split_lists import read_list
 
 SOURCES = ("folder", "shapes")
 
@@ -46,7 +45,7 @@ def digest(source: Source) -> str:
     """Returns a digest of the names of the images and of their order, which is what batches depend on."""
     names = hashlib.sha256()
     for index in range(len(source)):
-        names.update(source.name(index).encode() + b"\n")
+        names.update(os.fsencode(source.name(index)) + b"\n")
     return names.hexdigest()
 
 
@@ -66,17 +65,15 @@ def open_sources(config) -> Sources:
 
 
 def _open_folder(data) -> Sources:
-    if not data.root:
-        raise DataError("config.data.root is not set: the folder that the paths in the lists are relative to")
-    root = os.path.abspath(os.path.expanduser(data.root))
-    if not os.path.isdir(root):
-        raise DataError(f"the data root {root!r} is not a folder (config.data.root)")
+    root = layout.find_root(data)
     labels = Labels.from_config(data)
-    lists = split_lists.find_split(root, data.splits, data.split)
+    found = layout.find_layout(data)
+    if found.defects:
+        raise DataError(layout.first_lines(found.defects))
     sources = Sources(
-        labeled=FolderSource(root, read_list(lists.labeled, labeled=True), lists.labeled, labels),
-        unlabeled=FolderSource(root, read_list(lists.unlabeled, labeled=False), lists.unlabeled, None),
-        val=FolderSource(root, read_list(lists.val, labeled=True), lists.val, labels),
+        labeled=FolderSource(root, *found.labeled, labels),
+        unlabeled=FolderSource(root, *found.unlabeled, None),
+        val=FolderSource(root, *found.val, labels),
     )
     for source in sources:
         source.check_headers()
