@@ -1,4 +1,4 @@
-"""Checks and splits data, trains, evaluates, predicts, reports, exports, converts.
+"""Checks, splits and packs data, trains, evaluates, predicts, reports, exports, converts.
 
 python main.py --config=configs/shapes.py --workdir=/tmp/shapes
 """
@@ -18,7 +18,9 @@ _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{k}: {mode.d
 flags.DEFINE_string("checkpoint", "best", "Of a work directory that is read: best, latest or a step.")
 flags.DEFINE_enum("network", None, ["student", "teacher"], "Of a work directory that is read.")
 flags.DEFINE_string("from", None, "What to predict (image, folder, list) or convert (weights, work directory).")
-flags.DEFINE_string("to", None, "What predict, split (folder), convert, report, export or check (file) writes.")
+flags.DEFINE_string(
+    "to", None, "What predict, split, records (folder), convert, report, export or check (file) writes."
+)
 flags.DEFINE_string("subsets", None, "For split: how many images are labeled, such as 1_8 or 30; commas between.")
 flags.DEFINE_bool("stratify", True, "For split: rare classes come into small subsets too.")
 flags.DEFINE_bool("confidence", False, "For predict: writes the probability of the class too.")

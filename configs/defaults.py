@@ -28,7 +28,9 @@ def get_config() -> ConfigDict:
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    data.source = "folder"  # folder: images listed in text files | shapes: generated images, no files.
+    # folder: image files, which lists or folders name | array_record: the same, packed by --mode=records | tfds: a data
+    # set of TensorFlow Datasets | shapes: generated images, no files.
+    data.source = "folder"
     data.root = ""  # Folder that the paths in the lists are relative to.
     # Folder of the lists, relative to `root` or to the current folder: SPLITS/SPLIT/{labeled,unlabeled}.txt and
     # SPLITS/val.txt, each line `image mask` (the mask may be left out in unlabeled.txt).
@@ -55,6 +57,7 @@ def _data() -> ConfigDict:
     data.workers = 0  # Processes that make batches; 0: threads of this process.
     data.threads = 16  # Threads (of each process) that decode and augment.
     data.buffer = 2  # Batches (of each process) made ahead.
+    data.tfds = _tfds()
     data.shapes = ConfigDict()  # The generated source, for `source = "shapes"`.
     data.shapes.size = 96  # Side of an image, pixels.
     data.shapes.labeled = 16  # Labeled images (they are the first of the unlabeled ones).
@@ -77,6 +80,19 @@ def _folders() -> ConfigDict:
     folders.val_masks = ""  # Folder of the masks, where `val` is a folder; "": `masks`.
     folders.unmasked = "refuse"  # Images without a mask in the folder `labeled`: an error (refuse) | unlabeled.
     return folders
+
+
+def _tfds() -> ConfigDict:
+    """A data set of TensorFlow Datasets that is on disk, for `source = "tfds"`; TensorFlow is not needed."""
+    tfds = ConfigDict()
+    tfds.name = ""  # Such as "oxford_iiit_pet"; with a configuration "NAME/CONFIG", with a version "NAME:1.0.0".
+    tfds.data_dir = ""  # Folder of the data sets; "": $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    tfds.labeled = "train[:10%]"  # Splits, in the words of TFDS.
+    tfds.unlabeled = "train[10%:]"
+    tfds.val = "test"
+    tfds.image = "image"  # Keys of the features.
+    tfds.label = "segmentation_mask"
+    return tfds
 
 
 def _views() -> ConfigDict:

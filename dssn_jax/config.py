@@ -77,10 +77,10 @@ def differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
 # Keys, or sections of keys, that may change between a stop and the same run's next start: no step or score depends on
 # them, or they say where things lie.
 _FREE = (
-    "name", "data.root", "data.splits", "data.split", "data.folders", "data.val_overlap", "data.workers",
-    "data.threads", "data.buffer", "model.pretrained",
-    "model.remat", "train.resume", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.pictures",
-    "train.epochs", "train.steps", "eval",
+    "name", "data.source", "data.root", "data.splits", "data.split", "data.folders", "data.val_overlap",
+    "data.tfds.data_dir", "data.workers", "data.threads", "data.buffer", "model.pretrained", "model.remat",
+    "train.resume", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.pictures", "train.epochs",
+    "train.steps", "eval",
 )  # fmt: skip
 
 

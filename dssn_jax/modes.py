@@ -59,6 +59,12 @@ def _split(flags) -> None:
     own_images.split(flags.config, flags.subsets.split(","), flags.stratify, flags.to or "")
 
 
+def _records(flags) -> None:
+    from dssn_jax import own_images
+
+    own_images.pack(flags.config, flags.to)
+
+
 def _convert(flags) -> None:
     from dssn_jax import convert
 
@@ -71,6 +77,7 @@ def _convert(flags) -> None:
 MODES = {
     "check": Mode("looks through a whole data set and tells what is wrong with it", ("config",), _check),
     "split": Mode("makes lists of labeled, unlabeled and validation images", ("config", "subsets"), _split),
+    "records": Mode("packs a data set of files into a few large ones", ("config", "to"), _records),
     "train": Mode("trains, or continues a stopped run", ("config", "workdir"), _train),
     "eval": Mode("scores a checkpoint", ("config", "workdir"), _eval),
     "predict": Mode("writes class maps of images", ("workdir", "from", "to"), _predict),

@@ -1,4 +1,4 @@
-"""What users do with their own images before they train: `--mode=check` and `--mode=split`."""
+"""What users do with their images before they train: `--mode=check`, `--mode=split` and `--mode=records`."""
 
 import pathlib
 
@@ -46,3 +46,25 @@ def split(config, subsets: list[str], stratify: bool, target: str = "") -> list[
         )  # fmt: skip
     logger.info("wrote the lists to %s; config argument split=%s trains on them", made[0].folder, made[0].name)
     return made
+
+
+def pack(config, target: str) -> input_pipeline.Packed:
+    """Packs the files of `config` into the folder `target`, see `input_pipeline.pack`, and says how to train on it."""
+    recorder.log_to(None)
+    packed = input_pipeline.pack(config, target)
+    shards, rows = packed.index.shards, packed.index.rows
+    if packed.without_mask:
+        logger.info(
+            "%d masks do not exist that only the list of unlabeled images names; packed without them",
+            packed.without_mask,
+        )
+    logger.info(
+        "%s: %d images, %d masks, %.1f MB in %d shards, %d of which were there",
+        target, len(rows), sum(row.mask is not None for row in rows), sum(shard.bytes for shard in shards) / 1e6,
+        len(shards), packed.kept,
+    )  # fmt: skip
+    logger.info(
+        "train on it with --config.data.source=array_record --config.data.root=%s --config.data.split=%s",
+        target, packed.split,
+    )  # fmt: skip
+    return packed

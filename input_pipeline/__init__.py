@@ -15,6 +15,7 @@ from input_pipeline.folder import FolderSource
 from input_pipeline.images import find_images
 from input_pipeline.labels import Labels
 from input_pipeline.make_splits import Made, make_splits
+from input_pipeline.pack import Packed, pack
 from input_pipeline.pipeline import TrainIterator, steps_per_epoch, train_dataset, train_iterator
 from input_pipeline.shapes import SHAPES_CLASSES
 from input_pipeline.sources import Source, Sources, digest, open_sources
@@ -26,6 +27,7 @@ __all__ = [
     "Group",
     "Labels",
     "Made",
+    "Packed",
     "Report",
     "Source",
     "Sources",
@@ -36,6 +38,7 @@ __all__ = [
     "find_images",
     "make_splits",
     "open_sources",
+    "pack",
     "steps_per_epoch",
     "train_dataset",
     "train_iterator",

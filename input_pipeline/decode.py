@@ -37,6 +37,12 @@ def orientation(file: Encoded) -> int:
         return _orientation(opened)
 
 
+def size(file: Encoded) -> tuple[int, int]:
+    """Returns (H, W), from the header, of an image or mask of any mode; raises DataError if it is none."""
+    with _open(file) as opened:
+        return _size(opened)
+
+
 def image_size(file: Encoded) -> tuple[int, int]:
     """Returns (H, W) of what `image` returns, from the header.
 

@@ -3,19 +3,22 @@
 Sources are picklable (worker processes get a copy) and safe to read from many threads.
 """
 
+import functools
 import hashlib
 import os
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from input_pipeline import layout
+from input_pipeline import layout, records, tfds_source
 from input_pipeline.errors import DataError
 from input_pipeline.folder import FolderSource
 from input_pipeline.labels import Labels
+from input_pipeline.records import RecordsSource
 from input_pipeline.shapes import SHAPES_CLASSES, ShapesSource
+from input_pipeline.tfds_source import TfdsSource
 
-SOURCES = ("folder", "shapes")
+SOURCES = ("folder", "array_record", "tfds", "shapes")
 
 
 class Source(Protocol):
@@ -61,21 +64,38 @@ def open_sources(config) -> Sources:
     data = config.data
     if data.source not in SOURCES:
         raise DataError(f"config.data.source is {data.source!r}; known: {', '.join(SOURCES)}")
-    return _open_shapes(data) if data.source == "shapes" else _open_folder(data)
+    return _OPEN[data.source](data)
 
 
-def _open_folder(data) -> Sources:
+def _open_listed(data) -> Sources:
+    """Opens what lists, or folders, name: as files, or packed."""
     root = layout.find_root(data)
+    if data.source == "folder":
+        make = functools.partial(FolderSource, root)
+    else:
+        index = records.read_index(root)
+        records.check_shards(root, index)
+        make = functools.partial(RecordsSource, root, index)
     labels = Labels.from_config(data)
     found = layout.find_layout(data)
     if found.defects:
         raise DataError(layout.first_lines(found.defects))
-    sources = Sources(
-        labeled=FolderSource(root, *found.labeled, labels),
-        unlabeled=FolderSource(root, *found.unlabeled, None),
-        val=FolderSource(root, *found.val, labels),
-    )
+    sources = Sources(make(*found.labeled, labels), make(*found.unlabeled, None), make(*found.val, labels))
     for source in sources:
+        source.check_headers()
+    return sources
+
+
+def _open_tfds(data) -> Sources:
+    labels, keys = Labels.from_config(data), data.tfds
+    dataset = tfds_source.open_dataset(keys.name, keys.data_dir)
+
+    def make(split: str, labels: Labels | None) -> TfdsSource:
+        return TfdsSource(dataset, split, keys.image, keys.label, labels)
+
+    sources = Sources(make(keys.labeled, labels), make(keys.unlabeled, None), make(keys.val, labels))
+    # Headers are in the records: of those without a mask, which are most, there is nothing to compare.
+    for source in (sources.labeled, sources.val):
         source.check_headers()
     return sources
 
@@ -94,3 +114,6 @@ def _open_shapes(data) -> Sources:
         unlabeled=ShapesSource(shapes.size, shapes.unlabeled, shapes.seed, part="train", labeled=False),
         val=ShapesSource(shapes.size, shapes.val, shapes.seed, part="val", labeled=True),
     )
+
+
+_OPEN = {"folder": _open_listed, "array_record": _open_listed, "tfds": _open_tfds, "shapes": _open_shapes}

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from input_pipeline.errors import DataError
 
 LABELED, UNLABELED, VAL = "labeled.txt", "unlabeled.txt", "val.txt"
+SPLIT_LISTS = (LABELED, UNLABELED)  # Those in the folder of a split; VAL is beside these folders.
 _REPORTED = 5  # Wrong lines named in one message.
 _BLANK = re.compile(r"\s")
 

@@ -193,7 +193,7 @@ def test_open_sources_checks_headers(folder, config):
 @pytest.mark.parametrize(
     ("key", "value", "pattern"),
     [
-        ("source", "floder", r"config\.data\.source is 'floder'; known: folder, shapes"),
+        ("source", "floder", r"config\.data\.source is 'floder'; known: folder, array_record, tfds, shapes"),
         ("root", "", r"config\.data\.root is not set"),
         ("root", "/absent", r"data root '/absent' is not a folder"),
         ("classes", (), r"config\.data\.classes is empty"),

@@ -1,0 +1,112 @@
+"""Sources of TensorFlow Datasets, read without TensorFlow: encoded images and masks of a data set on disk."""
+
+import difflib
+import os
+
+from input_pipeline.decode import Encoded
+from input_pipeline.encoded import EncodedSource
+from input_pipeline.errors import DataError
+from input_pipeline.labels import Labels
+
+
+class TfdsSource(EncodedSource):
+    """A split of a data set, such as "train[:10%]"."""
+
+    def __init__(self, dataset, split: str, image: str, label: str, labels: Labels | None):
+        """Opens no shard.
+
+        Args:
+          dataset: what `open_dataset` returned.
+          split: in the words of TFDS.
+          image: key of the feature that is the image.
+          label: key of the feature that is the mask.
+          labels: see `EncodedSource`.
+
+        Raises:
+          DataError: no such split, an empty one, or a format without random access.
+        """
+        import tensorflow_datasets as tfds
+
+        # All images, or those that nobody asked for would be decoded.
+        images = [key for key, feature in dataset.info.features.items() if isinstance(feature, tfds.features.Image)]
+        decoders = {key: tfds.decode.SkipDecoding() for key in images}
+        for key in (image, label):
+            if key not in images:
+                raise DataError(f"TFDS data set {dataset.info.full_name}: no image feature {key!r}{_hint(key, images)}")
+        try:
+            self._records = dataset.as_data_source(split, decoders=decoders)
+            instructions = dataset.info.splits[split].file_instructions
+        except NotImplementedError:
+            raise DataError(
+                f"{dataset.data_dir}: TFDS data set of the format {dataset.info.file_format.value}, which has no "
+                f"random access; make it with: tfds build {dataset.name} --file_format=array_record"
+            ) from None
+        except (ValueError, KeyError) as error:
+            known = dataset.info.splits
+            raise DataError(
+                f"TFDS data set {dataset.info.full_name}: split {split!r}: {error}{_hint(split, known)}"
+            ) from None
+        super().__init__(len(self._records), f"{dataset.info.full_name} {split}", labels)
+        if not len(self):
+            raise DataError(f"TFDS data set {dataset.info.full_name}: split {split!r} is empty")
+        self._image, self._label, self._prefix = image, label, dataset.info.full_name
+        self._shards = [(os.path.basename(each.filename), each.skip, each.take) for each in instructions]
+
+    def name(self, index: int) -> str:
+        """Returns the data set, the shard and the record's place in it, which are alike in overlapping splits."""
+        for shard, skip, take in self._shards:
+            if index < take:
+                return f"{self._prefix}/{shard}/{skip + index}"
+            index -= take
+        raise IndexError(index)
+
+    def _files(self, index: int) -> tuple[Encoded, Encoded | None]:
+        where = self.name(index)
+        try:
+            record = self._records[index]
+        except Exception as error:  # The libraries below raise what their C++ code meets as several types.
+            raise DataError(f"{where}: damaged TFDS record: {error}") from None
+        mask = None if self.labels is None else Encoded(record[self._label], f"{self._label} of {where}")
+        return Encoded(record[self._image], f"{self._image} of {where}"), mask
+
+
+def open_dataset(name: str, data_dir: str):
+    """Opens a TFDS data set that is on disk; downloads nothing.
+
+    Args:
+      name: such as "oxford_iiit_pet" or "cityscapes/semantic_segmentation:1.0.0".
+      data_dir: folder of TFDS data sets; "": TFDS's own, $TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+    Returns:
+      A builder of TFDS.
+
+    Raises:
+      DataError: TFDS is not installed, or no such data set is there.
+    """
+    try:
+        from tensorflow_datasets.core import constants, read_only_builder
+    except ImportError as error:
+        raise DataError(
+            f"config.data.source is 'tfds', which needs: pip install tensorflow-datasets importlib_resources ({error})"
+        ) from None
+    if not name:
+        raise DataError("config.data.tfds.name is not set: a data set such as oxford_iiit_pet")
+    folder = os.path.expanduser(data_dir or constants.DATA_DIR)
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=folder)
+    except ValueError:
+        there = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
+        base = name.split("/")[0].split(":")[0]
+        raise DataError(
+            f"no TFDS data set {name!r} in {folder} (config.data.tfds.name and data_dir){_hint(base, there)}. It is "
+            f"not downloaded from here; `tfds build {name} --file_format=array_record --data_dir={folder}` makes it, "
+            "and may need TensorFlow"
+        ) from None
+
+
+def _hint(found: str, known) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(found, known, n=3, cutoff=0.4)
+    return (
+        f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
+    ) + f" known: {', '.join(known) or 'none'}"
