@@ -46,6 +46,8 @@ MEMORY = {
     "resnet18w16": Memory(38 << 20, 14 << 20, 3388),
     "resnet18": Memory(192 << 20, 66 << 20, 5707),
     "resnet50": Memory(464 << 20, 228 << 20, 9946),
+    "resnet101": Memory(682 << 20, 300 << 20, 12997),
+    "xception": Memory(628 << 20, 581 << 20, 17270),
 }
 
 _ALWAYS = ("data.crop", "data.labeled_batch", "data.unlabeled_batch", "optimizer.lr")

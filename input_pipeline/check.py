@@ -66,6 +66,7 @@ class Report(NamedTuple):
       occurrences: by part with labels, int64 [classes]: images with each class.
       ignored: by part with labels, ignored pixels.
       classes: names.
+      root: folder of the files.
       findings: those to fix first.
     """
 
@@ -75,6 +76,7 @@ class Report(NamedTuple):
     occurrences: dict[str, np.ndarray]
     ignored: dict[str, int]
     classes: tuple[str, ...]
+    root: str
     findings: tuple[Finding, ...]
 
     @property
@@ -117,6 +119,7 @@ def check(config) -> Report:
         occurrences={name: (each > 0).sum(0) for name, each in counts.items()},
         ignored={name: sum(mask.ignored for mask in part) for name, part in masks.items()},
         classes=labels.classes,
+        root=layout.find_root(data),
         findings=tuple(sorted(findings, key=lambda finding: finding.level != FIX)),
     )
 
@@ -136,7 +139,7 @@ def _open(config, labels: Labels) -> tuple[dict[str, EncodedSource], list[Findin
         FolderSource(root, *found.val, labels),
     )
     findings = [
-        Finding(FIX, "layout", "lists and folders that do not fit", found.defects, "see each line"),
+        Finding(FIX, "layout", "lists and folders that do not fit", found.defects, "as each line says"),
         Finding(
             NOTE, "unused_masks", "masks of no image", tuple(layout.unused_masks(root, data, found)),
             "the image may be missing, or named differently",

@@ -133,7 +133,7 @@ def _from_folders(root: str, data) -> Layout:
     fraction = held_out_fraction(folders)
     if fraction is None:
         val, without = _with_masks(root, folders, "val", folders.val_masks or folders.masks, defects)
-        defects += _missing_masks(without, len(val), "validation images")
+        defects += _missing_masks(without, "validation images")
         where_val = os.path.join(root, folders.val)
     else:
         val = sorted(shuffled(labeled, "validation")[: held_out_count(fraction, len(labeled))])
@@ -157,7 +157,7 @@ def _from_folders(root: str, data) -> Layout:
         unlabeled = [*unmasked, *unlabeled]
     else:
         defects += _missing_masks(
-            unmasked, len(labeled), f"images in {folders.labeled}",
+            unmasked, f"images in {folders.labeled}",
             "; to take them as unlabeled images say config.data.folders.unmasked=unlabeled",
         )  # fmt: skip
     return Layout(
@@ -220,12 +220,12 @@ def _is_mask(path: str, images: str, masks: str, suffix: str) -> bool:
     return not os.path.relpath(path, masks).startswith(os.pardir)
 
 
-def _missing_masks(entries: Sequence[Entry], others: int, what: str, advice: str = "") -> list[str]:
+def _missing_masks(entries: Sequence[Entry], what: str, advice: str = "") -> list[str]:
     """Says, if there are any, that entries have no mask."""
     if not entries:
         return []
     names = names_of([entry.image for entry in entries])
-    return [f"{len(entries)} of {len(entries) + others} {what} have no mask: {names}{advice}"]
+    return [f"{len(entries)} {what} have no mask: {names}{advice}"]
 
 
 def overlaps(root: str, layout: Layout) -> list[str]:

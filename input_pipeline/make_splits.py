@@ -100,8 +100,8 @@ def stratified(entries: Sequence[Entry], present: dict[Entry, np.ndarray], salt:
     """Orders entries so that every beginning of the order has its share of each class, rare ones first.
 
     As in iterative stratification (Sechidis et al., 2011) each place goes to the class that lags most, by the part of
-    its images that were taken so far, the rarest of equals; of its images that one is taken that helps most other
-    classes that lag.
+    its images that were taken so far, the rarest of equals; of its images that one is taken whose other classes lag
+    most, too.
     """
     if not entries:
         return []
@@ -114,11 +114,12 @@ def stratified(entries: Sequence[Entry], present: dict[Entry, np.ndarray], salt:
         share = np.where(taken < total, taken / np.maximum(total, 1), np.inf)
         queue = np.flatnonzero(left)  # Of images without any class, at the end.
         if np.isfinite(share).any():
-            behind = np.lexsort((total, share))[0]
-            queue = queues[behind] = queues[behind][left[queues[behind]]]
+            last = np.lexsort((total, share))[0]
+            queue = queues[last] = queues[last][left[queues[last]]]
         candidates = queue[:_CANDIDATES]
         # Whole numbers: a sum of fractions would depend on its order, which differs between machines.
-        need = np.int64(np.where(np.isfinite(share), 1 - share, 0) / np.maximum(total, 1) * 2**40)
+        behind = np.where(np.isfinite(share), (len(order) + 1) / len(waiting) - share, 0)
+        need = np.int64(behind / np.maximum(total, 1) * 2**40)
         best = candidates[np.argmax(has[candidates] @ need)]
         left[best] = False
         taken += has[best]
