@@ -94,7 +94,7 @@ def check(config) -> Report:
     data = config.data
     labels = Labels.from_config(data)
     sources, findings = _open(config, labels)
-    records = {name: [source._files(index) for index in range(len(source))] for name, source in sources.items()}
+    records = {name: [source.files(index) for index in range(len(source))] for name, source in sources.items()}
     found = _read_all(records, labels, data.threads)
     parts = {name: [found[image.where] for image, _ in pairs] for name, pairs in records.items()}
     masks = {name: _masks_of(pairs, found) for name, pairs in records.items() if sources[name].labels is not None}

@@ -6,6 +6,7 @@ An EXIF orientation is applied, to images and to masks, as viewers and annotatio
 import contextlib
 import io
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +25,21 @@ MOST_IDS = 1 << 16  # Ids of a mask are below this.
 
 
 class Encoded(NamedTuple):
-    """An encoded image or mask: the path of a file, or the bytes of one."""
+    """An encoded image or mask: the path of a file, the bytes of one, or a function that reads them."""
 
-    content: str | bytes
+    content: str | bytes | Callable[[], bytes]
     where: str  # What messages call it.
     listed: str = ""  # Who named it, for messages.
+
+
+def read(file: Encoded) -> bytes:
+    """Returns the bytes of the file; raises DataError if it is missing or cannot be read."""
+    if isinstance(file.content, bytes):
+        return file.content
+    if callable(file.content):
+        return file.content()
+    with _named(file), open(file.content, "rb") as opened:
+        return opened.read()
 
 
 def orientation(file: Encoded) -> int:
@@ -60,7 +71,7 @@ def image(file: Encoded) -> np.ndarray:
     Raises:
       DataError: not an image, a damaged one, transparent pixels, or a mode whose brightness has no agreed range.
     """
-    content = _read(file)
+    content = read(file)
     with _open(file._replace(content=content)) as opened:
         _check_image(opened, file.where)
         if opened.format == "JPEG" and opened.mode == "RGB" and _orientation(opened) == 1:
@@ -93,7 +104,7 @@ def mask(file: Encoded, colours: bool) -> np.ndarray:
     Raises:
       DataError: not an image, a damaged one, a mode that holds no such values, or one that decoding would change.
     """
-    with _open(file._replace(content=_read(file))) as opened:
+    with _open(file._replace(content=read(file))) as opened:
         _check_mask(opened, file.where, colours)
         oriented = _load(opened, file.where)
         if not colours:
@@ -105,17 +116,10 @@ def mask(file: Encoded, colours: bool) -> np.ndarray:
         return red << 16 | green << 8 | blue
 
 
-def _read(file: Encoded) -> bytes:
-    if isinstance(file.content, bytes):
-        return file.content
-    with _named(file), open(file.content, "rb") as opened:
-        return opened.read()
-
-
 def _open(file: Encoded) -> Image.Image:
     """Opens it and reads the header."""
     with _named(file):
-        return Image.open(file.content if isinstance(file.content, str) else io.BytesIO(file.content))
+        return Image.open(file.content if isinstance(file.content, str) else io.BytesIO(read(file)))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ _REPORTED = 5  # Bad files named in one message.
 
 
 class EncodedSource:
-    """Decodes the records of a subclass, which says what they are called (`name`) and where they are (`_files`)."""
+    """Decodes the records of a subclass, which says what they are called (`name`) and where they are (`files`)."""
 
     def __init__(self, length: int, where: str, labels: Labels | None):
         """Opens nothing.
@@ -35,8 +35,8 @@ class EncodedSource:
         """Returns the path of the image, as the user wrote it."""
         raise NotImplementedError
 
-    def _files(self, index: int) -> tuple[Encoded, Encoded | None]:
-        """Returns the image and, if records have labels, the mask."""
+    def files(self, index: int) -> tuple[Encoded, Encoded | None]:
+        """Returns the image and, if records have labels, the mask; reads neither."""
         raise NotImplementedError
 
     def size(self, index: int) -> tuple[int, int]:
@@ -54,7 +54,7 @@ class EncodedSource:
         Raises:
           DataError: a file is missing or damaged, image and mask differ in size, or the mask has values of no class.
         """
-        image_file, mask_file = self._files(index)
+        image_file, mask_file = self.files(index)
         image = decode.image(image_file)
         if self.labels is None:
             return {"image": image}
@@ -82,7 +82,7 @@ class EncodedSource:
 
     def _read_header(self, index: int) -> tuple[int, int] | DataError:
         try:
-            image, mask = self._files(index)
+            image, mask = self.files(index)
             size = decode.image_size(image)
             if self.labels is not None:
                 check_sizes(image, size, mask, self.labels.size(mask))

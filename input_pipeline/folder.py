@@ -29,7 +29,7 @@ class FolderSource(EncodedSource):
         """Returns the image's path as it stands in the list."""
         return self.entries[index].image
 
-    def _files(self, index: int) -> tuple[Encoded, Encoded | None]:
+    def files(self, index: int) -> tuple[Encoded, Encoded | None]:
         entry = self.entries[index]
         return self._file(entry.image), None if self.labels is None else self._file(entry.mask)
 

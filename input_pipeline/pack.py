@@ -185,7 +185,8 @@ class _Packer:
         path = self._folder / f"records-{number:05d}-of-{self._shards:05d}.array_record"
         with files.whole(path) as part:
             rows = self._write(number, part, items)
-            shard = Shard(path.name, len(rows), part.stat().st_size, _sha256(part))
+            count = sum(1 if row.mask is None else 2 for row in rows)
+            shard = Shard(path.name, count, part.stat().st_size, _sha256(part))
         _write_json(self._folder / records.PROGRESS / f"{number:05d}.json", [shard, rows])
         return shard, rows
 
@@ -194,17 +195,19 @@ class _Packer:
         return path.is_file() and path.stat().st_size == shard.bytes and _sha256(path) == shard.sha256
 
     def _write(self, number: int, part: pathlib.Path, items: Sequence[Item]) -> list[Row]:
-        writer, rows = ArrayRecordWriter(str(part), _WRITER), []
+        writer, rows, position = ArrayRecordWriter(str(part), _WRITER), [], 0
         try:
-            for position, item in enumerate(items):
-                image = pathlib.Path(item.image_path).read_bytes()
-                mask = b"" if item.mask_path is None else pathlib.Path(item.mask_path).read_bytes()
-                if len(image) + len(mask) != item.bytes:
+            for item in items:
+                paths = [path for path in (item.image_path, item.mask_path) if path is not None]
+                contents = [decode.read(Encoded(path, path)) for path in paths]
+                if sum(map(len, contents)) != item.bytes:
                     raise DataError(f"{item.image_path}, or its mask, changed while it was packed")
-                size = decode.size(Encoded(image, item.image_path))
-                mask_size = None if item.mask is None else decode.size(Encoded(mask, item.mask_path))
-                writer.write(image + mask)
-                rows.append(Row(item.image, item.mask, number, position, len(image), len(mask), size, mask_size))
+                sizes = [decode.size(Encoded(*file)) for file in zip(contents, paths, strict=True)]
+                for content in contents:
+                    writer.write(content)
+                lengths = [*map(len, contents), 0]
+                rows.append(Row(item.image, item.mask, number, position, *lengths[:2], *[*sizes, None][:2]))
+                position += len(contents)
                 self._tell(item.bytes)
         finally:
             writer.close()

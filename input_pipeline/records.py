@@ -1,11 +1,12 @@
 """Packed data sets: encoded images and masks in a few large ArrayRecord files, which `pack` writes.
 
 FOLDER/index.json names each record and the size and SHA-256 of each shard; FOLDER/*.array_record are the shards. A
-record is the bytes of an image file, then those of its mask file if it has one. Split lists name records by the
-paths of their images, as they name files.
+record is the bytes of an image file; the next is those of its mask file, if it has one. Split lists name records by
+the paths of their images, as they name files.
 """
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -25,12 +26,12 @@ _REPORTED = 5  # Names in one message.
 
 
 class Row(NamedTuple):
-    """Where a record lies, and what it is."""
+    """Where an image and its mask lie, and what they are."""
 
     image: str
     mask: str | None
     shard: int
-    position: int  # In the shard.
+    position: int  # Of the image in the shard; the mask is the next record.
     image_bytes: int
     mask_bytes: int
     size: tuple[int, int]  # H, W of the image.
@@ -41,7 +42,7 @@ class Shard(NamedTuple):
     """An ArrayRecord file."""
 
     file: str
-    records: int
+    records: int  # Images and masks.
     bytes: int
     sha256: str
 
@@ -81,38 +82,42 @@ class RecordsSource(EncodedSource):
           DataError: an entry that was not packed.
         """
         super().__init__(len(entries), where, labels)
-        self._folder, self._shards = folder, index.shards
         self._rows = _rows(folder, index, entries, where, labels is not None)
         self._starts = [sum(shard.records for shard in index.shards[:number]) for number in range(len(index.shards))]
-        paths = [os.path.join(folder, shard.file) for shard in index.shards]
+        self._paths = [os.path.join(folder, shard.file) for shard in index.shards]
         self._records = grain.sources.ArrayRecordDataSource(
-            [_AllOf(path, shard.records, shard.records) for path, shard in zip(paths, index.shards, strict=True)]
+            [_AllOf(path, shard.records, shard.records) for path, shard in zip(self._paths, index.shards, strict=True)]
         )
 
     def name(self, index: int) -> str:
         """Returns the image's path as it stands in the list."""
         return self._rows[index].image
 
-    def _files(self, index: int) -> tuple[Encoded, Encoded | None]:
+    def files(self, index: int) -> tuple[Encoded, Encoded | None]:
+        """See `EncodedSource`."""
         row = self._rows[index]
-        shard = os.path.join(self._folder, self._shards[row.shard].file)
+        image = self._file(row, row.image, 0, row.image_bytes)
+        return image, None if self.labels is None else self._file(row, row.mask, 1, row.mask_bytes)
+
+    def _file(self, row: Row, name: str, place: int, size: int) -> Encoded:
+        shard = self._paths[row.shard]
+        return Encoded(functools.partial(self._read, row.shard, row.position + place, name, size), f"{name} in {shard}")
+
+    def _read(self, shard: int, position: int, name: str, size: int) -> bytes:
+        what = f"{self._paths[shard]}: damaged, record {position} ({name})"
         try:
-            content = self._records[self._starts[row.shard] + row.position]
+            content = self._records[self._starts[shard] + position]
         except Exception as error:  # The library raises what its C++ code meets as several types.
-            raise DataError(f"{shard}: damaged, record {row.position} ({row.image}) cannot be read: {error}") from None
-        if len(content) != row.image_bytes + row.mask_bytes:
-            raise DataError(
-                f"{shard}: record {row.position} ({row.image}) has {len(content)} bytes; expected "
-                f"{row.image_bytes + row.mask_bytes}"
-            )
-        image = Encoded(content[: row.image_bytes], f"{row.image} in {shard}")
-        return image, None if row.mask is None else Encoded(content[row.image_bytes :], f"{row.mask} in {shard}")
+            raise DataError(f"{what} cannot be read: {error}") from None
+        if len(content) != size:
+            raise DataError(f"{what} has {len(content)} bytes; expected {size}")
+        return content
 
     def _read_header(self, index: int) -> tuple[int, int] | DataError:
         row = self._rows[index]
         if self.labels is not None and row.mask_size != row.size:
             try:
-                image, mask = self._files(index)
+                image, mask = self.files(index)
                 check_sizes(image, row.size, mask, row.mask_size)
             except DataError as error:
                 return error

@@ -1,6 +1,7 @@
 """Sources of TensorFlow Datasets, read without TensorFlow: encoded images and masks of a data set on disk."""
 
 import difflib
+import functools
 import os
 
 from input_pipeline.decode import Encoded
@@ -28,7 +29,8 @@ class TfdsSource(EncodedSource):
         import tensorflow_datasets as tfds
 
         # All images, or those that nobody asked for would be decoded.
-        images = [key for key, feature in dataset.info.features.items() if isinstance(feature, tfds.features.Image)]
+        features = sorted(dataset.info.features.items())
+        images = [key for key, feature in features if isinstance(feature, tfds.features.Image)]
         decoders = {key: tfds.decode.SkipDecoding() for key in images}
         for key in (image, label):
             if key not in images:
@@ -60,14 +62,20 @@ class TfdsSource(EncodedSource):
             index -= take
         raise IndexError(index)
 
-    def _files(self, index: int) -> tuple[Encoded, Encoded | None]:
+    def files(self, index: int) -> tuple[Encoded, Encoded | None]:
+        """See `EncodedSource`."""
         where = self.name(index)
+
+        def file(key: str) -> Encoded:
+            return Encoded(functools.partial(self._read, index, key), f"{key} of {where}")
+
+        return file(self._image), None if self.labels is None else file(self._label)
+
+    def _read(self, index: int, key: str) -> bytes:
         try:
-            record = self._records[index]
+            return self._records[index][key]
         except Exception as error:  # The libraries below raise what their C++ code meets as several types.
-            raise DataError(f"{where}: damaged TFDS record: {error}") from None
-        mask = None if self.labels is None else Encoded(record[self._label], f"{self._label} of {where}")
-        return Encoded(record[self._image], f"{self._image} of {where}"), mask
+            raise DataError(f"{self.name(index)}: damaged TFDS record: {error}") from None
 
 
 def open_dataset(name: str, data_dir: str):
@@ -106,7 +114,8 @@ def open_dataset(name: str, data_dir: str):
 
 def _hint(found: str, known) -> str:
     known = list(known)
-    near = difflib.get_close_matches(found, known, n=3, cutoff=0.4)
+    near = [name for name in known if found and found in name]  # "mask" is nearer to "segmentation_mask" than it looks.
+    near = near or difflib.get_close_matches(found, known, n=3, cutoff=0.4)
     return (
         f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
     ) + f" known: {', '.join(known) or 'none'}"
