@@ -219,3 +219,26 @@ def test_masks_of_unlabeled_images_may_lack_or_disagree(folder, config, tmp_path
         DataError, match=r"images/0\.png has the mask masks/4\.png in .*unlabeled\.txt, and masks/0\.png"
     ):
         pack(config, str(tmp_path / "again"))
+
+
+def test_own_folders_become_lists(folder, config, tmp_path):
+    """Names with blanks too; without lists of their own the split is called "all"."""
+    (folder / "images/0.png").rename(folder / "images/a b.png")
+    (folder / "masks/0.png").rename(folder / "masks/a b.png")
+    config.data.split = ""
+    config.data.folders.update({"labeled": "images", "val": "0.25"})
+    files = open_sources(config)
+    assert pack(config, str(tmp_path / "packed")).split == "all"
+    config.data.update({"source": "array_record", "root": str(tmp_path / "packed"), "split": "all"})
+    found = open_sources(config)
+    assert [digest(source) for source in found] == [digest(source) for source in files]
+    assert len(found.val) == 3 and "images/a b.png" in {source.name(i) for source in found for i in range(len(source))}
+
+
+def test_a_run_may_go_on_from_files_to_records(config, packed):
+    """Whether it does is asked of the configuration, and of the digests of the lists."""
+    from dssn_jax.config import inexact_changes
+
+    assert inexact_changes(config.to_dict(), packed.to_dict()) == []
+    packed.data.label_map = "other.txt"
+    assert inexact_changes(config.to_dict(), packed.to_dict()) == ["config.data.label_map: '', now 'other.txt'"]
