@@ -5,7 +5,8 @@
 | data.crop | | the median of the short sides of labeled and unlabeled images, as 16 k + 1, at most 513 |
 | data.labeled_batch, data.unlabeled_batch | | the recipes' 8 + 8 (supervised: 16), or what fits the devices' memory |
 | train.steps | and train.epochs=0 | 100 passes over the unlabeled images, within 4000 to 40000 steps |
-| train.eval_every, train.checkpoint_every | and train.epochs=0 | 20 evaluations a run |
+| train.checkpoint_every | and train.epochs=0 | 20 a run |
+| train.eval_every | and train.epochs=0 | 20 a run, or as many as are a fifth of the work |
 | optimizer.lr (and lr_multi) | | whether the weights are pretrained: recipes of VOC and of CamVid |
 """
 
@@ -26,7 +27,8 @@ from dssn_jax import checkpoint
 _BATCH = 8  # Labeled, and unlabeled, images a step in every published recipe.
 _MOST_CROP = 513  # That of the VOC recipe.
 _PASSES, _STEPS = 100, (4000, 40000)  # Of the VOC recipe; it has 130 000 steps. Fewer than 4000 end before SGD does.
-_EVALUATIONS = 20
+_EVALUATIONS, _EVALUATION_WORK = 20, 0.2  # In a run, at most; and the part of its work that they may be.
+_STEP_WORK = 7  # Forward passes that a DSSN step is worth, an image: student and teacher, views, and the way back.
 _PRETRAINED, _RANDOM = (0.002, 10.0), (0.02, 1.0)  # lr, lr_multi of configs/pascal.py and of configs/camvid.py.
 _USED = 0.7  # Part of the memory that is planned with: compilers and libraries need some of their own.
 
@@ -85,7 +87,7 @@ def choose(config, sources: input_pipeline.Sources, devices: list[jax.Device]) -
     if "optimizer.lr" in keys:
         reasons.append(_choose_learning_rate(config))
     if any(key in keys for key in _WITHOUT_EPOCHS):
-        reasons += _choose_steps(config, len(sources.unlabeled))
+        reasons += _choose_steps(config, sources)
     return config, reasons
 
 
@@ -146,20 +148,36 @@ def _choose_learning_rate(config) -> str:
     return f"optimizer.lr={optimizer.lr:g}, optimizer.lr_multi={optimizer.lr_multi:g}: {which}"
 
 
-def _choose_steps(config, unlabeled: int) -> list[str]:
-    train, batch, reasons = config.train, config.data.unlabeled_batch, []
+def _choose_steps(config, sources: input_pipeline.Sources) -> list[str]:
+    train, unlabeled, reasons = config.train, len(sources.unlabeled), []
     if not train.steps:
-        passes = _PASSES * math.ceil(unlabeled / batch)
+        passes = _PASSES * math.ceil(unlabeled / config.data.unlabeled_batch)
         train.steps = min(max(passes, _STEPS[0]), _STEPS[1])
         bound = "" if train.steps == passes else f", within {_STEPS[0]} to {_STEPS[1]}"
         reasons.append(
             f"train.steps={train.steps}: {_PASSES} passes over {unlabeled} unlabeled images are {passes} steps{bound}"
         )
-    every = max(1, train.steps // _EVALUATIONS)
-    for key in (key for key in ("eval_every", "checkpoint_every") if train[key] == 0):
-        train[key] = every
-        reasons.append(f"train.{key}={every}: {_EVALUATIONS} times in {train.steps} steps")
+    every, why = max(1, train.steps // _EVALUATIONS), f"{_EVALUATIONS} times in {train.steps} steps"
+    if not train.checkpoint_every:
+        train.checkpoint_every = every
+        reasons.append(f"train.checkpoint_every={every}: {why}")
+    if not train.eval_every:
+        evaluation = evaluation_steps(config, sources.val)
+        least = math.ceil(evaluation * (1 - _EVALUATION_WORK) / _EVALUATION_WORK)
+        if every < least:
+            every = min(least, train.steps)
+            why = f"an evaluation of {len(sources.val)} images is about the work of {evaluation:.0f} steps"
+        train.eval_every = every
+        reasons.append(f"train.eval_every={every}: {why}")
     return reasons
+
+
+def evaluation_steps(config, val: input_pipeline.Source) -> float:
+    """Returns about how many training steps an evaluation of `val` is worth."""
+    pixels = sum(math.prod(val.size(index)) for index in range(len(val)))
+    networks = 2 if config.method.labeler == "teacher" else 1
+    step = (config.data.labeled_batch + config.data.unlabeled_batch) * config.data.crop**2 * _STEP_WORK
+    return networks * pixels / step
 
 
 def _free_memory() -> int:

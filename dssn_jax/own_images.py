@@ -28,7 +28,7 @@ def check(config, target: str | None = None) -> input_pipeline.Report:
         recorder.write_json(path, check_report.as_json(report))
         logger.info("wrote %s", path)
     if report.defects:
-        raise DefectsError(f"{report.defects} things must be fixed in the data of {config.data.root}")
+        raise DefectsError(f"the data of {config.data.root}: {report.defects} to fix, see above")
     return report
 
 

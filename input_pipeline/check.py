@@ -65,6 +65,7 @@ class Report(NamedTuple):
       pixels: by part with labels, int64 [classes]: pixels of each class.
       occurrences: by part with labels, int64 [classes]: images with each class.
       ignored: by part with labels, ignored pixels.
+      masks: by part with labels, the number of masks that could be counted.
       classes: names.
       root: folder of the files.
       findings: those to fix first.
@@ -75,6 +76,7 @@ class Report(NamedTuple):
     pixels: dict[str, np.ndarray]
     occurrences: dict[str, np.ndarray]
     ignored: dict[str, int]
+    masks: dict[str, int]
     classes: tuple[str, ...]
     root: str
     findings: tuple[Finding, ...]
@@ -118,6 +120,7 @@ def check(config) -> Report:
         pixels={name: each.sum(0) for name, each in counts.items()},
         occurrences={name: (each > 0).sum(0) for name, each in counts.items()},
         ignored={name: sum(mask.ignored for mask in part) for name, part in masks.items()},
+        masks={name: len(each) - len(none) for name, each in counts.items()},
         classes=labels.classes,
         root=layout.find_root(data),
         findings=tuple(sorted(findings, key=lambda finding: finding.level != FIX)),

@@ -39,6 +39,7 @@ def as_json(report: Report) -> dict:
             for i, name in enumerate(report.classes)
         },
         "ignored_pixels": report.ignored,
+        "masks_counted": report.masks,
         "findings": [finding._asdict() for finding in report.findings],
         "to_fix": report.defects,
     }  # fmt: skip
@@ -56,19 +57,20 @@ def _sizes(sizes: Sequence[tuple[int, int]]) -> tuple[str, str, str]:
 def _images(report: Report) -> list[list[str]]:
     rows = [["", *report.images], ["images", *map(str, report.images.values())]]
     rows.append(["readable", *(str(len(sizes)) for sizes in report.sizes.values())])
+    rows.append(["masks counted", *(str(report.masks.get(part, "")) for part in report.images)])
     for number, name in enumerate(_SIZES):
         rows.append([f"{name} size", *(_sizes(sizes)[number] for sizes in report.sizes.values())])
     return rows
 
 
 def _classes(report: Report) -> list[list[str]]:
-    """Share of the pixels that are not ignored, and of the images, by class."""
+    """Share of the pixels that are not ignored, and of the images, by class, in masks that could be counted."""
     rows = [["class", *(f"{part} {what}" for part in report.pixels for what in ("pixels", "images"))]]
     for i, name in enumerate(report.classes):
         row = [f"{i} {name}"]
         for part in report.pixels:
             row.append(_share(report.pixels[part][i], report.pixels[part].sum()))
-            row.append(f"{report.occurrences[part][i]} ({_share(report.occurrences[part][i], report.images[part])})")
+            row.append(f"{report.occurrences[part][i]} ({_share(report.occurrences[part][i], report.masks[part])})")
         rows.append(row)
     ignored = ["ignored"]
     for part in report.pixels:

@@ -36,9 +36,11 @@ def configure(tmp_path):
 def choose(monkeypatch):
     """Chooses for so many bytes a device, devices and sources (labeled, unlabeled)."""
 
-    def run(config, labeled, unlabeled, devices=1, limit=1000 * GIB):
+    def run(config, labeled, unlabeled, devices=1, limit=1000 * GIB, val=None):
         monkeypatch.setattr(automatic, "memory_of", lambda devices: limit)
-        return automatic.choose(config, input_pipeline.Sources(labeled, unlabeled, None), jax.devices()[:1] * devices)
+        return automatic.choose(
+            config, input_pipeline.Sources(labeled, unlabeled, val or Sizes((8, 8))), jax.devices()[:1] * devices
+        )
 
     return run
 
@@ -109,6 +111,20 @@ def test_steps_and_intervals(configure, choose, unlabeled, given, steps, every):
     found, reasons = choose(configure(steps=given), many(3), many(unlabeled))
     assert (found.train.steps, found.train.eval_every, found.train.checkpoint_every) == (steps, every, every)
     assert any(line.startswith("train.steps=") for line in reasons) == (not given)
+
+
+def test_evaluations_are_a_fifth_of_the_work(configure, choose):
+    """Two networks over 100 images of 360 x 480: 34.56 M pixels; a step at crop 129: 16 * 129^2 * 7 = 1.864 M."""
+    config, val = configure(crop=129, steps=1000), Sizes(*[(360, 480)] * 100)
+    found, reasons = choose(config, many(3), many(100), val=val)
+    assert (found.train.eval_every, found.train.checkpoint_every) == (
+        75,
+        50,
+    )  # 18.54 steps are a fifth of 18.54 + 74.2.
+    assert any("an evaluation of 100 images is about the work of 19 steps" in line for line in reasons)
+    assert choose(configure(crop=129, steps=40), many(3), many(100), val=val)[0].train.eval_every == 40
+    config = configure(crop=129, steps=1000, method="unimatch")  # Without a teacher.
+    assert choose(config, many(3), many(100), val=val)[0].train.eval_every == 50
 
 
 def test_learning_rate_follows_the_weights(configure, choose):
