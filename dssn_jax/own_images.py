@@ -59,7 +59,7 @@ def pack(config, target: str) -> input_pipeline.Packed:
             packed.without_mask,
         )
     logger.info(
-        "%s: %d images, %d masks, %.1f MB in %d shards, %d of which were there",
+        "%s: %d images, %d masks, %.1f MB; shards: %d, of which %d were there already",
         target, len(rows), sum(row.mask is not None for row in rows), sum(shard.bytes for shard in shards) / 1e6,
         len(shards), packed.kept,
     )  # fmt: skip

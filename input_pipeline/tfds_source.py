@@ -103,7 +103,8 @@ def open_dataset(name: str, data_dir: str):
     try:
         return read_only_builder.builder_from_files(name, data_dir=folder)
     except ValueError:
-        there = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
+        there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        there = [each for each in there if each != "downloads" and os.path.isdir(os.path.join(folder, each))]
         base = name.split("/")[0].split(":")[0]
         raise DataError(
             f"no TFDS data set {name!r} in {folder} (config.data.tfds.name and data_dir){_hint(base, there)}. It is "
