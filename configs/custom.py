@@ -40,13 +40,14 @@ def get_config(argument: str | None = None):
         raise ConfigError(f"configs/custom.py:root={values['root']}: no such folder; expected that of your images")
     check_choice("unmasked", values["unmasked"], layout.UNMASKED)
     config = defaults.get_config()
-    config.name = arguments.describe("custom", {key: value for key, value in values.items() if value})
     config.data.root = values["root"]
     config.data.classes = _class_names(os.path.join(root, values["names"]))
     config.data.label_map = values["label_map"]
     config.data.ignore_values = _ignored(values["ignore"])
     config.data.splits = _SPLITS
     config.data.split = values["split"] or _only_split(root, values["labeled"])
+    shown = {"root": values["root"], "split": config.data.split or "-"}
+    config.name = arguments.describe("custom", shown | {key: values[key] for key in ("backbone", "method")})
     if not config.data.split:
         config.data.folders.update({key: values[key] for key in config.data.folders})
         config.data.folders.labeled = values["labeled"] or "images"
