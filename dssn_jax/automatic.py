@@ -64,7 +64,7 @@ def pending(config) -> list[str]:
 
 def as_before(config, workdir: str | pathlib.Path):
     """Returns `config` with the choices of the run in `workdir`, if there is one: a continued run keeps them."""
-    if not checkpoint.exists(workdir):
+    if not pending(config) or not checkpoint.exists(workdir):
         return config
     saved = json.loads((pathlib.Path(workdir) / "config.json").read_text())
     config = config.copy_and_resolve_references()
