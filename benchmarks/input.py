@@ -24,8 +24,10 @@ from benchmarks import tables
 from configs import cityscapes, pascal
 from input_pipeline import pipeline
 from input_pipeline.cutmix import cutmix_box
+from input_pipeline.folder import FolderSource
 from input_pipeline.photometric import strong_view
-from input_pipeline.sources import FolderSource, Sources
+from input_pipeline.sources import Sources
+from input_pipeline.split_lists import read_list
 
 SIZES = {"voc 500x375": (500, 375, pascal), "cityscapes 2048x1024": (2048, 1024, cityscapes)}
 COLUMNS = ("images", "loader", "cores", "samples/s", "crops/s", "crops/s per core", "ratio")
@@ -105,7 +107,8 @@ def measure(name: str, seconds: float, core_counts: list[int]) -> list[dict]:
     rows, all_cores = [], sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         files.write(pathlib.Path(folder), [(height, width)] * 32, split="all")
-        source = FolderSource(folder, f"{folder}/splits/all/unlabeled.txt", 21, 255, labeled=False)
+        listed = f"{folder}/splits/all/unlabeled.txt"
+        source = FolderSource(folder, read_list(listed, labeled=False), listed, labels=None)
         paths = [os.path.join(folder, source.name(i)) for i in range(len(source))]
         for cores in core_counts:
             os.sched_setaffinity(0, all_cores[:cores])

@@ -28,14 +28,25 @@ def get_config() -> ConfigDict:
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    data.source = "folder"  # folder: images listed in text files | shapes: generated images, no files.
+    # folder: image files, which lists or folders name | array_record: the same, packed by --mode=records | tfds: a data
+    # set of TensorFlow Datasets | shapes: generated images, no files.
+    data.source = "folder"
     data.root = ""  # Folder that the paths in the lists are relative to.
     # Folder of the lists, relative to `root` or to the current folder: SPLITS/SPLIT/{labeled,unlabeled}.txt and
     # SPLITS/val.txt, each line `image mask` (the mask may be left out in unlabeled.txt).
     data.splits = "splits"
-    data.split = ""  # Name of the split.
+    data.split = ""  # Name of the split. "": the images of `folders`.
+    data.folders = _folders()
+    # Whether validation images may be among labeled or unlabeled ones: allow | refuse.
+    data.val_overlap = "allow"
     data.classes = ()  # Class names, in the order of the ids in the masks.
     data.ignore = 255  # Mask value that no loss and no score counts.
+    data.ignore_values = ()  # Further values of masks that are ignored; without a label map.
+    # File that says which value of a mask means which class, relative to `root` or to the current folder: text or CSV
+    # with lines `ID CLASS`, or `RED GREEN BLUE CLASS` for masks of colours, or JSON {"ID": CLASS}. CLASS is a name, an
+    # id or "ignore". Values that are not in it are errors. "": values are ids.
+    data.label_map = ""
+    # 0 in crop and batches: chosen by the images and the memory of the devices (dssn_jax/automatic.py).
     data.crop = 513  # Side of the square training crop, pixels.
     data.scale = (0.5, 2.0)  # The long side is scaled by U[scale] before the crop.
     data.flip = 0.5  # Probability of a horizontal flip.
@@ -46,6 +57,7 @@ def _data() -> ConfigDict:
     data.workers = 0  # Processes that make batches; 0: threads of this process.
     data.threads = 16  # Threads (of each process) that decode and augment.
     data.buffer = 2  # Batches (of each process) made ahead.
+    data.tfds = _tfds()
     data.shapes = ConfigDict()  # The generated source, for `source = "shapes"`.
     data.shapes.size = 96  # Side of an image, pixels.
     data.shapes.labeled = 16  # Labeled images (they are the first of the unlabeled ones).
@@ -53,6 +65,34 @@ def _data() -> ConfigDict:
     data.shapes.val = 64  # Validation images.
     data.shapes.seed = 0  # Another seed is another data set.
     return data
+
+
+def _folders() -> ConfigDict:
+    """Own images (configs/custom.py): folders, with their sub-folders, or lists (.txt), relative to `data.root`."""
+    folders = ConfigDict()
+    folders.labeled = ""  # Images with masks: a folder, or a list of lines `image mask`.
+    folders.masks = "masks"  # Folder of their masks: that of a/b.jpg is a/b.png, or with another suffix of images.
+    folders.mask_suffix = ""  # By which masks' names are longer: "_mask" where that of a/b.jpg is a/b_mask.png.
+    folders.unlabeled = ""  # Images whose masks, if any, are not read: a folder or a list. "": the labeled ones.
+    # Images that validate: a fraction of the labeled ones that is held out, such as "0.2", or a folder or a list, whose
+    # images are left out of folders that hold them too.
+    folders.val = "0.2"
+    folders.val_masks = ""  # Folder of the masks, where `val` is a folder; "": `masks`.
+    folders.unmasked = "refuse"  # Images without a mask in the folder `labeled`: an error (refuse) | unlabeled.
+    return folders
+
+
+def _tfds() -> ConfigDict:
+    """A data set of TensorFlow Datasets that is on disk, for `source = "tfds"`; TensorFlow is not needed."""
+    tfds = ConfigDict()
+    tfds.name = ""  # Such as "oxford_iiit_pet"; with a configuration "NAME/CONFIG", with a version "NAME:1.0.0".
+    tfds.data_dir = ""  # Folder of the data sets; "": $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    tfds.labeled = "train[:10%]"  # Splits, in the words of TFDS.
+    tfds.unlabeled = "train[10%:]"
+    tfds.val = "test"
+    tfds.image = "image"  # Keys of the features.
+    tfds.label = "segmentation_mask"
+    return tfds
 
 
 def _views() -> ConfigDict:
@@ -146,7 +186,9 @@ def _teacher() -> ConfigDict:
 
 def _optimizer() -> ConfigDict:
     optimizer = ConfigDict()
-    optimizer.lr = 0.002  # Of the backbone at the start; falls to 0 as (1 - step / steps) ** power.
+    # Of the backbone at the start; falls to 0 as (1 - step / steps) ** power. 0: chosen by whether weights are
+    # pretrained, with lr_multi (dssn_jax/automatic.py).
+    optimizer.lr = 0.002
     optimizer.lr_multi = 10.0  # Times lr: everything but the backbone.
     optimizer.power = 0.9
     optimizer.momentum = 0.9
@@ -156,7 +198,9 @@ def _optimizer() -> ConfigDict:
 
 def _train() -> ConfigDict:
     train = ConfigDict()
-    train.epochs = 100  # Passes over the unlabeled list.
+    # Passes over the unlabeled list. 0: `steps`, `eval_every` and `checkpoint_every`, where they are 0, are chosen by
+    # the number of images (dssn_jax/automatic.py).
+    train.epochs = 100
     train.steps = 0  # If not 0, the number of steps instead of `epochs`.
     # Parts that each batch is gone through in, one after another, before the one update of a step: less memory.
     # Batch norm and the means over pixels are those of a part.

@@ -1,6 +1,8 @@
 """Checks of a configuration before anything runs. The keys are defined in `configs/defaults.py`."""
 
 import difflib
+import functools
+import operator
 import pathlib
 from collections.abc import Iterable
 
@@ -8,6 +10,7 @@ import jax
 
 from dssn_jax import inference, methods, models, pseudo_labels
 from dssn_jax.models import resnet
+from input_pipeline import layout
 from input_pipeline.pipeline import MIX_PARTNERS
 from input_pipeline.sources import SOURCES
 
@@ -74,9 +77,10 @@ def differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
 # Keys, or sections of keys, that may change between a stop and the same run's next start: no step or score depends on
 # them, or they say where things lie.
 _FREE = (
-    "name", "data.root", "data.splits", "data.split", "data.workers", "data.threads", "data.buffer", "model.pretrained",
-    "model.remat", "train.resume", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.pictures",
-    "train.epochs", "train.steps", "eval",
+    "name", "data.source", "data.root", "data.splits", "data.split", "data.folders", "data.val_overlap",
+    "data.tfds.data_dir", "data.workers", "data.threads", "data.buffer", "model.pretrained", "model.remat",
+    "train.resume", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.pictures", "train.epochs",
+    "train.steps", "eval",
 )  # fmt: skip
 
 
@@ -89,7 +93,10 @@ def inexact_changes(old: dict, new: dict) -> list[str]:
 
 
 def validate(config, device_count: int) -> None:
-    """Raises ConfigError for the first value that cannot be run on `device_count` devices (of all hosts)."""
+    """Raises ConfigError for the first value that cannot be run on `device_count` devices (of all hosts).
+
+    What is 0 to be chosen later (`dssn_jax.automatic`) passes.
+    """
     _check_choices(config)
     _check_numbers(config)
     _check_method(config)
@@ -107,6 +114,8 @@ def check_x64(model) -> None:
 def _check_choices(config) -> None:
     for key, known in (
         ("data.source", SOURCES),
+        ("data.val_overlap", layout.OVERLAP),
+        ("data.folders.unmasked", layout.UNMASKED),
         ("views.mix_partner", MIX_PARTNERS),
         ("model.backbone", models.BACKBONES),
         ("model.stem", resnet.STEMS),
@@ -120,8 +129,8 @@ def _check_choices(config) -> None:
         ("eval.mode", inference.MODES),
         ("train.resume", RESUME),
     ):
-        section, name = key.split(".")
-        check_choice(f"config.{key}", config[section][name], known)
+        *sections, name = key.split(".")
+        check_choice(f"config.{key}", functools.reduce(operator.getitem, sections, config)[name], known)
     if not models.has_stems(config.model.backbone):
         for key, known in (("stem", resnet.STEMS), ("shortcut", resnet.SHORTCUTS)):
             if config.model[key] != known[0]:
@@ -134,7 +143,7 @@ def _check_numbers(config) -> None:
     if not 1 < len(config.data.classes) <= 255:
         raise ConfigError(f"config.data.classes has {len(config.data.classes)} names; expected 2 to 255")
     for key, least in (
-        ("data.crop", 1), ("data.labeled_batch", 1), ("data.unlabeled_batch", 1), ("data.threads", 1),
+        ("data.crop", 0), ("data.labeled_batch", 0), ("data.unlabeled_batch", 0), ("data.threads", 1),
         ("data.buffer", 1), ("data.workers", 0), ("model.decoder_channels", 1), ("method.strong_views", 0),
         ("method.feature_views", 0), ("method.ohem_group", 1), ("method.ohem_min_kept", 0), ("optimizer.lr", 0),
         ("train.epochs", 0), ("train.steps", 0), ("train.accumulation", 1), ("train.log_every", 1),
@@ -144,8 +153,6 @@ def _check_numbers(config) -> None:
         section, name = key.split(".")
         if config[section][name] < least:
             raise ConfigError(f"config.{key} is {config[section][name]}; expected at least {least}")
-    if config.train.steps == 0 and config.train.epochs == 0:
-        raise ConfigError("config.train.epochs and config.train.steps are both 0; nothing to train")
     for key in ("data.flip", "views.jitter", "views.grey", "views.blur", "views.cutmix", "teacher.keep_rate"):
         section, name = key.split(".")
         if not 0 <= config[section][name] <= 1:

@@ -8,7 +8,7 @@ import jax
 import optax
 
 import input_pipeline
-from dssn_jax import augment, methods, models, optimizer, sharding, train_state, train_step
+from dssn_jax import augment, automatic, methods, models, optimizer, sharding, train_state, train_step
 from dssn_jax import config as configuration
 
 
@@ -25,6 +25,7 @@ class Experiment(NamedTuple):
     schedule: optax.Schedule  # Step -> learning rate of the backbone.
     steps_per_epoch: int
     steps: int
+    chosen: tuple[str, ...] = ()  # Why the values are as they are that `config` was given without.
 
     def initial_state(self, pretrained: dict | None = None) -> train_state.TrainState:
         """The state at step 0, on every device: random weights, but where `pretrained` variables are given."""
@@ -71,10 +72,15 @@ def _initialiser(config, model: models.DeepLabV3Plus, transformation: optax.Grad
 def build(config, devices: Sequence[jax.Device] | None = None) -> Experiment:
     """Checks `config`, opens its data and builds its parts, for `devices` (default: all).
 
+    The `config` of the result has a value for every key that was left to be chosen, see `dssn_jax.automatic`.
+
     Raises `dssn_jax.config.ConfigError` or `input_pipeline.DataError` for what cannot be run.
     """
-    configuration.validate(config, len(devices or jax.devices()))
+    devices = list(devices or jax.devices())
+    configuration.validate(config, len(devices))
     sources = input_pipeline.open_sources(config)
+    config, chosen = automatic.choose(config, sources, devices)
+    configuration.validate(config, len(devices))
     steps_per_epoch = input_pipeline.steps_per_epoch(sources, config)
     steps = config.train.steps or config.train.epochs * steps_per_epoch
     transformation, schedule = optimizer.from_config(config.optimizer, steps)
@@ -89,4 +95,5 @@ def build(config, devices: Sequence[jax.Device] | None = None) -> Experiment:
         schedule=schedule,
         steps_per_epoch=steps_per_epoch,
         steps=steps,
+        chosen=tuple(chosen),
     )

@@ -55,6 +55,7 @@ def predict(
     targets = _targets(names)
     mesh = sharding.make_mesh()
     saved = saved_run.restore_networks(workdir, which, config, mesh)
+    config = saved.config
     network = saved_run.choose_network(workdir, saved.variables, network)
     logger.info("predicting %d images with the %s of step %d of %s", len(source.readable), network, saved.step, workdir)
 

@@ -7,7 +7,7 @@ import jax
 from etils import epath
 
 from configs import defaults
-from dssn_jax import checkpoint, experiment, models, sharding
+from dssn_jax import automatic, checkpoint, experiment, models, sharding
 from dssn_jax import config as configuration
 
 CONFIG = "config.json"
@@ -78,7 +78,7 @@ def restore_networks(
 
     Raises WorkdirError, CheckpointError or ConfigError.
     """
-    config = read_config(workdir) if config is None else config
+    config = read_config(workdir) if config is None else automatic.as_before(config, workdir)
     mesh = sharding.make_mesh(jax.local_devices()[:1]) if mesh is None else mesh
     configuration.validate(config, mesh.size)
     saved = checkpoint.Checkpointer(workdir, read_only=True)

@@ -11,6 +11,7 @@ from etils import epath
 
 import input_pipeline
 from dssn_jax import (
+    automatic,
     checkpoint,
     distributed,
     evaluate,
@@ -29,6 +30,11 @@ from dssn_jax.recorder import duration, logger
 # Beginnings of the names of metrics, in the order of the log line.
 _LOGGED = ("loss", "contrast", "mask_ratio", "lr", "grad_norm")
 
+_RANDOM_WEIGHTS = (
+    "random weights: published scores start from weights of ImageNet; without them, and with few labels, expect far "
+    "lower ones (config.model.pretrained; README, Pretrained weights)"
+)
+
 
 class DivergedError(RuntimeError):
     """The loss became infinite or not a number."""
@@ -44,8 +50,8 @@ def train(config, workdir: epath.PathLike, deadline: float = math.inf) -> dict:
     """
     workdir = epath.Path(workdir)
     # Before the work directory is made: bad input leaves nothing behind.
-    parts = experiment.build(config)
-    weights = None
+    parts = experiment.build(automatic.as_before(config, workdir))
+    config, weights = parts.config, None
     if config.model.pretrained and not checkpoint.exists(workdir):
         weights = pretrained.load(config, parts.abstract_state().student)
     folder = files.Folder(workdir, continued=(recorder.LOG,))
@@ -93,10 +99,12 @@ class Trainer:
         parts, step = self._parts, self._saved.latest_step()
         config = json.loads(parts.config.to_json())
         found = facts(parts)
+        for reason in parts.chosen:
+            logger.info("chosen: %s", reason)
         logger.info(_description(config, found))
         if step is None:
             state = parts.initial_state(weights and weights.variables)
-            logger.info("starting from %s", weights.report if weights else "random weights")
+            logger.info("starting from %s", weights.report if weights else _RANDOM_WEIGHTS)
         else:
             state, meta = self._saved.restore(step, parts.abstract_state(), parts.config)
             self._iterator.set_state({"step": step})

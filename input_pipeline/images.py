@@ -6,7 +6,7 @@ from PIL import Image
 
 from input_pipeline import split_lists
 from input_pipeline.errors import DataError
-from input_pipeline.sources import ImagesSource
+from input_pipeline.folder import ImagesSource
 
 LIST_SUFFIX = ".txt"
 
@@ -26,7 +26,7 @@ def find_images(path: str, root: str = "") -> tuple[ImagesSource, list[str]]:
       DataError: nothing is there, a folder without an image, a list that cannot be used.
     """
     if os.path.isdir(path):
-        names = _images_below(path)
+        names = images_below(path)
         if not names:
             raise DataError(f"{path}: no image in this folder; known suffixes: {' '.join(sorted(_suffixes()))}")
         return ImagesSource([os.path.join(path, name) for name in names], path), names
@@ -39,7 +39,8 @@ def find_images(path: str, root: str = "") -> tuple[ImagesSource, list[str]]:
     return ImagesSource([path], "the command line"), [os.path.basename(path)]
 
 
-def _images_below(folder: str) -> list[str]:
+def images_below(folder: str) -> list[str]:
+    """Returns the paths of the images in a folder and its sub-folders, relative to it and sorted."""
     names = []
     for where, _, files in os.walk(folder, followlinks=True):
         names += [os.path.relpath(os.path.join(where, file), folder) for file in files]

@@ -2,11 +2,15 @@
 
 import difflib
 import os
+import re
 from typing import NamedTuple
 
 from input_pipeline.errors import DataError
 
 LABELED, UNLABELED, VAL = "labeled.txt", "unlabeled.txt", "val.txt"
+SPLIT_LISTS = (LABELED, UNLABELED)  # Those in the folder of a split; VAL is beside these folders.
+_REPORTED = 5  # Wrong lines named in one message.
+_BLANK = re.compile(r"\s")
 
 
 class SplitLists(NamedTuple):
@@ -64,36 +68,72 @@ def _unknown_split(folders: list[str], split: str) -> str:
 
 
 def read_list(path: str, labeled: bool) -> list[Entry]:
+    """Returns the entries of a list; see `parse_list`. Raises DataError if anything is wrong with it."""
+    entries, wrong = parse_list(path, labeled)
+    if wrong:
+        more = f"\n... {len(wrong)} lines of {path}" if len(wrong) > _REPORTED else ""
+        raise DataError("\n".join(wrong[:_REPORTED]) + more)
+    return entries
+
+
+def parse_list(path: str, labeled: bool) -> tuple[list[Entry], list[str]]:
     """Reads a list of `image mask` lines; blank lines are skipped.
+
+    Columns are separated by blanks; in a line that holds a tab by tabs, so that names may hold blanks there.
 
     Args:
       path: the text file.
       labeled: whether every line must name a mask; where not, a line may be an image alone.
 
-    Raises:
-      DataError: the file is missing, is not text, is empty, or has a line with a wrong number of columns.
+    Returns:
+      The entries of the good lines, and what is wrong: the file is missing, is not text, is empty, or a line has a
+      wrong number of columns.
     """
     try:
         # utf-8-sig: some editors begin a file with a byte order mark, which would become part of the first name.
         with open(path, encoding="utf-8-sig") as file:
             lines = file.read().splitlines()
     except FileNotFoundError:
-        raise DataError(f"missing list {path}") from None
+        return [], [f"missing list {path}"]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a text list: {error}") from None
-    entries = [_parse(line, f"{path}:{n}", labeled) for n, line in enumerate(lines, 1) if line.strip()]
-    if not entries:
-        raise DataError(f"{path}: the list is empty; expected lines `image mask`")
-    return entries
+        return [], [f"{path}: cannot be read as a text list: {error}"]
+    entries, wrong = [], []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                entries.append(_parse(line, f"{path}:{number}", labeled))
+            except DataError as error:
+                wrong.append(str(error))
+    if not entries and not wrong:
+        wrong.append(f"{path}: the list is empty; expected lines `image mask`")
+    return entries, wrong
+
+
+def format_entry(entry: Entry) -> str:
+    """Writes the line of an entry, so that `parse_list` reads it back.
+
+    Raises:
+      DataError: a name that no line can hold.
+    """
+    names = [name for name in entry if name is not None]
+    for name in names:
+        if name != name.strip() or len(name.splitlines()) != 1 or "\t" in name or not name.isprintable():
+            raise DataError(
+                f"{name!r}: a name that a list cannot hold: it begins or ends with a blank, or has a tab, a line break "
+                "or characters that are not UTF-8; rename the file"
+            )
+    if not any(map(_BLANK.search, names)):
+        return " ".join(names)
+    return "\t".join(names) + ("\t" if len(names) == 1 else "")
 
 
 def _parse(line: str, where: str, labeled: bool) -> Entry:
-    columns = line.split()
+    columns = [column.strip() for column in line.split("\t") if column.strip()] if "\t" in line else line.split()
     if len(columns) == 2:
         return Entry(*columns)
     if len(columns) == 1 and not labeled:
         return Entry(columns[0], None)
     expected = "`image mask`" if labeled else "`image mask` or `image`"
-    spaces = " (paths must not hold spaces)" if len(columns) > 2 else ""
+    spaces = " (names with spaces need a tab between the columns)" if len(columns) > 2 else ""
     plural = "" if len(columns) == 1 else "s"
     raise DataError(f"{where}: found {len(columns)} column{plural}, {line.strip()!r}; expected {expected}{spaces}")

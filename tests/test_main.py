@@ -105,7 +105,7 @@ def test_unknown_keys_name_the_nearest():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data__crop": 0}, "config.data.crop is 0"),
+        ({"data__crop": -1}, "config.data.crop is -1"),
         ({"data__labeled_batch": 6}, "labeled_batch is 6; expected a multiple of 4 devices"),
         ({"data__unlabeled_batch": 2}, "unlabeled_batch is 2; expected a multiple of 4 devices"),
         ({"model__output_stride": 32}, "output_stride 32"),

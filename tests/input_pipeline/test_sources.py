@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from configs import camvid
-from input_pipeline import DataError, open_sources
-from input_pipeline.sources import FolderSource
+from input_pipeline import DataError, FolderSource, Labels, open_sources
+from input_pipeline.split_lists import Entry, read_list
 
 CAMVID = os.path.join(os.path.dirname(__file__), "../../../shared/camvid")
 
@@ -22,8 +22,8 @@ def _source(tmp_path, image, mask=None, classes=21, labeled=True):
             (tmp_path / name).write_bytes(content)
         elif content is not None:
             content.save(tmp_path / name, format="PNG")
-    (tmp_path / "list.txt").write_text("image mask.png\n")
-    return FolderSource(str(tmp_path), str(tmp_path / "list.txt"), classes, 255, labeled)
+    labels = Labels([f"class {i}" for i in range(classes)]) if labeled else None
+    return FolderSource(str(tmp_path), [Entry("image", "mask.png")], "list.txt", labels)
 
 
 def _rgb(size=(6, 4)):
@@ -140,11 +140,11 @@ def test_sizes_differ(tmp_path):
         source.check_headers()
 
 
-@pytest.mark.parametrize("mode", ["RGB", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
 def test_mask_mode_refused(tmp_path, mode):
     mask = Image.new(mode, (6, 4))
     source = _source(tmp_path, _rgb(), mask)
-    _raises(source, rf"mask\.png: mask of mode '{mode}'; expected an 8-bit single-channel or palette")
+    _raises(source, rf"mask\.png: mask of mode '{mode}'; expected class ids in 8-bit")
     with pytest.raises(DataError, match="mask of mode"):
         source.check_headers()
 
@@ -168,16 +168,12 @@ def test_sixteen_bit_image_refused(tmp_path):
 def test_check_headers_counts_all(folder):
     for number in (3, 5, 6, 7, 8, 9):
         (folder / f"images/{number}.png").unlink()
-    source = FolderSource(str(folder), str(folder / "splits/small/unlabeled.txt"), 3, 255, labeled=False)
+    path = str(folder / "splits/small/unlabeled.txt")
+    source = FolderSource(str(folder), read_list(path, labeled=False), path, labels=None)
     with pytest.raises(DataError) as caught:
         source.check_headers()
     assert str(caught.value).count("missing file") == 5
     assert "6 of the 10 lines" in str(caught.value)
-
-
-def test_missing_root(tmp_path):
-    with pytest.raises(DataError, match="data root '.*absent' is not a folder"):
-        FolderSource(str(tmp_path / "absent"), "list.txt", 2, 255, labeled=True)
 
 
 def test_open_sources(folder, config):
@@ -197,7 +193,7 @@ def test_open_sources_checks_headers(folder, config):
 @pytest.mark.parametrize(
     ("key", "value", "pattern"),
     [
-        ("source", "floder", r"config\.data\.source is 'floder'; known: folder, shapes"),
+        ("source", "floder", r"config\.data\.source is 'floder'; known: folder, array_record, tfds, shapes"),
         ("root", "", r"config\.data\.root is not set"),
         ("root", "/absent", r"data root '/absent' is not a folder"),
         ("classes", (), r"config\.data\.classes is empty"),

@@ -1,7 +1,7 @@
 import pytest
 
 from input_pipeline import DataError
-from input_pipeline.split_lists import Entry, find_split, read_list
+from input_pipeline.split_lists import Entry, find_split, format_entry, read_list
 
 
 def _write(tmp_path, text):
@@ -27,6 +27,19 @@ def test_read_list_three_columns(tmp_path, labeled):
     path = _write(tmp_path, "a.jpg a.png\n\nmy image.jpg b.png\n")
     with pytest.raises(DataError, match=r"list\.txt:3: found 3 columns, 'my image\.jpg b\.png'.*spaces"):
         read_list(path, labeled)
+
+
+def test_columns_of_a_line_with_a_tab_may_hold_spaces(tmp_path):
+    entries = [Entry("my image.jpg", "b.png"), Entry("a.jpg", "b.png"), Entry("other image.jpg", None)]
+    path = _write(tmp_path, "".join(f"{format_entry(entry)}\n" for entry in entries))
+    assert read_list(path, labeled=False) == entries
+    assert format_entry(entries[1]) == "a.jpg b.png"  # As the original writes it.
+
+
+@pytest.mark.parametrize("name", ["a\tb.jpg", "a\nb.jpg", " a.jpg", "\udcff.jpg", ""])
+def test_names_that_no_line_holds(name):
+    with pytest.raises(DataError, match="a name that a list cannot hold"):
+        format_entry(Entry(name, "b.png"))
 
 
 def test_read_list_bad_files(tmp_path):

@@ -1,0 +1,91 @@
+"""Your own images: a folder of images, some masks, the names of the classes. docs/own_images.md is the guide.
+
+    python main.py --config=configs/custom.py:root=/data/mine --mode=check
+    python main.py --config=configs/custom.py:root=/data/mine --workdir=/runs/mine
+
+Arguments, each with its convention; paths are relative to root:
+
+    root        the folder
+    names       classes.txt: one class a line, in the order of the ids in the masks
+    labeled     images: images that have masks; a folder, or a list (.txt) of lines `image mask`
+    masks       masks: the mask of images/a/b.jpg is masks/a/b.png, or with mask_suffix=_mask masks/a/b_mask.png
+    unlabeled   unlabeled, if there is such a folder: images without masks; a folder or a list
+    unmasked    refuse: images without a mask in labeled are an error; unlabeled: they are unlabeled images
+    val         0.2: this part of the labeled images validates; or a folder (masks in val_masks) or a list
+    split       a split of ROOT/splits, as --mode=split makes them, instead of the four above
+    label_map   a file that says which values of the masks are which class
+    ignore      values of the masks, besides 255, that are ignored: 0+254
+
+and backbone, method, pretrained, crop, steps. Crop, batch, number of steps, evaluation interval and learning rate are
+chosen by the images, the memory and the weights (dssn_jax/automatic.py); the log says why.
+"""
+
+import os
+
+from configs import arguments, defaults, methods
+from dssn_jax.config import ConfigError, check_choice
+from input_pipeline import DataError, class_names, layout
+
+_SPLITS = "splits"
+
+
+def get_config(argument: str | None = None):
+    values = arguments.parse(
+        argument, root="", names="classes.txt", labeled="", masks="masks", mask_suffix="", unlabeled="",
+        unmasked="refuse", val="0.2", val_masks="", split="", label_map="", ignore="", backbone="resnet50",
+        method="dssn", pretrained="", crop=0, steps=0,
+    )  # fmt: skip
+    root = os.path.expanduser(values["root"])
+    if not os.path.isdir(root):
+        raise ConfigError(f"configs/custom.py:root={values['root']}: no such folder; expected that of your images")
+    check_choice("unmasked", values["unmasked"], layout.UNMASKED)
+    config = defaults.get_config()
+    config.data.root = values["root"]
+    config.data.classes = _class_names(os.path.join(root, values["names"]))
+    config.data.label_map = values["label_map"]
+    config.data.ignore_values = _ignored(values["ignore"])
+    config.data.splits = _SPLITS
+    config.data.split = values["split"] or _only_split(root, values["labeled"])
+    shown = {"root": values["root"], "split": config.data.split or "-"}
+    config.name = arguments.describe("custom", shown | {key: values[key] for key in ("backbone", "method")})
+    if not config.data.split:
+        config.data.folders.update({key: values[key] for key in config.data.folders})
+        config.data.folders.labeled = values["labeled"] or "images"
+        if not values["unlabeled"] and os.path.isdir(os.path.join(root, "unlabeled")):
+            config.data.folders.unlabeled = "unlabeled"
+    config.data.val_overlap = "refuse"
+    config.model.backbone = values["backbone"]
+    config.model.pretrained = values["pretrained"]
+    config.data.labeled_batch = config.data.unlabeled_batch = 0
+    config.data.crop = values["crop"]
+    config.optimizer.lr = 0.0
+    config.train.epochs = 0
+    config.train.steps = values["steps"]
+    methods.apply(config, values["method"])
+    return config
+
+
+def _class_names(path: str) -> tuple[str, ...]:
+    try:
+        return class_names.read_class_names(path)
+    except DataError as error:  # A ValueError, which ml_collections turns into a traceback.
+        raise ConfigError(f"{error} (configs/custom.py:names=FILE)") from None
+
+
+def _ignored(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(value) for value in text.split("+") if value)
+    except ValueError:
+        raise ConfigError(f"config argument ignore={text!r}: expected numbers, such as 0+254") from None
+
+
+def _only_split(root: str, labeled: str) -> str:
+    """Returns the split of ROOT/splits if there is one alone, and "" if there is none or `labeled` says otherwise."""
+    folder = os.path.join(root, _SPLITS)
+    known = sorted(os.listdir(folder)) if os.path.isdir(folder) and not labeled else []
+    known = [name for name in known if os.path.isdir(os.path.join(folder, name))]
+    if len(known) > 1:
+        raise ConfigError(
+            f"{folder} has several splits: say split=NAME, one of {', '.join(known)}; or labeled=images for no split"
+        )
+    return known[0] if known else ""

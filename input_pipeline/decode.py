@@ -1,0 +1,223 @@
+"""Images and masks: from the bytes of a file to arrays. A mode with no one meaning is refused by name.
+
+An EXIF orientation is applied, to images and to masks, as viewers and annotation tools do.
+"""
+
+import contextlib
+import io
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image, ImageOps
+
+from input_pipeline.errors import DataError
+
+# What Pillow raises for a file that is not, or not wholly, an image.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_EXIF_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error)
+_IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+_COLOUR_MODES = ("1", "L", "P", "RGB", "RGBA")  # Of masks whose colours are mapped to classes.
+_ID_MODES = ("1", "L", "P", "I;16", "I;16L", "I;16B", "I")  # Of masks of ids.
+MOST_IDS = 1 << 16  # Ids of a mask are below this.
+
+
+class Encoded(NamedTuple):
+    """An encoded image or mask: the path of a file, the bytes of one, or a function that reads them."""
+
+    content: str | bytes | Callable[[], bytes]
+    where: str  # What messages call it.
+    listed: str = ""  # Who named it, for messages.
+
+
+def read(file: Encoded) -> bytes:
+    """Returns the bytes of the file; raises DataError if it is missing or cannot be read."""
+    if isinstance(file.content, bytes):
+        return file.content
+    if callable(file.content):
+        return file.content()
+    with _named(file), open(file.content, "rb") as opened:
+        return opened.read()
+
+
+def orientation(file: Encoded) -> int:
+    """Returns the EXIF orientation, 1 to 8; 1 is as stored, 5 to 8 exchange height and width."""
+    with _open(file) as opened:
+        return _orientation(opened)
+
+
+def size(file: Encoded) -> tuple[int, int]:
+    """Returns (H, W), from the header, of an image or mask of any mode; raises DataError if it is none."""
+    with _open(file) as opened:
+        return _size(opened)
+
+
+def image_size(file: Encoded) -> tuple[int, int]:
+    """Returns (H, W) of what `image` returns, from the header.
+
+    Raises:
+      DataError: not an image, or a mode that `image` refuses.
+    """
+    with _open(file) as opened:
+        _check_image(opened, file.where)
+        return _size(opened)
+
+
+def image(file: Encoded) -> np.ndarray:
+    """Decodes an image to uint8 [H, W, 3], RGB.
+
+    Raises:
+      DataError: not an image, a damaged one, transparent pixels, or a mode whose brightness has no agreed range.
+    """
+    content = read(file)
+    with _open(file._replace(content=content)) as opened:
+        _check_image(opened, file.where)
+        if opened.format == "JPEG" and opened.mode == "RGB" and _orientation(opened) == 1:
+            # libjpeg-turbo without Pillow around it takes two thirds of the time. What it refuses, Pillow may take.
+            with contextlib.suppress(ValueError):
+                return simplejpeg.decode_jpeg(content, "RGB")
+        oriented = _load(opened, file.where)
+        if oriented.has_transparency_data:
+            _check_opaque(oriented, file.where)
+        return np.asarray(oriented.convert("RGB"))
+
+
+def mask_size(file: Encoded, colours: bool) -> tuple[int, int]:
+    """Returns (H, W) of what `mask` returns, from the header; raises the same errors."""
+    with _open(file) as opened:
+        _check_mask(opened, file.where, colours)
+        return _size(opened)
+
+
+def mask(file: Encoded, colours: bool) -> np.ndarray:
+    """Decodes the values of a mask, before any is mapped to a class.
+
+    Args:
+      file: the mask.
+      colours: whether its colours are meant. If not, its ids: grey values, or indices of a palette.
+
+    Returns:
+      Ids, uint8 or int32 [H, W] below 65536; or colours, int32 [H, W], R * 65536 + G * 256 + B.
+
+    Raises:
+      DataError: not an image, a damaged one, a mode that holds no such values, or one that decoding would change.
+    """
+    with _open(file._replace(content=read(file))) as opened:
+        _check_mask(opened, file.where, colours)
+        oriented = _load(opened, file.where)
+        if not colours:
+            values = np.asarray(oriented)
+            return values.astype(np.uint8) if values.dtype == bool else _ids(values, file.where)
+        if oriented.has_transparency_data:
+            _check_opaque(oriented, file.where)
+        red, green, blue = np.moveaxis(np.asarray(oriented.convert("RGB"), np.int32), -1, 0)
+        return red << 16 | green << 8 | blue
+
+
+def _open(file: Encoded) -> Image.Image:
+    """Opens it and reads the header."""
+    with _named(file):
+        return Image.open(file.content if isinstance(file.content, str) else io.BytesIO(read(file)))
+
+
+@contextlib.contextmanager
+def _named(file: Encoded):
+    """Turns errors of opening into DataError."""
+    try:
+        yield
+    except FileNotFoundError:
+        listed = f" (listed in {file.listed})" if file.listed else ""
+        raise DataError(f"missing file {file.where}{listed}") from None
+    except _DECODE_ERRORS as error:
+        raise DataError(f"{file.where}: not an image that can be opened: {error}") from None
+
+
+def _load(opened: Image.Image, where: str) -> Image.Image:
+    """Decodes, and turns as the EXIF orientation says."""
+    turned, known = _orientation(opened) != 1, "exif" in opened.info
+    try:
+        opened.load()
+    except _DECODE_ERRORS as error:
+        raise DataError(f"{where}: damaged image, cannot be decoded: {error}") from None
+    if not known and "exif" in opened.info:
+        raise DataError(f"{where}: PNG with EXIF data behind the pixels, where few programs look; save it anew")
+    return ImageOps.exif_transpose(opened) if turned else opened
+
+
+def _orientation(opened: Image.Image) -> int:
+    if opened.format == "TIFF":
+        return 1  # Pillow turns these itself: size and pixels are as they should be.
+    try:
+        # Not opened.getexif(): of a PNG it decodes the whole file.
+        found = Image.Image.getexif(opened).get(ExifTags.Base.Orientation, 1)
+    except _EXIF_ERRORS:
+        return 1  # Nobody can read it.
+    return found if found in range(1, 9) else 1
+
+
+def _size(opened: Image.Image) -> tuple[int, int]:
+    return (opened.width, opened.height) if _orientation(opened) >= 5 else (opened.height, opened.width)
+
+
+def _raw_mode(opened: Image.Image) -> str:
+    """How the file stores the pixels, in Pillow's words, such as "L;4" for 4-bit grey; "" if it does not tell."""
+    arguments = opened.tile[0].args if opened.tile else ""
+    first = arguments if isinstance(arguments, str) or not arguments else arguments[0]
+    return first if isinstance(first, str) else ""
+
+
+def _check_image(opened: Image.Image, where: str) -> None:
+    if opened.mode.startswith(("I", "F")):
+        raise DataError(
+            f"{where}: image of mode {opened.mode!r} (16 or more bits a pixel, or floats); expected 8 bits a channel: "
+            "which value is white is not known, so scale it to 0..255 and save it as 8-bit grey"
+        )
+    if opened.mode not in _IMAGE_MODES:
+        raise DataError(f"{where}: image of mode {opened.mode!r}; expected RGB or grey, 8 bits a channel")
+    if opened.mode == "CMYK" and opened.format == "JPEG" and "adobe" not in opened.info:
+        raise DataError(
+            f"{where}: CMYK JPEG without Adobe's marker, so that it is not known whether it is inverted; save it as RGB"
+        )
+
+
+def _check_opaque(oriented: Image.Image, where: str) -> None:
+    alpha = np.asarray(oriented.convert("RGBA"))[..., 3]
+    if alpha.min() < 255:
+        raise DataError(
+            f"{where}: image of mode {oriented.mode!r} with transparency in {(alpha < 255).mean():.1%} of the pixels, "
+            "whose colour is not known; save it as RGB without transparency"
+        )
+
+
+def _check_mask(opened: Image.Image, where: str, colours: bool) -> None:
+    ids = "expected class ids in 8-bit or 16-bit grey, 1 bit, or a palette (PNG)"
+    if opened.format in ("JPEG", "MPO"):
+        raise DataError(f"{where}: mask in JPEG, which changes values when it is saved; expected a PNG")
+    if colours and opened.mode not in _COLOUR_MODES:
+        raise DataError(
+            f"{where}: mask of mode {opened.mode!r}; config.data.label_map expects colours, 8 bits a channel"
+        )
+    if not colours and opened.mode in ("RGB", "RGBA"):
+        raise DataError(
+            f"{where}: mask of mode {opened.mode!r}; {ids}. If its colours stand for classes, name in "
+            "config.data.label_map a file with lines `RED GREEN BLUE CLASS`"
+        )
+    if not colours and opened.mode not in _ID_MODES:
+        raise DataError(f"{where}: mask of mode {opened.mode!r}; {ids}")
+    # Pillow stretches 2- and 4-bit grey to 0..255, inverts "L;I" and shortens 16-bit colours: other values come out.
+    stored = _raw_mode(opened)
+    if stored in ("L;2", "L;4"):
+        raise DataError(f"{where}: mask of {stored[-1]}-bit grey; {ids}")
+    if stored.startswith(("L;", "1;")) or (opened.mode.startswith("RGB") and ";16" in stored):
+        raise DataError(f"{where}: mask stored as {stored!r}, whose values decoding changes; {ids}")
+
+
+def _ids(values: np.ndarray, where: str) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values
+    values = values.astype(np.int32)
+    if values.min() < 0 or values.max() >= MOST_IDS:
+        raise DataError(f"{where}: mask values {values.min()}..{values.max()} found; expected 0..{MOST_IDS - 1}")
+    return values

@@ -1,0 +1,259 @@
+"""Images of every mode beside what the mode means, written out in NumPy; orientations beside their definition."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from input_pipeline import DataError, decode
+from input_pipeline.decode import Encoded
+
+RNG = np.random.default_rng(0)
+# What the orientations of EXIF mean: where the stored first row and first column are seen.
+SEEN = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: np.swapaxes(stored, 0, 1),
+    6: lambda stored: np.swapaxes(stored, 0, 1)[:, ::-1],
+    7: lambda stored: np.swapaxes(stored[::-1, ::-1], 0, 1),
+    8: lambda stored: np.swapaxes(stored, 0, 1)[::-1],
+}
+
+
+def random(*shape, below=256):
+    return RNG.integers(below, size=shape, dtype=np.uint8)
+
+
+def encoded(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **options)
+    return Encoded(buffer.getvalue(), f"a.{format.lower()}")
+
+
+def exif(orientation):
+    data = Image.Exif()
+    data[0x0112] = orientation
+    return data
+
+
+def png(width, height, depth, colour, rows, *more, behind=b""):
+    """A PNG written by hand: rows of packed bytes; `more` chunks before the pixels."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = [(b"IHDR", header), *more, (b"IDAT", pixels), *([(b"eXIf", behind)] if behind else []), (b"IEND", b"")]
+    content = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return Encoded(b"\x89PNG\r\n\x1a\n" + content, "hand.png")
+
+
+def grey():
+    values = random(4, 6)
+    return encoded(Image.fromarray(values)), np.stack([values] * 3, -1)
+
+
+def grey_of_four_bits():
+    values = random(4, 6, below=16)
+    rows = [bytes(row[::2] << 4 | row[1::2]) for row in values]
+    return png(6, 4, 4, 0, rows), np.stack([values * 17] * 3, -1)  # 15 is white, 255.
+
+
+def one_bit():
+    values = random(4, 6, below=2)
+    return encoded(Image.fromarray(values * 255).convert("1", dither=0)), np.stack([values * 255] * 3, -1)
+
+
+def grey_and_opaque_alpha():
+    values = random(4, 6)
+    file = encoded(Image.fromarray(np.stack([values, np.full_like(values, 255)], -1), "LA"))
+    return file, np.stack([values] * 3, -1)
+
+
+def opaque_alpha():
+    values = random(4, 6, 4)
+    values[..., 3] = 255
+    return encoded(Image.fromarray(values, "RGBA")), values[..., :3]
+
+
+def palette():
+    colours, values = random(256, 3), random(4, 6)
+    image = Image.fromarray(values)
+    image.putpalette(colours.ravel().tolist())
+    return encoded(image), colours[values]
+
+
+def palette_with_unused_transparency():
+    colours, values = random(256, 3), random(4, 6, below=200)
+    image = Image.fromarray(values)
+    image.putpalette(colours.ravel().tolist())
+    return encoded(image, transparency=250), colours[values]
+
+
+def colours_of_sixteen_bits():
+    values = RNG.integers(1 << 16, size=(4, 6, 3), dtype=np.uint16)
+    return png(6, 4, 16, 2, [row.astype(">u2").tobytes() for row in values]), (values >> 8).astype(np.uint8)
+
+
+def cmyk_tiff():
+    values = random(4, 6, 4)
+    return encoded(Image.fromarray(values, "CMYK"), "TIFF"), of_cmyk(values)
+
+
+def of_cmyk(values):
+    ink = values.astype(float) / 255
+    return np.rint(255 * (1 - ink[..., :3]) * (1 - ink[..., 3:]))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        grey, grey_of_four_bits, one_bit, grey_and_opaque_alpha, opaque_alpha, palette,
+        palette_with_unused_transparency, colours_of_sixteen_bits, cmyk_tiff,
+    ],
+)  # fmt: skip
+def test_images_of_every_mode(make):
+    file, expected = make()
+    found = decode.image(file)
+    assert found.dtype == np.uint8 and decode.image_size(file) == found.shape[:2] == (4, 6)
+    # Naive CMYK multiplies what is rounded already.
+    assert np.abs(found - expected.astype(float)).max() <= (1 if make is cmyk_tiff else 0)
+
+
+def test_cmyk_jpeg_is_not_inverted():
+    """A sheet of cyan ink: Adobe's programs, and libjpeg, store it inverted and say so in a marker."""
+    ink = np.zeros((16, 16, 4), np.uint8)
+    ink[..., 0] = 200
+    file = encoded(Image.fromarray(ink, "CMYK"), "JPEG", quality=100)
+    assert b"Adobe" in file.content
+    assert np.abs(decode.image(file) - np.array([55.0, 255, 255])).max() <= 2
+    unmarked = file.content.replace(b"Adobe", b"Other")
+    with pytest.raises(DataError, match=r"b\.jpg: CMYK JPEG without Adobe's marker"):
+        decode.image(Encoded(unmarked, "b.jpg"))
+
+
+def half_transparent(mode):
+    image = Image.fromarray(random(4, 6, 4), "RGBA")
+    alpha = np.full((4, 6), 255, np.uint8)
+    alpha[:2] = 254
+    image.putalpha(Image.fromarray(alpha))
+    return encoded(image.convert(mode))
+
+
+def transparent_colour():
+    """RGB, one colour of which a chunk declares transparent."""
+    return png(2, 1, 8, 2, [bytes([1, 2, 3, 4, 5, 6])], (b"tRNS", struct.pack(">HHH", 4, 5, 6)))
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (half_transparent("RGBA"), "mode 'RGBA' with transparency in 50.0% of the pixels"),
+        (half_transparent("LA"), "mode 'LA' with transparency in 50.0% of the pixels"),
+        (encoded(Image.new("P", (6, 4)), transparency=0), "mode 'P' with transparency in 100.0%"),
+        (transparent_colour(), "mode 'RGB' with transparency in 50.0%"),
+        (encoded(Image.new("I;16", (6, 4))), "mode 'I;16' .*expected 8 bits a channel.*scale it to 0..255"),
+        (encoded(Image.new("I", (6, 4)), "TIFF"), "mode 'I' .*expected 8 bits"),
+        (encoded(Image.new("F", (6, 4)), "TIFF"), "mode 'F' .*floats"),
+        (encoded(Image.new("LAB", (6, 4)), "TIFF"), "mode 'LAB'; expected RGB or grey"),
+    ],
+)
+def test_images_refused_by_name(file, message):
+    with pytest.raises(DataError, match=f"{file.where}: image of {message}"):
+        decode.image(file)
+
+
+@pytest.mark.parametrize("orientation", SEEN)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_orientation_of_images(format, orientation):
+    image = Image.fromarray(random(16, 24, 3))
+    options = {"WEBP": {"lossless": True}, "JPEG": {"subsampling": 0}}.get(format, {})
+    stored = np.asarray(Image.open(io.BytesIO(encoded(image, format, **options).content)).convert("RGB"))
+    file = encoded(image, format, exif=exif(orientation), **options)
+    found, expected = decode.image(file), SEEN[orientation](stored)
+    np.testing.assert_array_equal(found, expected)
+    assert decode.image_size(file) == expected.shape[:2]
+
+
+@pytest.mark.parametrize("orientation", SEEN)
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, "P"])
+def test_exif_orientation_of_masks(kind, orientation):
+    values = random(4, 6) if kind == "P" else RNG.integers(np.iinfo(kind).max, size=(4, 6), dtype=kind)
+    image = Image.fromarray(values)
+    if kind == "P":
+        image.putpalette(random(768).tolist())
+    file = encoded(image, exif=exif(orientation))
+    np.testing.assert_array_equal(decode.mask(file, colours=False), SEEN[orientation](values))
+    assert decode.mask_size(file, colours=False) == SEEN[orientation](values).shape
+
+
+def test_orientation_that_comes_too_late_is_refused():
+    file = png(2, 1, 8, 0, [b"\1\2"], behind=exif(6).tobytes()[6:])
+    with pytest.raises(DataError, match=r"hand\.png: PNG with EXIF data behind the pixels"):
+        decode.image(file)
+
+
+def test_damaged_exif_is_as_none():
+    jpeg = encoded(Image.fromarray(random(16, 24, 3)), "JPEG", exif=exif(6))
+    start = jpeg.content.index(b"Exif\0\0") + 6
+    damaged = jpeg.content[:start] + b"\xff" * 8 + jpeg.content[start + 8 :]
+    assert decode.image(Encoded(damaged, "a.jpg")).shape == (16, 24, 3)
+    assert decode.image_size(Encoded(damaged, "a.jpg")) == (16, 24)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_grey_masks_hold_ids(dtype):
+    values = RNG.integers(np.iinfo(dtype).max + 1, size=(4, 6), dtype=dtype)
+    np.testing.assert_array_equal(decode.mask(encoded(Image.fromarray(values)), colours=False), values)
+
+
+def test_masks_of_one_bit_hold_0_and_1():
+    values = random(4, 6, below=2)
+    found = decode.mask(encoded(Image.fromarray(values * 255).convert("1", dither=0)), colours=False)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize("make", [opaque_alpha, palette, grey])
+def test_masks_of_colours(make):
+    file, expected = make()
+    red, green, blue = np.moveaxis(expected.astype(int), -1, 0)
+    np.testing.assert_array_equal(decode.mask(file, colours=True), red * 65536 + green * 256 + blue)
+
+
+@pytest.mark.parametrize(
+    ("file", "colours", "message"),
+    [
+        (
+            encoded(Image.new("RGB", (6, 4))),
+            False,
+            "mode 'RGB'; .*in config.data.label_map a file with lines `RED GREEN",
+        ),
+        (encoded(Image.new("L", (6, 4)), "JPEG"), False, "mask in JPEG, which changes values"),
+        (encoded(Image.new("RGB", (6, 4)), "JPEG"), True, "mask in JPEG"),
+        (encoded(Image.new("I;16", (6, 4))), True, "mode 'I;16'; config.data.label_map expects colours"),
+        (encoded(Image.new("F", (6, 4)), "TIFF"), False, "mode 'F'"),
+        (encoded(Image.new("I", (6, 4), 1 << 16), "TIFF"), False, r"mask values 65536..65536 found; expected 0..65535"),
+        (png(6, 4, 4, 0, [b"\1\2\3"] * 4), False, "mask of 4-bit grey"),
+        (png(1, 1, 16, 2, [b"\1\2\3\4\5\6"]), True, "whose values decoding changes"),
+        (half_transparent("RGBA"), True, "with transparency in 50.0%"),
+    ],
+)
+def test_masks_refused_by_name(file, colours, message):
+    with pytest.raises(DataError, match=f"{file.where}: .*{message}"):
+        decode.mask(file, colours)
+
+
+def test_inverted_grey_mask_is_refused():
+    """Pillow reads the ids 0, 1, 2 of a TIFF whose 0 is white as 255, 254, 253."""
+    tiff = encoded(Image.fromarray(np.array([[0, 1, 2]], np.uint8)), "TIFF").content
+    black_is_zero = struct.pack("<HHLL", 262, 3, 1, 1)
+    assert black_is_zero in tiff
+    file = Encoded(tiff.replace(black_is_zero, struct.pack("<HHLL", 262, 3, 1, 0)), "inverted.tif")
+    assert np.asarray(Image.open(io.BytesIO(file.content))).max() == 255
+    with pytest.raises(DataError, match=r"inverted\.tif: mask stored as 'L;I'"):
+        decode.mask(file, colours=False)
