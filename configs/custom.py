@@ -61,6 +61,8 @@ def get_config(argument: str | None = None):
     config.optimizer.lr = 0.0
     config.train.epochs = 0
     config.train.steps = values["steps"]
+    if values["steps"]:  # The teacher is to follow within a quarter of a short run: 100 of 400 steps, as on the shapes.
+        config.teacher.keep_rate = 1 - 1 / min(250, max(1, values["steps"] / 4))
     methods.apply(config, values["method"])
     return config
 

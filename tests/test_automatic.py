@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import input_pipeline
-from configs import custom, methods
+from configs import camvid, cityscapes, coco, custom, methods, pascal, shapes
 from dssn_jax import automatic, config, models
 from tests.input_pipeline.own_images import make_root
 
@@ -136,6 +136,13 @@ def test_learning_rate_follows_the_weights(configure, choose):
     assert "optimizer.lr=0.002, optimizer.lr_multi=10: pretrained weights, as on VOC" in reasons
 
 
+def test_the_teacher_follows_within_a_short_run(configure):
+    """By a quarter of it, as that of the shapes does (400 steps: 0.99), and never slower than the published 0.996."""
+    assert configure().teacher.keep_rate == configure(steps=5000).teacher.keep_rate == 0.996
+    assert configure(steps=400).teacher.keep_rate == shapes.get_config().teacher.keep_rate == 0.99
+    assert configure(steps=1).teacher.keep_rate == 0
+
+
 def test_what_is_given_is_kept(configure, choose):
     config = configure(crop=100, steps=7)
     config.data.update({"labeled_batch": 3, "unlabeled_batch": 2})
@@ -146,8 +153,6 @@ def test_what_is_given_is_kept(configure, choose):
 
 
 def test_recipes_have_nothing_to_choose():
-    from configs import camvid, cityscapes, coco, pascal, shapes
-
     for recipe in (camvid, cityscapes, coco, pascal, shapes):
         for method in methods.METHODS:
             assert automatic.pending(recipe.get_config(f"method={method}")) == []
