@@ -10,7 +10,6 @@ import numpy as np
 
 import input_pipeline
 from dssn_jax import (
-    automatic,
     checkpoint,
     distributed,
     evaluate,
@@ -46,7 +45,7 @@ def train(config, workdir: str | pathlib.Path) -> dict:
     """
     workdir = pathlib.Path(workdir)
     # Before the work directory is made: bad input leaves nothing behind.
-    parts = experiment.build(automatic.as_before(config, workdir))
+    parts = experiment.build(saved_run.continued(config, workdir))
     config, weights = parts.config, None
     if config.model.pretrained and not checkpoint.exists(workdir):
         weights = pretrained.load(config, parts.abstract_state().student)

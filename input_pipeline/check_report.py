@@ -14,7 +14,7 @@ _SIZES = ("smallest", "median", "largest")
 def text(report: Report) -> str:
     """Returns the tables and findings, for a terminal."""
     root = report.root and report.root + os.sep
-    lines = [report.root, "", *_table(_images(report)), "", *_table(_classes(report)), ""]
+    lines = [*_table(_images(report)), "", *_table(_classes(report)), ""]
     for finding in report.findings:
         sign = "FIX " if finding.level == FIX else "note"
         lines.append(f"{sign}  {finding.title}: {len(finding.items)}")
