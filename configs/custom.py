@@ -37,6 +37,8 @@ def get_config(argument: str | None = None):
         method="dssn", pretrained="", crop=0, steps=0,
     )  # fmt: skip
     root = os.path.expanduser(values["root"])
+    if not root:
+        raise ConfigError("configs/custom.py needs the folder of your images: configs/custom.py:root=FOLDER")
     if not os.path.isdir(root):
         raise ConfigError(f"configs/custom.py:root={values['root']}: no such folder; expected that of your images")
     _check_splits(root, values)
