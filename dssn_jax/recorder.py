@@ -26,7 +26,7 @@ logger = logging.getLogger("dssn")
 
 def quiet_libraries() -> None:
     """Leaves out what libraries log and users cannot use."""
-    absl.logging.set_verbosity(absl.logging.WARNING)
+    absl.logging.set_verbosity(absl.logging.ERROR)  # What goes wrong in them is raised, and told by the caller.
     logging.getLogger("jax").setLevel(logging.ERROR)
 
 
