@@ -12,7 +12,8 @@ Arguments, each with its convention; paths are relative to root:
     unlabeled   unlabeled, if there is such a folder: images without masks; a folder or a list
     unmasked    refuse: images without a mask in labeled are an error; unlabeled: they are unlabeled images
     val         0.2: this part of the labeled images validates; or a folder (masks in val_masks) or a list
-    split       a split of ROOT/splits, as --mode=split makes them, instead of the four above
+    split       a split of ROOT/splits, as --mode=split makes them, instead of those above. Once there are splits, say
+                either split=NAME or labeled=images
     label_map   a file that says which values of the masks are which class
     ignore      values of the masks, besides 255, that are ignored: 0+254
 
@@ -36,8 +37,11 @@ def get_config(argument: str | None = None):
         method="dssn", pretrained="", crop=0, steps=0,
     )  # fmt: skip
     root = os.path.expanduser(values["root"])
+    if not root:
+        raise ConfigError("configs/custom.py needs the folder of your images: configs/custom.py:root=FOLDER")
     if not os.path.isdir(root):
         raise ConfigError(f"configs/custom.py:root={values['root']}: no such folder; expected that of your images")
+    _check_splits(root, values)
     check_choice("unmasked", values["unmasked"], layout.UNMASKED)
     config = defaults.get_config()
     config.data.root = values["root"]
@@ -45,7 +49,7 @@ def get_config(argument: str | None = None):
     config.data.label_map = values["label_map"]
     config.data.ignore_values = _ignored(values["ignore"])
     config.data.splits = _SPLITS
-    config.data.split = values["split"] or _only_split(root, values["labeled"])
+    config.data.split = values["split"]
     shown = {"root": values["root"], "split": config.data.split or "-"}
     config.name = arguments.describe("custom", shown | {key: values[key] for key in ("backbone", "method")})
     if not config.data.split:
@@ -61,6 +65,8 @@ def get_config(argument: str | None = None):
     config.optimizer.lr = 0.0
     config.train.epochs = 0
     config.train.steps = values["steps"]
+    if values["steps"]:  # The teacher is to follow within a quarter of a short run: 100 of 400 steps, as on the shapes.
+        config.teacher.keep_rate = 1 - 1 / min(250, max(1, values["steps"] / 4))
     methods.apply(config, values["method"])
     return config
 
@@ -79,13 +85,13 @@ def _ignored(text: str) -> tuple[int, ...]:
         raise ConfigError(f"config argument ignore={text!r}: expected numbers, such as 0+254") from None
 
 
-def _only_split(root: str, labeled: str) -> str:
-    """Returns the split of ROOT/splits if there is one alone, and "" if there is none or `labeled` says otherwise."""
+def _check_splits(root: str, values: dict) -> None:
+    """Raises ConfigError if there are lists in ROOT/splits and nothing says whether they are meant, or the folders."""
     folder = os.path.join(root, _SPLITS)
-    known = sorted(os.listdir(folder)) if os.path.isdir(folder) and not labeled else []
-    known = [name for name in known if os.path.isdir(os.path.join(folder, name))]
-    if len(known) > 1:
+    if values["split"] or values["labeled"] or not os.path.isdir(folder):
+        return
+    known = sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)))
+    if known:
         raise ConfigError(
-            f"{folder} has several splits: say split=NAME, one of {', '.join(known)}; or labeled=images for no split"
+            f"{folder} has splits: say split=NAME, one of {', '.join(known)}; or labeled=images, for the folders"
         )
-    return known[0] if known else ""

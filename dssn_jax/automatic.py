@@ -10,7 +10,6 @@
 | optimizer.lr (and lr_multi) | | whether the weights are pretrained: recipes of VOC and of CamVid |
 """
 
-import json
 import math
 import os
 import pathlib
@@ -19,11 +18,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 
 import input_pipeline
-from dssn_jax import checkpoint
 
 _BATCH = 8  # Labeled, and unlabeled, images a step in every published recipe.
 _MOST_CROP = 513  # That of the VOC recipe.
@@ -63,17 +60,14 @@ def pending(config) -> list[str]:
     return [key for key in keys if _get(config, key) == 0]
 
 
-def as_before(config, workdir: epath.PathLike):
-    """Returns `config` with the choices of the run in `workdir`, if there is one: a continued run keeps them."""
-    if not pending(config) or not checkpoint.exists(workdir):
-        return config
-    saved = json.loads((epath.Path(workdir) / "config.json").read_text())
+def adopt(config, other):
+    """Returns `config` with the values that `other`, of the same run, has for what is left to be chosen."""
     config = config.copy_and_resolve_references()
     for key in pending(config):
         section, name = key.split(".")
-        config[section][name] = saved[section][name]
+        config[section][name] = other[section][name]
         if key == "optimizer.lr":
-            config.optimizer.lr_multi = saved["optimizer"]["lr_multi"]
+            config.optimizer.lr_multi = other.optimizer.lr_multi
     return config
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 import input_pipeline
-from dssn_jax import automatic, checkpoint, experiment, inference, metrics, recorder, scores, sharding, views
+from dssn_jax import checkpoint, experiment, inference, metrics, recorder, saved_run, scores, sharding, views
 from dssn_jax.models import DeepLabV3Plus
 from dssn_jax.models.layers import Extent
 from dssn_jax.recorder import duration, logger
@@ -126,7 +126,7 @@ def evaluate(config, workdir: str, which: str) -> dict:
 
     Logs a table, writes and returns `workdir/eval_STEP.json`: {"student": {"miou", "iou"}, "teacher": ...}, per cent.
     """
-    parts = experiment.build(automatic.as_before(config, workdir))
+    parts = experiment.build(saved_run.continued(config, workdir))
     config = parts.config
     recorder.log_to(None)
     saved = checkpoint.Checkpointer(workdir, read_only=True)

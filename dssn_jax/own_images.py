@@ -37,6 +37,7 @@ def split(config, subsets: list[str], stratify: bool, target: str = "") -> list[
     recorder.log_to(None)
     if config.data.source != "folder":
         raise ConfigError(f"config.data.source is {config.data.source!r}; --mode=split makes lists of files: 'folder'")
+    target = str(pathlib.Path(target).absolute()) if target else ""
     made = input_pipeline.make_splits(config.data, subsets, config.seed, stratify, target)
     for subset in made:
         lacks = f"; no image of: {', '.join(subset.absent)}" if subset.absent else ""
@@ -44,7 +45,8 @@ def split(config, subsets: list[str], stratify: bool, target: str = "") -> list[
             "%s: %d labeled, %d unlabeled, %d validation images%s",
             subset.name, subset.labeled, subset.unlabeled, subset.val, lacks,
         )  # fmt: skip
-    logger.info("wrote the lists to %s; config argument split=%s trains on them", made[0].folder, made[0].name)
+    elsewhere = f" with --config.data.splits={target}" if target else ""
+    logger.info("wrote the lists; config argument split=%s%s trains on them", made[0].name, elsewhere)
     return made
 
 

@@ -55,6 +55,16 @@ def read_config(workdir: epath.PathLike):
         raise WorkdirError(f"{epath.Path(workdir) / CONFIG}: not a configuration of this program: {error}") from None
 
 
+def continued(config, workdir: epath.PathLike):
+    """Returns `config` with what was chosen for it by the run in `workdir`, if there is one: it keeps its choices.
+
+    Raises WorkdirError.
+    """
+    if not checkpoint.exists(workdir) or not automatic.pending(config):
+        return config
+    return automatic.adopt(config, read_config(workdir))
+
+
 def complete(saved: dict):
     """Returns the configuration of one that was saved as JSON; keys that are newer than it have their defaults."""
     config = defaults.get_config()
@@ -78,7 +88,7 @@ def restore_networks(
 
     Raises WorkdirError, CheckpointError or ConfigError.
     """
-    config = read_config(workdir) if config is None else automatic.as_before(config, workdir)
+    config = read_config(workdir) if config is None else continued(config, workdir)
     mesh = sharding.make_mesh(jax.local_devices()[:1]) if mesh is None else mesh
     configuration.validate(config, mesh.size)
     saved = checkpoint.Checkpointer(workdir, read_only=True)

@@ -11,7 +11,6 @@ from etils import epath
 
 import input_pipeline
 from dssn_jax import (
-    automatic,
     checkpoint,
     distributed,
     evaluate,
@@ -50,7 +49,7 @@ def train(config, workdir: epath.PathLike, deadline: float = math.inf) -> dict:
     """
     workdir = epath.Path(workdir)
     # Before the work directory is made: bad input leaves nothing behind.
-    parts = experiment.build(automatic.as_before(config, workdir))
+    parts = experiment.build(saved_run.continued(config, workdir))
     config, weights = parts.config, None
     if config.model.pretrained and not checkpoint.exists(workdir):
         weights = pretrained.load(config, parts.abstract_state().student)

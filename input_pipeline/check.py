@@ -67,7 +67,7 @@ class Report(NamedTuple):
       ignored: by part with labels, ignored pixels.
       masks: by part with labels, the number of masks that could be counted.
       classes: names.
-      root: folder of the files.
+      root: folder of the files; "" if there is none.
       findings: those to fix first.
     """
 
@@ -122,7 +122,7 @@ def check(config) -> Report:
         ignored={name: sum(mask.ignored for mask in part) for name, part in masks.items()},
         masks={name: len(each) - len(none) for name, each in counts.items()},
         classes=labels.classes,
-        root=layout.find_root(data),
+        root=layout.find_root(data) if data.root else "",
         findings=tuple(sorted(findings, key=lambda finding: finding.level != FIX)),
     )
 

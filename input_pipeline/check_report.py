@@ -13,11 +13,12 @@ _SIZES = ("smallest", "median", "largest")
 
 def text(report: Report) -> str:
     """Returns the tables and findings, for a terminal."""
-    lines = [report.root, "", *_table(_images(report)), "", *_table(_classes(report)), ""]
+    root = report.root and report.root + os.sep
+    lines = [*_table(_images(report)), "", *_table(_classes(report)), ""]
     for finding in report.findings:
         sign = "FIX " if finding.level == FIX else "note"
         lines.append(f"{sign}  {finding.title}: {len(finding.items)}")
-        lines += [f"        {item.replace(report.root + os.sep, '')}" for item in finding.items[:_SHOWN]]
+        lines += [f"        {item.replace(root, '')}" for item in finding.items[:_SHOWN]]
         if len(finding.items) > _SHOWN:
             lines.append(f"        ... {len(finding.items) - _SHOWN} more")
         lines.append(f"      > {finding.advice}")

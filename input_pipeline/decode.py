@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from input_pipeline.errors import DataError
 
@@ -130,6 +130,8 @@ def _named(file: Encoded):
     except FileNotFoundError:
         listed = f" (listed in {file.listed})" if file.listed else ""
         raise DataError(f"missing file {file.where}{listed}") from None
+    except UnidentifiedImageError:  # Whose text names an object in memory.
+        raise DataError(f"{file.where}: not an image that can be opened: of no known format") from None
     except _DECODE_ERRORS as error:
         raise DataError(f"{file.where}: not an image that can be opened: {error}") from None
 

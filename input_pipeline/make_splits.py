@@ -33,7 +33,6 @@ _CANDIDATES = 256  # Images compared for one place; more would make large data s
 class Made(NamedTuple):
     """What was made of a subset."""
 
-    folder: str
     name: str
     labeled: int
     unlabeled: int
@@ -49,7 +48,7 @@ def make_splits(data, subsets: Sequence[str], seed: int = 0, stratify: bool = Tr
       subsets: names: fractions of the labeled images that do not validate ("1_8" or "1/8"), numbers ("30"), or "full".
       seed: of the choice.
       stratify: whether rare classes come into the small subsets; reads all masks.
-      target: folder; default `data.splits` under `data.root`.
+      target: folder, absolute or under `data.root`; default `data.splits`.
 
     Raises:
       DataError: the data or the subsets cannot be used, or a list is there already. Nothing was written then.
@@ -77,7 +76,7 @@ def make_splits(data, subsets: Sequence[str], seed: int = 0, stratify: bool = Tr
         rest = [entry for entry in pool if entry not in chosen] + unlabeled
         lists |= {os.path.join(name, LABELED): few, os.path.join(name, UNLABELED): rest or few}
         absent = _absent(present, few, pool, data.classes) if stratify else ()
-        made.append(Made(target, name, size, len(rest or few), len(val), absent))
+        made.append(Made(name, size, len(rest or few), len(val), absent))
     _write(target, lists)
     return made
 

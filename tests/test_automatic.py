@@ -1,13 +1,11 @@
 """Values that are 0 in a configuration: against numbers worked out by hand."""
 
-import json
-
 import jax
 import pytest
 
 import input_pipeline
-from configs import custom, methods
-from dssn_jax import automatic, config, models
+from configs import camvid, cityscapes, coco, custom, methods, pascal, shapes
+from dssn_jax import automatic, config, models, saved_run
 from tests.input_pipeline.own_images import make_root
 
 GIB = 1 << 30
@@ -136,6 +134,13 @@ def test_learning_rate_follows_the_weights(configure, choose):
     assert "optimizer.lr=0.002, optimizer.lr_multi=10: pretrained weights, as on VOC" in reasons
 
 
+def test_the_teacher_follows_within_a_short_run(configure):
+    """By a quarter of it, as that of the shapes does (400 steps: 0.99), and never slower than the published 0.996."""
+    assert configure().teacher.keep_rate == configure(steps=5000).teacher.keep_rate == 0.996
+    assert configure(steps=400).teacher.keep_rate == shapes.get_config().teacher.keep_rate == 0.99
+    assert configure(steps=1).teacher.keep_rate == 0
+
+
 def test_what_is_given_is_kept(configure, choose):
     config = configure(crop=100, steps=7)
     config.data.update({"labeled_batch": 3, "unlabeled_batch": 2})
@@ -146,8 +151,6 @@ def test_what_is_given_is_kept(configure, choose):
 
 
 def test_recipes_have_nothing_to_choose():
-    from configs import camvid, cityscapes, coco, pascal, shapes
-
     for recipe in (camvid, cityscapes, coco, pascal, shapes):
         for method in methods.METHODS:
             assert automatic.pending(recipe.get_config(f"method={method}")) == []
@@ -166,13 +169,16 @@ def test_chosen_values_are_valid(configure, choose, method):
 def test_a_continued_run_keeps_its_choices(configure, choose, tmp_path):
     first, _ = choose(configure(pretrained="x.pth"), many(3), many(100))
     (tmp_path / "run/checkpoints/7").mkdir(parents=True)
-    (tmp_path / "run/config.json").write_text(json.dumps(json.loads(first.to_json())))
-    before = automatic.as_before(configure(pretrained="x.pth"), tmp_path / "run")
+    (tmp_path / "run/config.json").write_text(first.to_json())
+    before = saved_run.continued(configure(pretrained="x.pth"), tmp_path / "run")
     assert before.to_json() == first.to_json()
     again, reasons = choose(before, many(3), many(100000), devices=16, limit=GIB)  # Whatever became of the machine.
     assert again.to_json() == first.to_json() and reasons == []
-    assert automatic.as_before(configure(crop=65), tmp_path / "run").data.crop == 65
-    assert automatic.as_before(configure(), tmp_path / "other").data.crop == 0
+    assert saved_run.continued(configure(crop=65), tmp_path / "run").data.crop == 65
+    assert saved_run.continued(configure(), tmp_path / "other").data.crop == 0
+    (tmp_path / "run/config.json").write_text("{")
+    with pytest.raises(saved_run.WorkdirError, match="config.json: damaged"):
+        saved_run.continued(configure(), tmp_path / "run")
 
 
 def test_every_backbone_was_measured():

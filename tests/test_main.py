@@ -35,6 +35,7 @@ def run_main(*options):
         (["--config=configs/shapes.py", "--config.data.croop=3"], ["'data.croop'", "'crop'"]),
         (["--config=configs/shape.py"], ["'configs/shape.py' cannot be read", "'configs/shapes.py'"]),
         (["--config=configs/pascal.py", "--config.data.root=/nowhere"], ["/nowhere"]),
+        (["--config=configs/custom.py", "--mode=check"], ["configs/custom.py:root=FOLDER"]),
         (["--config=configs/shapes.py", "--mode=eval"], ["checkpoints: no such folder"]),
         (["--mode=eval"], ["--mode=eval needs --config"]),
         (["--mode=predict", "--from=images"], ["--mode=predict needs --to"]),

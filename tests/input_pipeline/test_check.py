@@ -8,7 +8,7 @@ from PIL import Image
 from configs import custom, shapes
 from dssn_jax import own_images
 from dssn_jax.own_images import DefectsError
-from input_pipeline import DataError, check, check_report
+from input_pipeline import DataError, check, check_report, pack
 from tests.input_pipeline.own_images import make_root, save_image, save_mask
 
 
@@ -112,6 +112,17 @@ def test_folders(tmp_path):
     assert found["classes_not_in_labeled"].items == found["classes_not_in_val"].items == ("b", "c")
     assert found["empty_masks"].items == (str(root / "masks/c.png"),)
     assert found["labeled_in_unlabeled"].level == "note"
+
+
+def test_packed_data(sound, tmp_path):
+    """What was packed is looked through as the files are."""
+    before = check(configure(sound))
+    packed = pack(configure(sound), str(tmp_path / "packed"))
+    config = configure(sound)
+    config.data.update({"source": "array_record", "root": str(tmp_path / "packed"), "split": packed.split})
+    after = check(config)
+    assert after.images == before.images and after.sizes == before.sizes and after.findings == before.findings
+    assert after.pixels["labeled"].tolist() == before.pixels["labeled"].tolist()
 
 
 def test_items_are_counted_not_all_printed(sound):

@@ -132,14 +132,13 @@ def test_bad_class_names(tmp_path, names, message):
         custom.get_config(f"root={root}")
 
 
-def test_splits_of_the_root_are_taken(tmp_path):
+def test_splits_or_folders_are_meant(tmp_path):
     root = make_root(tmp_path, {"a": (0,), "b": (0,)})
     (root / "splits/1_8").mkdir(parents=True)
-    assert _data(root).split == "1_8"
     (root / "splits/1_4").mkdir()
-    with pytest.raises(ConfigError, match=r"several splits: say split=NAME, one of 1_4, 1_8"):
+    with pytest.raises(ConfigError, match=r"splits has splits: say split=NAME, one of 1_4, 1_8; or labeled=images"):
         _data(root)
-    assert _data(root, labeled="images").split == ""
+    assert _data(root, labeled="images").split == "" and _data(root, split="1_4").split == "1_4"
     with pytest.raises(ConfigError, match="no such folder"):
         custom.get_config("root=/absent")
 

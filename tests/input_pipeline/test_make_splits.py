@@ -45,7 +45,7 @@ def test_subsets_are_nested_and_complete(root, stratify):
 
 def test_lists_are_what_the_program_reads(root):
     make_splits(custom.get_config(f"root={root}").data, ["1_8"])
-    sources = open_sources(custom.get_config(f"root={root}"))
+    sources = open_sources(custom.get_config(f"root={root},split=1_8"))
     assert [len(source) for source in sources] == [8, 61, 16]
     assert sources.labeled[0]["label"].shape == (4, 4)
 
