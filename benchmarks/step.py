@@ -11,6 +11,7 @@ other work on the machine disturbs less than the time; seconds until the first s
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -107,8 +108,8 @@ def measure_jax(config, seconds: float) -> dict:
     method = methods.from_config(config, steps_per_epoch=100)
     sgd, schedule = optimizer.from_config(config.optimizer, 1000)
     step = train_step.compile_step(model, method, sgd, schedule, config.data, augment.from_config(config.views), mesh)
-    initialise = jax.jit(lambda: train_state.initialise(model, sgd, 0, method.has_teacher))
-    state, batch = initialise(), sharding.put_batch(random_batch(config), mesh)
+    initialise = jax.jit(functools.partial(train_state.initialise, model, sgd, method.has_teacher))
+    state, batch = initialise(train_state.keys(0)), sharding.put_batch(random_batch(config), mesh)
     jax.block_until_ready(state)
     started = time.perf_counter()
     lowered = step.lower(state, batch)
@@ -187,7 +188,8 @@ def run_row(row: tuple, crop: int, arguments, deadline: float) -> dict:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["failed"]
         memory = any("out of memory" in line.lower() or "RESOURCE_EXHAUSTED" in line for line in lines)
-        return named | {"note": "out of memory" if memory else lines[-1][:90]}
+        errors = [line for line in lines if "Error" in line] or lines
+        return named | {"note": "out of memory" if memory else errors[-1][:90]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
