@@ -1,19 +1,22 @@
 PYTHON ?= python3
 VENV ?= .venv
-INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# Python compiles what is imported when it is imported first; most of what is installed never is.
+INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: setup demo test lint
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 	$(INSTALL) -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+$(VENV)/.installed-dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
 	$(INSTALL) -r requirements-dev.txt
-	touch $@
+	touch $(VENV)/.installed $@
 
 # Trains the supervised baseline and DSSN on generated shapes with the same few labels; prints both mean IoUs.
 demo: setup

@@ -31,8 +31,10 @@ DSSN = dict(
     strong_views=2, feature_views=2, labeler="teacher", strong_weight=0.25, feature_weight=0.25,
     image_contrast_weight=0.01, feature_contrast_weight=0.01,
 )  # fmt: skip
-# Each program runs only a few times: compiling it counts for more.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
+# Each program runs only a few times: compiling it counts for more. It is large, so not all optimisation can be missed.
+jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": False}
+)
 # Our names of the terms -> those of the original.
 TERMS = {
     "loss_x": "loss_x", "loss_s1": "loss_u_s1", "loss_s2": "loss_u_s2", "loss_fp1": "loss_u_w_fp1",

@@ -18,7 +18,6 @@ from tests.conftest import ONE_DEVICE
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOUR_DEVICES = f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"
-EIGHT_DEVICES = f"{ONE_DEVICE} --xla_force_host_platform_device_count=8"
 
 
 def start(workdir, xla_flags, *options):
@@ -44,7 +43,7 @@ def finish(*processes, code=0):
     return printed
 
 
-def test_two_processes_of_four_devices_and_then_one_of_eight_train_and_evaluate_as_one_of_one(tmp_path):
+def test_two_processes_of_four_devices_and_then_one_of_one_train_and_evaluate_as_one_of_one(tmp_path):
     """The second of the two processes is told to end in the middle; both save and stop, and one goes on alone."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -59,8 +58,8 @@ def test_two_processes_of_four_devices_and_then_one_of_eight_train_and_evaluate_
     first, second = finish(*two, code=128 + signal.SIGTERM)
     step = re.search(r"stopped by SIGTERM after step (\d+) of 30, which is saved", first)[1]
     assert f"SIGTERM after step {step} of 30" in second and " | loss" not in second  # The first process alone reports.
-    (alone,) = finish(start(tmp_path / "two", EIGHT_DEVICES))
-    assert f"continuing from step {step} " in alone and "1 processes x 8 devices" in alone
+    (alone,) = finish(start(tmp_path / "two", ONE_DEVICE))
+    assert f"continuing from step {step} " in alone and "1 processes x 1 devices" in alone
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
