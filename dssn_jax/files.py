@@ -59,14 +59,14 @@ class Folder:
         for name in continued:
             if (self.path / name).exists():
                 (self.growing / name).write_bytes((self.path / name).read_bytes())
+                self._published[self.growing / name] = _state(self.growing / name)
 
     def publish(self) -> None:
         """Copies the growing files that changed since the last time, whole, to the folder."""
         if not is_remote(self.path):
             return
         for file in sorted(self.growing.rglob("*")):
-            state = (file.stat().st_size, file.stat().st_mtime_ns)
-            if file.is_file() and self._published.get(file) != state:
+            if file.is_file() and self._published.get(file) != (state := _state(file)):
                 (self.path / file.relative_to(self.growing).as_posix()).write_bytes(file.read_bytes())
                 self._published[file] = state
 
@@ -75,3 +75,8 @@ class Folder:
         self.publish()
         if is_remote(self.path):
             shutil.rmtree(self.growing, ignore_errors=True)
+
+
+def _state(file: pathlib.Path) -> tuple[int, int]:
+    """Differs when the file has been written to."""
+    return file.stat().st_size, file.stat().st_mtime_ns

@@ -106,7 +106,6 @@ class Recorder:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
-            self._workdir.publish()
 
     def _write(self, step: int, values: dict) -> None:
         if self._board is None:

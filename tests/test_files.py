@@ -47,6 +47,16 @@ def test_growing_files_reach_their_folder_and_are_continued(root):
     assert sorted(path.name for path in (root / "run" / "board").iterdir()) == ["first", "second"]
 
 
+def test_what_was_only_read_is_not_published_over_what_another_process_wrote(gs):
+    for content in ("first\n", "second\n"):
+        both = [files.Folder(gs / "run", continued=("log.txt",)) for _ in range(2)]
+        with (both[0].growing / "log.txt").open("a") as file:
+            file.write(content)
+        for folder in both:
+            folder.close()
+    assert (gs / "run" / "log.txt").read_text() == "first\nsecond\n"
+
+
 def test_paths_of_buckets_stay_as_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(files.absolute("gs://runs/a")) == "gs://runs/a"
