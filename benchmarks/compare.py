@@ -162,9 +162,7 @@ def plan(variants: Sequence[str], splits: Sequence[str], grid: dict[str, list[st
 
 def _changes(before, after) -> list[str]:
     """Lists the differences of two configurations that may change scores."""
-    free = tuple(f"config.{key}:" for key in _FREE)
-    listed = configuration.differences(json.loads(before.to_json()), json.loads(after.to_json()))
-    return [change for change in listed if not change.startswith(free)]
+    return configuration.differences(json.loads(before.to_json()), json.loads(after.to_json()), free=_FREE)
 
 
 def open_folder(out: pathlib.Path, comparison: Comparison, command: str) -> None:

@@ -21,20 +21,16 @@ def planned(backbone: str, batch: int, crop: int) -> dict[str, int]:
     """Returns the bytes that the compiled step of `batch` + `batch` images plans for: {"arguments", "temporary"}."""
     import jax
 
-    from benchmarks.step import random_batch
+    from benchmarks.scaling import abstract_step
     from configs import defaults
-    from dssn_jax import augment, experiment, methods, models, optimizer, sharding, train_step
+    from dssn_jax import sharding
 
     config = defaults.get_config()
     config.data.classes = tuple(map(str, range(CLASSES)))
     config.data.labeled_batch = config.data.unlabeled_batch = batch
     config.data.crop, config.model.backbone = crop, backbone
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    model = models.build(config.model, CLASSES)
-    method = methods.from_config(config, steps_per_epoch=100)
-    sgd, schedule = optimizer.from_config(config.optimizer, 1000)
-    step = train_step.compile_step(model, method, sgd, schedule, config.data, augment.from_config(config.views), mesh)
-    plan = step.lower(experiment.abstract_state(config, mesh), random_batch(config)).compile().memory_analysis()
+    step, state, batch = abstract_step(config, sharding.make_mesh(jax.devices()[:1]))
+    plan = step.lower(state, batch).compile().memory_analysis()
     return {"arguments": plan.argument_size_in_bytes, "temporary": plan.temp_size_in_bytes}
 
 

@@ -1,16 +1,17 @@
 """Checks of a configuration before anything runs. The keys are defined in `configs/defaults.py`."""
 
-import difflib
 import functools
 import operator
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import jax
+from etils import epath
 
 from dssn_jax import inference, methods, models, pseudo_labels
 from dssn_jax.models import resnet
 from input_pipeline import layout
+from input_pipeline.errors import did_you_mean
 from input_pipeline.pipeline import MIX_PARTNERS
 from input_pipeline.sources import SOURCES
 
@@ -28,9 +29,7 @@ class ConfigError(Exception):
 def suggest(found: str, known: Iterable[str]) -> str:
     """Returns "; did you mean A or B? known: ..." for an unknown name."""
     known = [str(name) for name in known]
-    near = difflib.get_close_matches(str(found), known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
-    return f"{hint} known: {', '.join(known)}"
+    return f"{did_you_mean(str(found), known) or ';'} known: {', '.join(known)}"
 
 
 def unreadable_config_file(path: str) -> str:
@@ -48,6 +47,12 @@ def check_choice(what: str, found: str, known: Iterable[str]) -> None:
         raise ConfigError(f"unknown {what} {found!r}{suggest(found, known)}")
 
 
+def check_target(path: epath.Path) -> None:
+    """Raises ConfigError when the file `path`, of --to, has no folder to be written to."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"--to={path}: the folder {path.parent} does not exist")
+
+
 def check_keys(arguments: Iterable[str], defaults) -> None:
     """Raises ConfigError for the first override `--config.KEY=...` in `arguments` whose key is not in `defaults`."""
     for argument in arguments:
@@ -62,15 +67,20 @@ def check_keys(arguments: Iterable[str], defaults) -> None:
             section = section[key]
 
 
-def differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
-    """Lists the keys in which two configurations (as nested dicts) differ, such as "config.seed: 0, now 1"."""
+def differences(old: dict, new: dict, free: Collection[str] = (), section: str = "config") -> list[str]:
+    """Lists the keys in which two configurations (as nested dicts) differ, such as "config.seed: 0, now 1".
+
+    `free` are keys, or sections of keys, that are left out, such as "seed" or "data.shapes".
+    """
     found = []
     for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
+        path, before, after = f"{section}.{key}", old.get(key), new.get(key)
+        if path.removeprefix("config.") in free:
+            continue
         if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}.{key}")
+            found += differences(before, after, free, path)
         elif before != after:
-            found.append(f"{prefix}.{key}: {before!r}, now {after!r}")
+            found.append(f"{path}: {before!r}, now {after!r}")
     return found
 
 
@@ -86,10 +96,7 @@ _FREE = (
 
 def inexact_changes(old: dict, new: dict) -> list[str]:
     """Lists the differences of two configurations after which a run does not continue as it would have."""
-    free = tuple(f"config.{key}" for key in _FREE)
-    return [
-        change for change in differences(old, new) if not any(change.startswith((f"{key}:", f"{key}.")) for key in free)
-    ]
+    return differences(old, new, free=_FREE)
 
 
 def validate(config, device_count: int) -> None:

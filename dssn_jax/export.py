@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from dssn_jax import files, recorder, saved_run, views
-from dssn_jax.config import ConfigError
+from dssn_jax.config import ConfigError, check_target
 from dssn_jax.recorder import logger
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -38,8 +38,7 @@ def export(workdir: str, which: str, network: str | None, size: str | None, to: 
     network = saved_run.choose_network(workdir, saved.variables, network)
     height, width = height_width or (saved.config.data.crop,) * 2
     path = epath.Path(to or epath.Path(workdir) / f"{network}_{saved.step}.stablehlo")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--to={path}: the folder {path.parent} does not exist")
+    check_target(path)
     recorder.log_to(None)
     logger.info("exporting the %s of step %d of %s for images of %dx%d", network, saved.step, workdir, height, width)
     exported = lower(saved.model, saved.variables[network], saved.config.data, height, width)

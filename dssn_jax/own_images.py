@@ -2,9 +2,11 @@
 
 import pathlib
 
+from etils import epath
+
 import input_pipeline
 from dssn_jax import recorder
-from dssn_jax.config import ConfigError
+from dssn_jax.config import ConfigError, check_target
 from dssn_jax.recorder import logger
 from input_pipeline import check_report
 
@@ -19,9 +21,9 @@ def check(config, target: str | None = None) -> input_pipeline.Report:
     Raises DefectsError, at the end, if something must be fixed; DataError or ConfigError if nothing could be read.
     """
     recorder.log_to(None)
-    path = pathlib.Path(target) if target else None
-    if path is not None and not path.parent.is_dir():
-        raise ConfigError(f"--to={target}: no folder {path.parent}")
+    path = epath.Path(target) if target else None
+    if path is not None:
+        check_target(path)
     report = input_pipeline.check(config)
     print(check_report.text(report))
     if path is not None:

@@ -60,7 +60,7 @@ def continued(config, workdir: epath.PathLike):
 
     Raises WorkdirError.
     """
-    if not checkpoint.exists(workdir) or not automatic.pending(config):
+    if not automatic.pending(config) or not checkpoint.exists(workdir):
         return config
     return automatic.adopt(config, read_config(workdir))
 

@@ -1,7 +1,6 @@
 """Labels: which values of a mask mean which class."""
 
 import csv
-import difflib
 import functools
 import json
 import os
@@ -12,7 +11,7 @@ import numpy as np
 
 from input_pipeline import decode
 from input_pipeline.decode import Encoded
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, did_you_mean
 
 IGNORE = "ignore"  # What a label map calls the ignored pixels.
 _COLOURS = 1 << 24
@@ -251,9 +250,7 @@ def _class_id(name: str, classes: Sequence[str], ignore: int, where: str) -> int
         return ignore
     if _is_number(name) and int(name) in (*range(len(classes)), ignore):
         return int(name)
-    near = difflib.get_close_matches(name, classes, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
     raise DataError(
-        f"{where}: no class {name!r}{hint} expected {', '.join(classes)} (config.data.classes), an id below "
-        f"{len(classes)}, or {IGNORE}"
+        f"{where}: no class {name!r}{did_you_mean(name, classes) or ';'} expected {', '.join(classes)} "
+        f"(config.data.classes), an id below {len(classes)}, or {IGNORE}"
     )

@@ -178,7 +178,7 @@ def _absent(present: dict[Entry, np.ndarray], few: list[Entry], pool: list[Entry
 
 def _write(target: str, lists: dict[str, list[Entry]]) -> None:
     """Writes lists, by their paths below `target`: all or, if one is there already with other content, none."""
-    texts = {name: "".join(f"{split_lists.format_entry(entry)}\n" for entry in lists[name]) for name in lists}
+    texts = {name: split_lists.format_list(entries) for name, entries in lists.items()}
     there = [os.path.join(target, name) for name in texts if os.path.lexists(os.path.join(target, name))]
     others = [path for path in there if not _holds(path, texts[os.path.relpath(path, target)])]
     if others:

@@ -240,7 +240,7 @@ def _write_lists(data, sources: Sources, folder: pathlib.Path) -> str:
     else:
         paths = [*(splits / _SPLIT / list_ for list_ in split_lists.SPLIT_LISTS), splits / split_lists.VAL]
         for path, source in zip(paths, sources, strict=True):
-            texts[path] = "".join(f"{split_lists.format_entry(entry)}\n" for entry in source.entries).encode()
+            texts[path] = split_lists.format_list(source.entries).encode()
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.whole(path) as part:

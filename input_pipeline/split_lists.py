@@ -1,11 +1,11 @@
 """Split lists: which images are labeled, which are not, and which validate. Text files, one `image mask` a line."""
 
-import difflib
 import os
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, did_you_mean
 
 LABELED, UNLABELED, VAL = "labeled.txt", "unlabeled.txt", "val.txt"
 SPLIT_LISTS = (LABELED, UNLABELED)  # Those in the folder of a split; VAL is beside these folders.
@@ -61,8 +61,7 @@ def _unknown_split(folders: list[str], split: str) -> str:
     if not present:
         return f"no folder of split lists: tried {' and '.join(folders)} (config.data.splits)"
     known = sorted({name for f in present for name in os.listdir(f) if os.path.isfile(os.path.join(f, name, LABELED))})
-    near = difflib.get_close_matches(split, known, n=3, cutoff=0.4)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    hint = did_you_mean(split, known, cutoff=0.4)
     found = f"no split {split!r}" if split else "config.data.split is not set: no split"
     return f"{found} in {' or '.join(present)}{hint}; splits there: {', '.join(known) or 'none'}"
 
@@ -125,6 +124,11 @@ def format_entry(entry: Entry) -> str:
     if not any(map(_BLANK.search, names)):
         return " ".join(names)
     return "\t".join(names) + ("\t" if len(names) == 1 else "")
+
+
+def format_list(entries: Iterable[Entry]) -> str:
+    """Returns the text of a list; raises DataError as `format_entry` does."""
+    return "".join(f"{format_entry(entry)}\n" for entry in entries)
 
 
 def _parse(line: str, where: str, labeled: bool) -> Entry:

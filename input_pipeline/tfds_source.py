@@ -1,12 +1,11 @@
 """Sources of TensorFlow Datasets, read without TensorFlow: encoded images and masks of a data set on disk."""
 
-import difflib
 import functools
 import os
 
 from input_pipeline.decode import Encoded
 from input_pipeline.encoded import EncodedSource
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, did_you_mean
 from input_pipeline.labels import Labels
 
 
@@ -115,8 +114,5 @@ def open_dataset(name: str, data_dir: str):
 
 def _hint(found: str, known) -> str:
     known = list(known)
-    near = [name for name in known if found and found in name]  # "mask" is nearer to "segmentation_mask" than it looks.
-    near = near or difflib.get_close_matches(found, known, n=3, cutoff=0.4)
-    return (
-        f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
-    ) + f" known: {', '.join(known) or 'none'}"
+    # "mask" is nearer to "segmentation_mask" than it looks.
+    return f"{did_you_mean(found, known, cutoff=0.4, part=True) or ';'} known: {', '.join(known) or 'none'}"

@@ -31,8 +31,7 @@ def parameters(config, workdir):
 
 
 def losses(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: line["loss"] for line in recorder.read_metrics(workdir) if "loss" in line}
 
 
 def test_a_run_leaves_its_scores_logs_and_checkpoints(tiny_config, tmp_path):

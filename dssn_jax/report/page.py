@@ -9,7 +9,7 @@ from etils import epath
 
 from configs import defaults
 from dssn_jax import files, pictures, recorder
-from dssn_jax.config import ConfigError
+from dssn_jax.config import check_target
 from dssn_jax.recorder import duration, logger
 from dssn_jax.report import charts, gallery, runs
 from dssn_jax.report.runs import Run
@@ -35,8 +35,7 @@ def report(workdirs: Sequence[str], to: str | None = None, images: int = 200) ->
     recorder.log_to(None)
     shown = runs.read(workdirs)
     path = epath.Path(to or shown[0].workdir / "report.html")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--to={path}: the folder {path.parent} does not exist")
+    check_target(path)
     page = render(shown, [gallery.draw(run, images) for run in shown])
     with files.whole(path) as part:
         part.write_text(page)
