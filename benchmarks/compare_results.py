@@ -236,8 +236,8 @@ def _legend(rows: list[dict], devices: list[str], commands: list[str], outcomes:
     ]
     if any(row["values"] for row in rows):
         lines.append(
-            "- Each method was run with the same values of the grid. The overview, and the baseline of all "
-            "differences, take those with the largest mean of last (marked *)."
+            "- Of the values of a grid that a method was run with, the overview, and the baseline of all differences, "
+            "take those with the largest mean of last (marked *)."
         )
     commands = "\n".join(f"    {command}" for command in commands)
     return "\n".join(lines) + f"\n\nRun by:\n\n{commands}"

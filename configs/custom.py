@@ -65,7 +65,7 @@ def get_config(argument: str | None = None):
     config.optimizer.lr = 0.0
     config.train.epochs = 0
     config.train.steps = values["steps"]
-    if values["steps"]:  # The teacher is to follow within a quarter of a short run: 100 of 400 steps, as on the shapes.
+    if values["steps"]:  # The teacher is to follow within a quarter of a short run.
         config.teacher.keep_rate = 1 - 1 / min(250, max(1, values["steps"] / 4))
     methods.apply(config, values["method"])
     return config
