@@ -297,7 +297,10 @@ def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def draw(rows: list[dict], paths: Sequence[pathlib.Path]) -> None:
-    """Draws both measures: curves of the methods over labels, and bars of the split with the most variants."""
+    """Draws both measures: curves of the methods over labels, and bars of the split with the most variants.
+
+    Of a single number of labels there are bars alone.
+    """
     from matplotlib.figure import Figure
 
     chosen = [row for row in rows if row["chosen"]]
@@ -305,10 +308,12 @@ def draw(rows: list[dict], paths: Sequence[pathlib.Path]) -> None:
         split: sum(row["split"] == split for row in chosen) for split in dict.fromkeys(r["split"] for r in chosen)
     }
     shown = [row for row in chosen if row["split"] == max(counts, key=counts.get)] if counts else []
-    figure = Figure(figsize=(12, 4.2 * len(COMPARED)), layout="constrained")
-    for (left, right), measure in zip(figure.subplots(len(COMPARED), 2), COMPARED, strict=True):
-        draw_curves(left, chosen, measure)
-        draw_bars(right, shown, measure)
+    panels = [(draw_bars, shown, measure) for measure in COMPARED]
+    if len({row["labels"] for row in chosen}) > 1:  # A row of panels for each measure.
+        panels = [panel for bars in panels for panel in ((draw_curves, chosen, bars[2]), bars)]
+    figure = Figure(figsize=(12, 4.2 * len(panels) / 2), layout="constrained")
+    for axes, (draw_panel, drawn, measure) in zip(figure.subplots(len(panels) // 2, 2).flat, panels, strict=True):
+        draw_panel(axes, drawn, measure)
     for path in paths:
         with files.whole(path) as part:
             figure.savefig(part, dpi=120, format=path.suffix[1:])
