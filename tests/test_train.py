@@ -124,9 +124,9 @@ def saved_steps(log):
 
 def test_a_run_is_not_continued_with_what_would_change_it(tiny_config, trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    with pytest.raises(ConfigError, match=r"step 12: .*lr: 0.05, now 0.01.*length.*: 12 steps, now 14.*resume"):
+    with pytest.raises(ConfigError, match=r"step 12: .*lr: 0.02, now 0.01.*length.*: 12 steps, now 14.*resume"):
         train.train(tiny_config(train__steps=14, optimizer__lr=0.01), tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["lr"] == 0.05
+    assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["lr"] == 0.02
     parts = experiment.build(tiny_config(train__steps=14, optimizer__lr=0.01, train__resume="changed"))
     trainer = train.Trainer(parts, files.Folder(tmp_path))
     trainer.close()
