@@ -308,12 +308,13 @@ def draw(rows: list[dict], paths: Sequence[pathlib.Path]) -> None:
         split: sum(row["split"] == split for row in chosen) for split in dict.fromkeys(r["split"] for r in chosen)
     }
     shown = [row for row in chosen if row["split"] == max(counts, key=counts.get)] if counts else []
-    panels = [(draw_bars, shown, measure) for measure in COMPARED]
-    if len({row["labels"] for row in chosen}) > 1:  # A row of panels for each measure.
-        panels = [panel for bars in panels for panel in ((draw_curves, chosen, bars[2]), bars)]
+    drawn = [(draw_curves, chosen), (draw_bars, shown)]
+    if len({row["labels"] for row in chosen}) <= 1:
+        del drawn[0]
+    panels = [(draw_panel, panel_rows, measure) for measure in COMPARED for draw_panel, panel_rows in drawn]
     figure = Figure(figsize=(12, 4.2 * len(panels) / 2), layout="constrained")
-    for axes, (draw_panel, drawn, measure) in zip(figure.subplots(len(panels) // 2, 2).flat, panels, strict=True):
-        draw_panel(axes, drawn, measure)
+    for axes, (draw_panel, panel_rows, measure) in zip(figure.subplots(len(panels) // 2, 2).flat, panels, strict=True):
+        draw_panel(axes, panel_rows, measure)
     for path in paths:
         with files.whole(path) as part:
             figure.savefig(part, dpi=120, format=path.suffix[1:])
