@@ -8,7 +8,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from dssn_jax.modes import MODES
+from dssn_jax.commands import MODES
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, with arguments after a colon.", lock_config=True
@@ -36,7 +36,7 @@ flags.DEFINE_integer("process", None, "Number of this process, from 0.", 0)
 def parse_flags(arguments: list[str]) -> list[str]:
     """Parses the command line; a mistake in it, or in the config file, ends the program with one line."""
     from configs import defaults
-    from dssn_jax.config import ConfigError, check_keys, unreadable_config_file
+    from configs.checks import ConfigError, check_keys, unreadable_config_file
 
     try:
         check_keys(arguments, defaults.get_config())
@@ -58,11 +58,12 @@ def parse_flags(arguments: list[str]) -> list[str]:
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         _fail(f"unexpected argument {arguments[1]!r}")
-    from dssn_jax import distributed, errors, recorder  # After the flags: --help need not wait for JAX.
+    from dssn_jax import distributed, errors
+    from dssn_jax.workdir import recorder  # After the flags: --help need not wait for JAX.
 
     recorder.quiet_libraries()
     try:
-        distributed.initialise(flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
+        distributed.initialize(flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
         MODES[_MODE.value].run(flags.FLAGS)
     except errors.ERRORS as error:
         _fail(str(error), getattr(error, "exit_code", 1))

@@ -14,9 +14,9 @@ from PIL import Image
 
 from benchmarks import tables
 from configs import cityscapes, pascal
-from dssn_jax import augment
-from input_pipeline import photometric
-from input_pipeline.shapes import ShapesSource
+from dssn_jax.methods import strong_augment as augment
+from input_pipeline.sources.shapes import ShapesSource
+from tests.reference import photometric
 
 COLUMNS = ("what", "crop", "batch", "device_ms", "pillow_ms", "ratio")
 

@@ -22,7 +22,7 @@ def write_checkpoint(backbone: str, classes: int, path: str) -> None:
     import numpy as np
     import torch
 
-    from benchmarks import torch_twin
+    from tests.reference import torch_twin
 
     model = torch_twin.DeepLabV3Plus(backbone, classes)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
@@ -58,7 +58,7 @@ def main() -> None:
         best, run = f"{folder}/best.pth", f"{folder}/run"
         command = [sys.executable, "-m", "benchmarks.convert_memory", f"--backbone={backbone}", f"--write={best}"]
         subprocess.run(command, cwd=ROOT, check=True)
-        config = f"--config=configs/{dataset}.py:backbone={backbone}"
+        config = f"--config=configs/{dataset}.py:encoder={backbone}"
         rows = [
             ("checkpoint -> work directory", measure(config, f"--from={best}", f"--teacher={best}", f"--to={run}")),
             ("work directory -> .pth", measure(f"--from={run}", f"--to={folder}/back.pth")),

@@ -16,11 +16,12 @@ from collections.abc import Iterable, Iterator
 import jax
 import numpy as np
 
-from benchmarks import folder as files
 from benchmarks import tables
 from configs import pascal
-from dssn_jax import evaluate, experiment, metrics
-from input_pipeline import SHAPES_CLASSES
+from dssn_jax.evaluation import evaluate, metrics
+from dssn_jax.learner import learner as experiment
+from experiments import folder as files
+from input_pipeline.sources.shapes import SHAPES_CLASSES
 
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # JAX reports each under this name.
 
@@ -51,7 +52,7 @@ def sizes_of(images: int, different: int, smallest: int, largest: int) -> list[f
 
 
 def configuration(root: pathlib.Path, backbone: str, batch: int):
-    config = pascal.get_config(f"split=183,backbone={backbone},method=supervised")
+    config = pascal.get_config(f"split=183,encoder={backbone},method=supervised")
     config.data.root, config.data.classes, config.eval.batch = str(root), SHAPES_CLASSES, batch
     config.data.splits = str(root / "splits/pascal")
     return config

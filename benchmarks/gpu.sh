@@ -38,7 +38,7 @@ if [ "$part" = train ] || [ "$part" = all ]; then
     budget=$([ "$part" = all ] && echo 170 || echo $(($(left) - 150)))
     "$python" -m benchmarks.folder /tmp/dssn_gpu_data || exit
     timeout "$budget" "$python" main.py --config=configs/pascal.py:split=183 --config.data.root=/tmp/dssn_gpu_data \
-        --config.model.dtype=bfloat16 --config.teacher.batch_stats_epochs=0 --config.train.log_every=20 \
+        --config.model.dtype=bfloat16 --config.ema.batch_stats_epochs=0 --config.train.log_every=20 \
         --config.train.steps=400 --config.train.eval_every=400 --config.train.checkpoint_every=400 \
         --config.train.pictures=0 --workdir=/tmp/dssn_gpu_run 2>&1 | tee "$out/train.txt"
     cp /tmp/dssn_gpu_run/metrics.jsonl "$out/train.jsonl"

@@ -39,7 +39,7 @@ if [ ! -d "$work/runs" ] && [ -f "$finished" ]; then
     tar -xzf "$finished" -C "$work" || exit
 fi
 compare() { # METHOD ...: within what is left of the piece.
-    "$python" -m benchmarks.compare --config="configs/camvid.py:backbone=resnet50,crop=${CROP:-321}" --methods "$@" \
+    "$python" -m benchmarks.compare --config="configs/camvid.py:encoder=resnet50,crop=${CROP:-321}" --methods "$@" \
         --splits ${SPLITS:-1_16 1_8} --seeds "${SEEDS:-3}" --keep="${KEEP:-best}" --out="$work" \
         --minutes="$(awk "BEGIN {print $minutes - ($(date +%s) - $started) / 60}")" \
         --set data.root="$data" model.dtype=bfloat16 train.steps="${STEPS:-2000}" train.eval_every=200 \

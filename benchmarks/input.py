@@ -2,8 +2,8 @@
 
 Both make unlabeled samples from the same generated JPEGs: two weak crops of an image (for CutMix) and all that the
 training step needs of them. The loader does what the original's two loaders do, with Pillow in as many processes as
-cores: it decodes an image for each crop, resizes all of it, makes two strong views of each crop and normalises the
-three. Nothing is sent between its processes, which favours it. Ours runs as in training, threads and batches included;
+cores: it decodes an image for each crop, resizes all of it, makes two strong views of each crop and normalizes the
+three. Nothing is sent between its processes, which favors it. Ours runs as in training, threads and batches included;
 `host views` is ours with Pillow's strong views on the host (config.views.device=False).
 """
 
@@ -18,23 +18,23 @@ import time
 import numpy as np
 from PIL import Image
 
-import input_pipeline
-from benchmarks import folder as files
 from benchmarks import tables
 from configs import cityscapes, pascal
+from experiments import folder as files
 from input_pipeline import pipeline
-from input_pipeline.cutmix import cutmix_box
-from input_pipeline.folder import FolderSource
-from input_pipeline.photometric import strong_view
-from input_pipeline.sources import Sources
+from input_pipeline.pipeline import train_iterator
+from input_pipeline.sources.folder import FolderSource
+from input_pipeline.sources.open import Sources
 from input_pipeline.split_lists import read_list
+from input_pipeline.transforms.cutmix import cutmix_box
+from tests.reference.photometric import strong_view
 
 SIZES = {"voc 500x375": (500, 375, pascal), "cityscapes 2048x1024": (2048, 1024, cityscapes)}
 COLUMNS = ("images", "loader", "cores", "samples/s", "crops/s", "crops/s per core", "ratio")
 
 
 def pil_crop(path: str, config, rng: np.random.Generator) -> list[np.ndarray]:
-    """A sample of one of the original's loaders: the weak and two strong views, normalised, of a random crop."""
+    """A sample of one of the original's loaders: the weak and two strong views, normalized, of a random crop."""
     data = config.data
     with Image.open(path) as file:
         image = file.convert("RGB")
@@ -78,7 +78,7 @@ def measure_ours(source: FolderSource, config, cores: int, seconds: float) -> fl
     config.data.threads = cores
     sources = Sources(_Nothing(), source, _Nothing())
     dataset = pipeline.train_dataset(sources, config)
-    iterator = input_pipeline.train_iterator(dataset, config)
+    iterator = train_iterator(dataset, config)
     for _ in range(2):
         next(iterator)
     started, made = time.perf_counter(), 0

@@ -28,7 +28,7 @@ def planned(backbone: str, batch: int, crop: int) -> dict[str, int]:
     config = defaults.get_config()
     config.data.classes = tuple(map(str, range(CLASSES)))
     config.data.labeled_batch = config.data.unlabeled_batch = batch
-    config.data.crop, config.model.backbone = crop, backbone
+    config.data.crop, config.model.encoder = crop, backbone
     step, state, batch = abstract_step(config, sharding.make_mesh(jax.devices()[:1]))
     plan = step.lower(state, batch).compile().memory_analysis()
     return {"arguments": plan.argument_size_in_bytes, "temporary": plan.temp_size_in_bytes}

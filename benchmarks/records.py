@@ -18,11 +18,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-import input_pipeline
-from benchmarks import folder as files
 from benchmarks import tables
 from configs import pascal
+from experiments import folder as files
 from input_pipeline import decode
+from input_pipeline.sources.open import open_sources
 
 COLUMNS = ("work", "seconds", "files/s", "MB/s")
 
@@ -46,7 +46,7 @@ def measure(folder: pathlib.Path, images: int, shard_bytes: int) -> list[dict]:
     amount = len(paths), sum(path.stat().st_size for path in paths)
 
     def pack() -> None:
-        input_pipeline.pack(config, str(folder / "packed"), shard_bytes)
+        pack(config, str(folder / "packed"), shard_bytes)
 
     rows = [
         timed("copy the files", lambda: shutil.copytree(root, folder / "copy"), *amount),
@@ -60,7 +60,7 @@ def measure(folder: pathlib.Path, images: int, shard_bytes: int) -> list[dict]:
     amount = images, sum((root / f"JPEGImages/{i:06d}.jpg").stat().st_size for i in range(images))
     for source, where in (("folder", root), ("array_record", folder / "packed")):
         config.data.update({"source": source, "root": str(where)})
-        unlabeled = input_pipeline.open_sources(config).unlabeled
+        unlabeled = open_sources(config).unlabeled
         for work, read in (("encoded", _Encoded(unlabeled)), ("decoded", unlabeled.__getitem__)):
             rows.append(timed(f"read {work}, {source}", lambda read=read: _read_all(read, order), *amount))
     return rows

@@ -1,7 +1,7 @@
 """What the training step costs on 8, 64 and 256 devices, on paper: `python -m benchmarks.scaling --json=scaling.json`.
 
 Nothing is run. The step is compiled by XLA for simulated CPU devices and its collectives are read from the program;
-FLOP are counted at the full crop before optimisation (`lowered.cost_analysis()`), where loops count once. A device has
+FLOP are counted at the full crop before optimization (`lowered.cost_analysis()`), where loops count once. A device has
 1 labeled and 1 unlabeled image in bfloat16, so its FLOP are the same on any number of devices.
 
 Collectives reduce parameters, batch-norm statistics and sums over pixels, whose sizes depend neither on the crop nor on
@@ -46,7 +46,7 @@ RECIPES = ("pascal", "cityscapes", "coco")
 DEVICES = (8, 64, 256)
 COMPILED_DEVICES, COMPILED_CROP = 8, 33
 CHECKS = ((COMPILED_DEVICES, 65), (64, COMPILED_CROP))  # (devices, crop) that must not change the collectives.
-UTILISATION = 0.4
+UTILIZATION = 0.4
 
 
 class Machine(NamedTuple):
@@ -153,7 +153,12 @@ def configure(recipe: str, crop: int = 0, devices: int = 1):
 
 def abstract_step(config, mesh):
     """Returns the jitted training step, and shapes of the state and of the batch that it takes; no data is needed."""
-    from dssn_jax import augment, experiment, methods, models, optimizer, train_step
+    from dssn_jax import models
+    from dssn_jax.learner import learner as experiment
+    from dssn_jax.learner import optimizer
+    from dssn_jax.learner import step as train_step
+    from dssn_jax.methods import method as methods
+    from dssn_jax.methods import strong_augment as augment
 
     model = models.build(config.model, len(config.data.classes))
     method = methods.from_config(config, steps_per_epoch=100)
@@ -195,7 +200,7 @@ def count_flop(recipe: str, devices: int) -> float:
 
 def in_process(recipe: str, devices: int, crop: int) -> dict:
     """{"collectives"}, or at crop 0 {"flop"}, from a new process: the number of devices is set once in each."""
-    # Without optimisation of the machine code, which comes after the collectives.
+    # Without optimization of the machine code, which comes after the collectives.
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "-m", "benchmarks.scaling", "--read", recipe, str(devices), str(crop)]
     done = subprocess.run(
@@ -219,7 +224,7 @@ def estimate(found: list[Collective], flop: float, devices: int, machine: Machin
     bandwidth = machine.near if devices <= machine.node else machine.far
     total = sum(each.times * sent(each, devices) for each in found)
     latency = sum(each.times * 2 * math.log2(each.group or devices) * machine.hop for each in found)
-    compute = flop / (UTILISATION * machine.rate)
+    compute = flop / (UTILIZATION * machine.rate)
     communication = total / bandwidth + latency
     return {
         "devices": devices,

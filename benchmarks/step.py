@@ -4,7 +4,7 @@ Each row runs in a process of its own, so that none sees the memory of another, 
 come in the order of their importance and the table is complete at any time. On a CPU take --small.
 
 Columns: ms an iteration; images/s (labeled and unlabeled together); peak memory, GiB; TFLOP of an iteration, counted
-by XLA in our program before optimisation (for PyTorch: the same number, the work being the same); share of the rate of
+by XLA in our program before optimization (for PyTorch: the same number, the work being the same); share of the rate of
 a large bfloat16 matrix product (float32 on a CPU) measured in the same process; CPU seconds an iteration, which
 other work on the machine disturbs less than the time; seconds until the first step is done.
 `jax` includes making the strong views; PyTorch's batch holds them.
@@ -22,9 +22,9 @@ import time
 from benchmarks import tables
 
 RECIPES = {
-    "voc_r101": "pascal:backbone=resnet101",
-    "voc_r50": "pascal:backbone=resnet50",
-    "cityscapes_r101": "cityscapes:backbone=resnet101",
+    "voc_r101": "pascal:encoder=resnet101",
+    "voc_r50": "pascal:encoder=resnet50",
+    "cityscapes_r101": "cityscapes:encoder=resnet101",
 }
 OURS = {
     "jax": {},
@@ -52,11 +52,11 @@ def configure(recipe: str, crop: int, batch: int, options: dict):
     """The configuration of a recipe with `batch` labeled and as many unlabeled images."""
     from configs import cityscapes, pascal
 
-    name, _, argument = {**RECIPES, "cityscapes_r50": "cityscapes:backbone=resnet50"}[recipe].partition(":")
+    name, _, argument = {**RECIPES, "cityscapes_r50": "cityscapes:encoder=resnet50"}[recipe].partition(":")
     config = {"pascal": pascal, "cityscapes": cityscapes}[name].get_config(argument + (f",crop={crop}" if crop else ""))
     config.data.labeled_batch = config.data.unlabeled_batch = batch
     config.model.dtype = "bfloat16"
-    config.teacher.batch_stats_epochs = 0  # As from the second epoch on: one teacher forward.
+    config.ema.batch_stats_epochs = 0  # As from the second epoch on: one teacher forward.
     if crop:  # As many pixels of a group as at the recipe's crop.
         config.method.ohem_min_kept = int(config.method.ohem_min_kept * (crop / 801) ** 2)
     config.update_from_flattened_dict(options)
@@ -101,15 +101,20 @@ def measure_jax(config, seconds: float) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from dssn_jax import augment, methods, models, optimizer, sharding, train_state, train_step
+    from dssn_jax import models, sharding
+    from dssn_jax.learner import optimizer
+    from dssn_jax.learner import state as train_state
+    from dssn_jax.learner import step as train_step
+    from dssn_jax.methods import method as methods
+    from dssn_jax.methods import strong_augment as augment
 
     mesh = sharding.make_mesh(jax.devices()[:1])
     model = models.build(config.model, len(config.data.classes))
     method = methods.from_config(config, steps_per_epoch=100)
     sgd, schedule = optimizer.from_config(config.optimizer, 1000)
     step = train_step.compile_step(model, method, sgd, schedule, config.data, augment.from_config(config.views), mesh)
-    initialise = jax.jit(functools.partial(train_state.initialise, model, sgd, method.has_teacher))
-    state, batch = initialise(train_state.keys(0)), sharding.put_batch(random_batch(config), mesh)
+    initialize = jax.jit(functools.partial(train_state.initialize, model, sgd, method.has_teacher))
+    state, batch = initialize(train_state.keys(0)), sharding.put_batch(random_batch(config), mesh)
     jax.block_until_ready(state)
     started = time.perf_counter()
     lowered = step.lower(state, batch)
@@ -144,12 +149,12 @@ def measure_torch(config, form: str, seconds: float) -> dict:
     import numpy as np
     import torch
 
-    from benchmarks import torch_step
+    from tests.reference import torch_step
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     form = torch_step.FORMS[form]
     kept = config.method.ohem_min_kept * 2 if config.method.labeled_loss == "ohem" else 0
-    step = torch_step.Step(config.model.backbone, len(config.data.classes), form, device, kept)
+    step = torch_step.Step(config.model.encoder, len(config.data.classes), form, device, kept)
     raw, crop = random_batch(config), config.data.crop
     normal = np.random.default_rng(1).standard_normal((config.data.unlabeled_batch, crop, crop, 3), np.float32)
     inside = np.zeros((config.data.unlabeled_batch, crop, crop), bool)

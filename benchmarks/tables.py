@@ -6,7 +6,7 @@ import pathlib
 import platform
 from collections.abc import Sequence
 
-from dssn_jax import files
+from dssn_jax.workdir import files
 
 
 def show(rows: Sequence[dict], columns: Sequence[str] = ()) -> None:

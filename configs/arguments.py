@@ -1,7 +1,7 @@
-"""The argument string of a config file: `--config=configs/pascal.py:split=183,backbone=resnet50,method=unimatch`."""
+"""The argument string of a config file: `--config=configs/pascal.py:split=183,encoder=resnet50,method=unimatch`."""
 
 from configs import methods
-from dssn_jax.config import ConfigError, check_choice, suggest
+from configs.checks import ConfigError, check_choice, suggest
 
 
 def parse(argument: str | None, **defaults):
@@ -27,5 +27,5 @@ def parse(argument: str | None, **defaults):
 
 
 def describe(dataset: str, values: dict) -> str:
-    """Returns the name of a run, such as "pascal split=183 backbone=resnet50 method=dssn crop=513"."""
+    """Returns the name of a run, such as "pascal split=183 encoder=resnet50 method=dssn crop=513"."""
     return " ".join([dataset, *(f"{key}={value}" for key, value in values.items())])

@@ -2,12 +2,12 @@
 
     python main.py --config=configs/camvid.py:split=1_8 --config.data.root=/data/camvid --workdir=/runs/camvid8
 
-Arguments: split (1_16, 1_8, 1_4, full), backbone, method, crop. The lists lie in ROOT/splits.
+Arguments: split (1_16, 1_8, 1_4, full), encoder, method, crop. The lists lie in ROOT/splits.
 There is no published recipe: crop 321 and the selection of VOC, learning rates for training from random weights.
 """
 
 from configs import arguments, defaults, methods
-from dssn_jax.config import check_choice
+from configs.checks import check_choice
 
 SPLITS = ("1_16", "1_8", "1_4", "full")
 CLASSES = (
@@ -16,16 +16,16 @@ CLASSES = (
 
 
 def get_config(argument: str | None = None):
-    values = arguments.parse(argument, split="1_8", backbone="resnet50", method="dssn", crop=321)
+    values = arguments.parse(argument, split="1_8", encoder="resnet50", method="dssn", crop=321)
     check_choice("split", values["split"], SPLITS)
     config = defaults.get_config()
     config.name = arguments.describe("camvid", values)
     config.data.split = values["split"]
     config.data.classes = CLASSES
     config.data.crop = values["crop"]
-    config.model.backbone = values["backbone"]
+    config.model.encoder = values["encoder"]
     config.optimizer.lr = 0.02
-    config.optimizer.lr_multi = 1.0
+    config.optimizer.lr_mults = ()
     config.train.epochs = 200
     config.train.eval_every = 450
     methods.apply(config, values["method"])

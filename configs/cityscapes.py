@@ -2,13 +2,13 @@
 
     python main.py --config=configs/cityscapes.py:split=1_8 --config.data.root=/data/cityscapes --workdir=/runs/city8
 
-Arguments: split (1_16, 1_8, 1_4, 1_2; 1_30 of UniMatch), backbone, method, crop.
+Arguments: split (1_16, 1_8, 1_4, 1_2; 1_30 of UniMatch), encoder, method, crop.
 Published, ResNet-101, crop 801, best mIoU of student or teacher: 1_16: 76.69, 1_8: 78.18, 1_4: 78.92, 1_2: 79.58;
 ResNet-50: 75.41, 77.31, 78.05, 78.73.
 """
 
 from configs import arguments, defaults, methods
-from dssn_jax.config import check_choice
+from configs.checks import check_choice
 
 SPLITS = ("1_30", "1_16", "1_8", "1_4", "1_2")
 CLASSES = (
@@ -18,7 +18,7 @@ CLASSES = (
 
 
 def get_config(argument: str | None = None):
-    values = arguments.parse(argument, split="1_8", backbone="resnet101", method="dssn", crop=801)
+    values = arguments.parse(argument, split="1_8", encoder="resnet101", method="dssn", crop=801)
     check_choice("split", values["split"], SPLITS)
     config = defaults.get_config()
     config.name = arguments.describe("cityscapes", values)
@@ -26,10 +26,10 @@ def get_config(argument: str | None = None):
     config.data.split = values["split"]
     config.data.classes = CLASSES
     config.data.crop = values["crop"]
-    config.model.backbone = values["backbone"]
+    config.model.encoder = values["encoder"]
     config.optimizer.lr = 0.005
-    config.optimizer.lr_multi = 1.0
-    config.teacher.warmup_epochs = 5
+    config.optimizer.lr_mults = ()
+    config.ema.warmup_epochs = 5
     config.train.epochs = 240
     config.eval.mode = "sliding_window"
     methods.apply(config, values["method"])

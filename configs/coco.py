@@ -2,11 +2,11 @@
 
     python main.py --config=configs/coco.py:split=1_128 --config.data.root=/data/coco --workdir=/runs/coco128
 
-Arguments: split (1_512, 1_256, 1_128, 1_64, 1_32), backbone, method, crop.
+Arguments: split (1_512, 1_256, 1_128, 1_64, 1_32), encoder, method, crop.
 """
 
 from configs import arguments, defaults, methods
-from dssn_jax.config import check_choice
+from configs.checks import check_choice
 
 SPLITS = ("1_512", "1_256", "1_128", "1_64", "1_32")
 CLASSES = (
@@ -22,7 +22,7 @@ CLASSES = (
 
 
 def get_config(argument: str | None = None):
-    values = arguments.parse(argument, split="1_128", backbone="xception", method="dssn", crop=513)
+    values = arguments.parse(argument, split="1_128", encoder="xception", method="dssn", crop=513)
     check_choice("split", values["split"], SPLITS)
     config = defaults.get_config()
     config.name = arguments.describe("coco", values)
@@ -30,9 +30,9 @@ def get_config(argument: str | None = None):
     config.data.split = values["split"]
     config.data.classes = CLASSES
     config.data.crop = values["crop"]
-    config.model.backbone = values["backbone"]
+    config.model.encoder = values["encoder"]
     config.optimizer.lr = 0.004
-    config.optimizer.lr_multi = 10.0
+    config.optimizer.lr_mults = (("decoder/", 10.0),)
     config.train.epochs = 30
     methods.apply(config, values["method"])
     return config

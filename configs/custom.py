@@ -17,15 +17,17 @@ Arguments, each with its convention; paths are relative to root:
     label_map   a file that says which values of the masks are which class
     ignore      values of the masks, besides 255, that are ignored: 0+254
 
-and backbone, method, pretrained, crop, steps. Crop, batch, number of steps, evaluation interval and learning rate are
+and encoder, method, pretrained, crop, steps. Crop, batch, number of steps, evaluation interval and learning rate are
 chosen by the images, the memory and the weights (dssn_jax/automatic.py); the log says why.
 """
 
 import os
 
 from configs import arguments, defaults, methods
-from dssn_jax.config import ConfigError, check_choice
-from input_pipeline import DataError, class_names, layout
+from configs.checks import ConfigError, check_choice
+from input_pipeline import labels as class_names
+from input_pipeline import layout
+from input_pipeline.errors import DataError
 
 _SPLITS = "splits"
 
@@ -33,7 +35,7 @@ _SPLITS = "splits"
 def get_config(argument: str | None = None):
     values = arguments.parse(
         argument, root="", names="classes.txt", labeled="", masks="masks", mask_suffix="", unlabeled="",
-        unmasked="refuse", val="0.2", val_masks="", split="", label_map="", ignore="", backbone="resnet50",
+        unmasked="refuse", val="0.2", val_masks="", split="", label_map="", ignore="", encoder="resnet50",
         method="dssn", pretrained="", crop=0, steps=0,
     )  # fmt: skip
     root = os.path.expanduser(values["root"])
@@ -51,14 +53,14 @@ def get_config(argument: str | None = None):
     config.data.splits = _SPLITS
     config.data.split = values["split"]
     shown = {"root": values["root"], "split": config.data.split or "-"}
-    config.name = arguments.describe("custom", shown | {key: values[key] for key in ("backbone", "method")})
+    config.name = arguments.describe("custom", shown | {key: values[key] for key in ("encoder", "method")})
     if not config.data.split:
         config.data.folders.update({key: values[key] for key in config.data.folders})
         config.data.folders.labeled = values["labeled"] or "images"
         if not values["unlabeled"] and os.path.isdir(os.path.join(root, "unlabeled")):
             config.data.folders.unlabeled = "unlabeled"
     config.data.val_overlap = "refuse"
-    config.model.backbone = values["backbone"]
+    config.model.encoder = values["encoder"]
     config.model.pretrained = values["pretrained"]
     config.data.labeled_batch = config.data.unlabeled_batch = 0
     config.data.crop = values["crop"]
@@ -66,7 +68,7 @@ def get_config(argument: str | None = None):
     config.train.epochs = 0
     config.train.steps = values["steps"]
     if values["steps"]:  # The teacher is to follow within a quarter of a short run.
-        config.teacher.keep_rate = 1 - 1 / min(250, max(1, values["steps"] / 4))
+        config.ema.decay = 1 - 1 / min(250, max(1, values["steps"] / 4))
     methods.apply(config, values["method"])
     return config
 

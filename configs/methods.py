@@ -1,6 +1,7 @@
-"""Named methods: which views are drawn, which forwards run, which terms count; `method=NAME` picks one.
+"""Named methods: streams, teacher and selection; `method=NAME` picks one.
 
-Supervised, FixMatch, UniMatch and DSSN share one training step (`dssn_jax/train_step.py`) and differ by these values.
+Supervised, FixMatch, UniMatch and DSSN share one training step (`dssn_jax/learner/step.py`) and differ in these values.
+`configs/defaults.py` explains the keys.
 """
 
 from ml_collections import ConfigDict
@@ -8,30 +9,28 @@ from ml_collections import ConfigDict
 METHODS = {
     # L_x alone, on twice the labeled batch.
     "supervised": dict(
-        strong_views=0, feature_views=0, labeler="none", strong_weight=0.0, feature_weight=0.0,
+        labeled_batch_factor=2, strong_views=0, feature_views=0, teacher="none", strong_weight=0.0, feature_weight=0.0,
         image_contrast_weight=0.0, feature_contrast_weight=0.0, selection="threshold",
     ),
     # One strong view, labeled by the student in evaluation mode. Sohn et al., NeurIPS 2020.
     "fixmatch": dict(
-        strong_views=1, feature_views=0, labeler="student_eval", strong_weight=1.0, feature_weight=0.0,
+        strong_views=1, feature_views=0, teacher="student_eval", strong_weight=1.0, feature_weight=0.0,
         image_contrast_weight=0.0, feature_contrast_weight=0.0, selection="threshold",
     ),
     # Two strong views and one feature view. Yang et al., CVPR 2023.
     "unimatch": dict(
-        strong_views=2, feature_views=1, labeler="student", strong_weight=0.25, feature_weight=0.5,
+        strong_views=2, feature_views=1, teacher="student", strong_weight=0.25, feature_weight=0.5,
         image_contrast_weight=0.0, feature_contrast_weight=0.0, selection="threshold",
     ),
     # Two strong and two feature views, contrast within each pair, class-aware selection. Tian et al., ACM MM 2023.
     "dssn": dict(
-        strong_views=2, feature_views=2, labeler="teacher", strong_weight=0.25, feature_weight=0.25,
+        strong_views=2, feature_views=2, teacher="ema", strong_weight=0.25, feature_weight=0.25,
         image_contrast_weight=0.01, feature_contrast_weight=0.01, selection="class_aware",
     ),
 }  # fmt: skip
 
 
 def apply(config: ConfigDict, name: str) -> None:
-    """Fills `config.method` (and the labeled batch of the supervised baseline) for the method `name`."""
+    """Fills `config.method` with the method `name`."""
     config.method.name = name
     config.method.update(METHODS[name])
-    if name == "supervised":
-        config.data.labeled_batch *= 2

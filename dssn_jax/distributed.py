@@ -15,10 +15,11 @@ from collections.abc import Mapping
 import jax
 from jax.experimental import multihost_utils
 
-from dssn_jax.config import ConfigError
+from configs.checks import ConfigError
+from input_pipeline.errors import UserError
 
 
-class PreemptedError(RuntimeError):
+class PreemptedError(UserError):
     """The run was told to end (SIGTERM, a time limit) and saved its state: the same command continues it."""
 
     exit_code = 128 + signal.SIGTERM  # As a shell has it of a process that SIGTERM ended.
@@ -40,7 +41,7 @@ def found_cluster(environment: Mapping[str, str] = os.environ) -> str | None:
     return None
 
 
-def initialise(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Joins the other processes of the run; must come before anything asks JAX for its devices.
 
     Args:

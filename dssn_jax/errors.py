@@ -1,14 +1,15 @@
 """What the command line ends with in one line: the errors of bad input, of all modules."""
 
-from dssn_jax.checkpoint import CheckpointError
-from dssn_jax.config import ConfigError
+from configs.checks import ConfigError
+
 from dssn_jax.distributed import PreemptedError
-from dssn_jax.own_images import DefectsError
-from dssn_jax.predict import UnreadableError
-from dssn_jax.saved_run import WorkdirError
-from dssn_jax.state_dict_files import StateDictError
-from dssn_jax.train import DivergedError
-from input_pipeline import DataError
+from dssn_jax.evaluation.predict import UnreadableError
+from dssn_jax.prepare.prepare import DefectsError
+from dssn_jax.training.loop import DivergedError
+from dssn_jax.weights.files import StateDictError
+from dssn_jax.workdir.checkpoint import CheckpointError
+from dssn_jax.workdir.restore import WorkdirError
+from input_pipeline.errors import DataError
 
 ERRORS = (
     CheckpointError,

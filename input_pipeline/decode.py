@@ -19,7 +19,7 @@ from input_pipeline.errors import DataError
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 _EXIF_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error)
 _IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-_COLOUR_MODES = ("1", "L", "P", "RGB", "RGBA")  # Of masks whose colours are mapped to classes.
+_COLOR_MODES = ("1", "L", "P", "RGB", "RGBA")  # Of masks whose colors are mapped to classes.
 _ID_MODES = ("1", "L", "P", "I;16", "I;16L", "I;16B", "I")  # Of masks of ids.
 MOST_IDS = 1 << 16  # Ids of a mask are below this.
 
@@ -84,30 +84,30 @@ def image(file: Encoded) -> np.ndarray:
         return np.asarray(oriented.convert("RGB"))
 
 
-def mask_size(file: Encoded, colours: bool) -> tuple[int, int]:
+def mask_size(file: Encoded, colors: bool) -> tuple[int, int]:
     """Returns (H, W) of what `mask` returns, from the header; raises the same errors."""
     with _open(file) as opened:
-        _check_mask(opened, file.where, colours)
+        _check_mask(opened, file.where, colors)
         return _size(opened)
 
 
-def mask(file: Encoded, colours: bool) -> np.ndarray:
+def mask(file: Encoded, colors: bool) -> np.ndarray:
     """Decodes the values of a mask, before any is mapped to a class.
 
     Args:
       file: the mask.
-      colours: whether its colours are meant. If not, its ids: grey values, or indices of a palette.
+      colors: whether its colors are meant. If not, its ids: gray values, or indices of a palette.
 
     Returns:
-      Ids, uint8 or int32 [H, W] below 65536; or colours, int32 [H, W], R * 65536 + G * 256 + B.
+      Ids, uint8 or int32 [H, W] below 65536; or colors, int32 [H, W], R * 65536 + G * 256 + B.
 
     Raises:
       DataError: not an image, a damaged one, a mode that holds no such values, or one that decoding would change.
     """
     with _open(file._replace(content=read(file))) as opened:
-        _check_mask(opened, file.where, colours)
+        _check_mask(opened, file.where, colors)
         oriented = _load(opened, file.where)
-        if not colours:
+        if not colors:
             values = np.asarray(oriented)
             return values.astype(np.uint8) if values.dtype == bool else _ids(values, file.where)
         if oriented.has_transparency_data:
@@ -164,7 +164,7 @@ def _size(opened: Image.Image) -> tuple[int, int]:
 
 
 def _raw_mode(opened: Image.Image) -> str:
-    """How the file stores the pixels, in Pillow's words, such as "L;4" for 4-bit grey; "" if it does not tell."""
+    """How the file stores the pixels, in Pillow's words, such as "L;4" for 4-bit gray; "" if it does not tell."""
     arguments = opened.tile[0].args if opened.tile else ""
     first = arguments if isinstance(arguments, str) or not arguments else arguments[0]
     return first if isinstance(first, str) else ""
@@ -174,10 +174,10 @@ def _check_image(opened: Image.Image, where: str) -> None:
     if opened.mode.startswith(("I", "F")):
         raise DataError(
             f"{where}: image of mode {opened.mode!r} (16 or more bits a pixel, or floats); expected 8 bits a channel: "
-            "which value is white is not known, so scale it to 0..255 and save it as 8-bit grey"
+            "which value is white is not known, so scale it to 0..255 and save it as 8-bit gray"
         )
     if opened.mode not in _IMAGE_MODES:
-        raise DataError(f"{where}: image of mode {opened.mode!r}; expected RGB or grey, 8 bits a channel")
+        raise DataError(f"{where}: image of mode {opened.mode!r}; expected RGB or gray, 8 bits a channel")
     if opened.mode == "CMYK" and opened.format == "JPEG" and "adobe" not in opened.info:
         raise DataError(
             f"{where}: CMYK JPEG without Adobe's marker, so that it is not known whether it is inverted; save it as RGB"
@@ -189,29 +189,29 @@ def _check_opaque(oriented: Image.Image, where: str) -> None:
     if alpha.min() < 255:
         raise DataError(
             f"{where}: image of mode {oriented.mode!r} with transparency in {(alpha < 255).mean():.1%} of the pixels, "
-            "whose colour is not known; save it as RGB without transparency"
+            "whose color is not known; save it as RGB without transparency"
         )
 
 
-def _check_mask(opened: Image.Image, where: str, colours: bool) -> None:
-    ids = "expected class ids in 8-bit or 16-bit grey, 1 bit, or a palette (PNG)"
+def _check_mask(opened: Image.Image, where: str, colors: bool) -> None:
+    ids = "expected class ids in 8-bit or 16-bit gray, 1 bit, or a palette (PNG)"
     if opened.format in ("JPEG", "MPO"):
         raise DataError(f"{where}: mask in JPEG, which changes values when it is saved; expected a PNG")
-    if colours and opened.mode not in _COLOUR_MODES:
+    if colors and opened.mode not in _COLOR_MODES:
         raise DataError(
-            f"{where}: mask of mode {opened.mode!r}; config.data.label_map expects colours, 8 bits a channel"
+            f"{where}: mask of mode {opened.mode!r}; config.data.label_map expects colors, 8 bits a channel"
         )
-    if not colours and opened.mode in ("RGB", "RGBA"):
+    if not colors and opened.mode in ("RGB", "RGBA"):
         raise DataError(
-            f"{where}: mask of mode {opened.mode!r}; {ids}. If its colours stand for classes, name in "
+            f"{where}: mask of mode {opened.mode!r}; {ids}. If its colors stand for classes, name in "
             "config.data.label_map a file with lines `RED GREEN BLUE CLASS`"
         )
-    if not colours and opened.mode not in _ID_MODES:
+    if not colors and opened.mode not in _ID_MODES:
         raise DataError(f"{where}: mask of mode {opened.mode!r}; {ids}")
-    # Pillow stretches 2- and 4-bit grey to 0..255, inverts "L;I" and shortens 16-bit colours: other values come out.
+    # Pillow stretches 2- and 4-bit gray to 0..255, inverts "L;I" and shortens 16-bit colors: other values come out.
     stored = _raw_mode(opened)
     if stored in ("L;2", "L;4"):
-        raise DataError(f"{where}: mask of {stored[-1]}-bit grey; {ids}")
+        raise DataError(f"{where}: mask of {stored[-1]}-bit gray; {ids}")
     if stored.startswith(("L;", "1;")) or (opened.mode.startswith("RGB") and ";16" in stored):
         raise DataError(f"{where}: mask stored as {stored!r}, whose values decoding changes; {ids}")
 

@@ -14,7 +14,7 @@ from input_pipeline.decode import Encoded
 from input_pipeline.errors import DataError, did_you_mean
 
 IGNORE = "ignore"  # What a label map calls the ignored pixels.
-_COLOURS = 1 << 24
+_COLORS = 1 << 24
 _UNCOVERED = 256  # In tables, of values that mean nothing.
 _REPORTED = 10  # Values named in one message.
 
@@ -25,7 +25,7 @@ class Labels:
     Attributes:
       classes: names, in the order of the ids.
       ignore: value of ignored pixels in what `decode` returns.
-      colours: whether the values of masks are colours, which a label map told; else ids.
+      colors: whether the values of masks are colors, which a label map told; else ids.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class Labels:
         if not (0 < len(classes) <= 256 and 0 <= ignore <= 255):
             raise DataError(f"{len(classes)} classes and ignored value {ignore} do not fit in 8-bit masks")
         self.classes, self.ignore, self._map_path = tuple(classes), ignore, label_map
-        self.colours = False
+        self.colors = False
         if label_map:
             if ignore_values:
                 raise DataError(
                     f"config.data.ignore_values is {tuple(ignore_values)} and config.data.label_map {label_map}; with "
                     f"a map, ignored values stand there, as `VALUE {IGNORE}`"
                 )
-            self.colours, self._meaning = read_label_map(label_map, self.classes, ignore)
+            self.colors, self._meaning = read_label_map(label_map, self.classes, ignore)
             self._expected = f"those of the label map {label_map}"
         else:
             _check_ids(ignore_values)
@@ -83,11 +83,11 @@ class Labels:
 
     def size(self, mask: Encoded) -> tuple[int, int]:
         """Returns (H, W), from the header; raises DataError for a mask that `raw` refuses by its header."""
-        return decode.mask_size(mask, self.colours)
+        return decode.mask_size(mask, self.colors)
 
     def raw(self, mask: Encoded) -> np.ndarray:
         """Returns the values of a mask before they are mapped, integers [H, W]; see `decode.mask`."""
-        return decode.mask(mask, self.colours)
+        return decode.mask(mask, self.colors)
 
     def to_ids(self, raw: np.ndarray, where: str) -> np.ndarray:
         """Maps the values that `raw` returned to class ids, uint8 [H, W].
@@ -107,16 +107,16 @@ class Labels:
 
     def text(self, value: int) -> str:
         """Writes a value of a mask as a user would: an id, or red, green and blue."""
-        return f"({value >> 16}, {value >> 8 & 255}, {value & 255})" if self.colours else str(value)
+        return f"({value >> 16}, {value >> 8 & 255}, {value & 255})" if self.colors else str(value)
 
     def _lookup(self, raw: np.ndarray) -> np.ndarray:
         """The class id of each value, or _UNCOVERED, uint16 [H, W]."""
-        return _table(_COLOURS if self.colours else decode.MOST_IDS, tuple(self._meaning.items()))[raw]
+        return _table(_COLORS if self.colors else decode.MOST_IDS, tuple(self._meaning.items()))[raw]
 
 
 @functools.lru_cache(maxsize=4)
 def _table(size: int, meaning: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """The class id of each value, uint16 [size]. Not in Labels: that of colours is large, and Labels are pickled."""
+    """The class id of each value, uint16 [size]. Not in Labels: that of colors is large, and Labels are pickled."""
     table = np.full(size, _UNCOVERED, np.uint16)
     values, ids = np.array(meaning).T
     table[values] = ids
@@ -132,7 +132,7 @@ def read_label_map(path: str, classes: Sequence[str], ignore: int) -> tuple[bool
     `classes`, an id, or "ignore"; several values may mean one class.
 
     Returns:
-      Whether the values are colours, and the class id of each value (colours as R * 65536 + G * 256 + B).
+      Whether the values are colors, and the class id of each value (colors as R * 65536 + G * 256 + B).
 
     Raises:
       DataError: naming file and line.
@@ -145,19 +145,19 @@ def read_label_map(path: str, classes: Sequence[str], ignore: int) -> tuple[bool
         raise DataError(f"missing label map {path} (config.data.label_map)") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a label map: {error}") from None
-    meaning, colours = {}, None
+    meaning, colors = {}, None
     for where, numbers, name in rows:
         _check_numbers(numbers, where)
-        if colours not in (None, len(numbers) == 3):
-            raise DataError(f"{where}: the label map mixes ids and colours")
-        colours = len(numbers) == 3
+        if colors not in (None, len(numbers) == 3):
+            raise DataError(f"{where}: the label map mixes ids and colors")
+        colors = len(numbers) == 3
         value = functools.reduce(lambda packed, number: packed << 8 | number, numbers)
         known = _class_id(name, classes, ignore, where)
         if meaning.setdefault(value, known) != known:
             raise DataError(f"{where}: {' '.join(map(str, numbers))} means two classes in this label map")
     if not meaning:
         raise DataError(f"{path}: the label map is empty; expected lines `ID CLASS` or `RED GREEN BLUE CLASS`")
-    return bool(colours), meaning
+    return bool(colors), meaning
 
 
 _Row = tuple[str, list[int], str]  # Where it stands, the id or the three channels, the class.
@@ -254,3 +254,27 @@ def _class_id(name: str, classes: Sequence[str], ignore: int, where: str) -> int
         f"{where}: no class {name!r}{did_you_mean(name, classes) or ';'} expected {', '.join(classes)} "
         f"(config.data.classes), an id below {len(classes)}, or {IGNORE}"
     )
+
+
+def read_class_names(path: str) -> tuple[str, ...]:
+    """Reads a file of one class name a line, in the order of the ids in the masks, from 0.
+
+    Raises:
+      DataError: no such file, or one that does not name 2 to 255 different classes.
+    """
+    expected = "expected the names of the classes, one a line, in the order of the ids in the masks, from 0"
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            names = [line.strip() for line in file.read().rstrip().splitlines()]
+    except FileNotFoundError:
+        raise DataError(f"missing file {path}; {expected}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text: {error}; {expected}") from None
+    if "" in names:  # Left out, it would shift the ids of the classes below it.
+        raise DataError(f"{path}:{names.index('') + 1}: an empty line; {expected}")
+    again = next((number for number, name in enumerate(names, 1) if name in names[: number - 1]), None)
+    if again:
+        raise DataError(f"{path}:{again}: {names[again - 1]!r} a second time; {expected}")
+    if not 2 <= len(names) <= 255:
+        raise DataError(f"{path}: {len(names)} names; {expected}: 2 to 255 of them")
+    return tuple(names)

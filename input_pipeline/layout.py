@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from input_pipeline import split_lists
 from input_pipeline.errors import DataError
-from input_pipeline.images import LIST_SUFFIX, images_below
+from input_pipeline.sources.images import LIST_SUFFIX, images_below
 from input_pipeline.split_lists import Entry
 
 UNMASKED = ("refuse", "unlabeled")

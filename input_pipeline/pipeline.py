@@ -13,11 +13,11 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from input_pipeline.cutmix import cutmix_box
 from input_pipeline.errors import DataError
-from input_pipeline.geometry import weak_view
-from input_pipeline.photometric import strong_view
-from input_pipeline.sources import Source, Sources
+from input_pipeline.sources.open import Source, Sources
+from input_pipeline.transforms.cutmix import cutmix_box
+from input_pipeline.transforms.geometry import weak_view
+from tests.reference.photometric import strong_view
 
 MIX_PARTNERS = ("same", "other")
 
@@ -63,7 +63,7 @@ def train_dataset(
     """
     config = FrozenConfigDict(config)  # What a caller changes later must not reach into a running pipeline.
     steps = steps_per_epoch(sources, config)
-    # Grain adds the epoch to the seed of a shuffle; neighbouring seeds would give two streams the same orders.
+    # Grain adds the epoch to the seed of a shuffle; neighboring seeds would give two streams the same orders.
     seeds = np.random.SeedSequence(config.seed).generate_state(4).tolist()
     share = functools.partial(_rows, process_index=process_index, process_count=process_count)
 

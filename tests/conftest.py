@@ -34,11 +34,11 @@ def tiny_config():
     """Returns a function that makes a configuration of a small network on a few small images, by method."""
 
     def make(method: str = "dssn", **options):
-        config = shapes.get_config(f"method={method},backbone=resnet10w16,crop=33,labeled=8,steps=6")
+        config = shapes.get_config(f"method={method},encoder=resnet10w16,crop=33,labeled=8,steps=6")
         config.model.decoder_channels = 16
         config.data.labeled_batch = config.data.unlabeled_batch = 4
         config.data.shapes.update({"size": 48, "unlabeled": 16, "val": 6})
-        config.teacher.update({"warmup_steps": 1, "keep_rate": 0.9})
+        config.ema.update({"warmup_steps": 1, "keep_rate": 0.9})
         config.train.update({"log_every": 1, "eval_every": 3})
         config.update_from_flattened_dict({key.replace("__", "."): value for key, value in options.items()})
         return config

@@ -2,7 +2,7 @@
 
 A small run on generated images that saves after every step is started, killed with SIGKILL after a random time (while
 it starts, trains, evaluates or saves), and started again, `--kills` times; then it may finish. Exits with 1 unless
-parameters, optimiser, teacher and logged losses equal, bit for bit, those of a run that was never stopped.
+parameters, optimizer, teacher and logged losses equal, bit for bit, those of a run that was never stopped.
 """
 
 import argparse
@@ -20,15 +20,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from dssn_jax import checkpoint, recorder, saved_run, sharding
-from dssn_jax.experiment import abstract_state
+from dssn_jax import sharding
+from dssn_jax.learner.learner import abstract_state
+from dssn_jax.workdir import checkpoint, recorder
+from dssn_jax.workdir import restore as saved_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 def start(workdir: pathlib.Path, steps: int, cache: pathlib.Path) -> subprocess.Popen:
     command = [
-        sys.executable, "main.py", f"--config=configs/shapes.py:backbone=resnet10w16,crop=33,steps={steps}",
+        sys.executable, "main.py", f"--config=configs/shapes.py:encoder=resnet10w16,crop=33,steps={steps}",
         f"--workdir={workdir}", "--config.model.decoder_channels=16", "--config.data.labeled_batch=4",
         "--config.data.unlabeled_batch=4", "--config.data.shapes.size=48", "--config.data.shapes.unlabeled=32",
         "--config.data.shapes.val=6", "--config.train.log_every=1", "--config.train.eval_every=5",

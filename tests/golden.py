@@ -22,16 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dssn_jax import inference, losses, metrics, models, pseudo_labels, state_dicts, train_state, train_step, views
-from dssn_jax.methods import Method
-from dssn_jax.models.layers import Extent
+from dssn_jax import models
+from dssn_jax.evaluation import inference, metrics
+from dssn_jax.learner import state as train_state
+from dssn_jax.learner import step as train_step
+from dssn_jax.methods import losses, pseudo_labels, views
+from dssn_jax.methods.method import Method
+from dssn_jax.models.extent import Extent
+from dssn_jax.weights import names as state_dicts
 
 TOLERANCES = {"forward": 1e-9, "losses": 1e-9, "step": 1e-6, "evaluate": 1e-9}
 DSSN = dict(
     strong_views=2, feature_views=2, labeler="teacher", strong_weight=0.25, feature_weight=0.25,
     image_contrast_weight=0.01, feature_contrast_weight=0.01,
 )  # fmt: skip
-# Each program runs only a few times: compiling it counts for more. It is large, so not all optimisation can be missed.
+# Each program runs only a few times: compiling it counts for more. It is large, so not all optimization can be missed.
 jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": False}
 )
@@ -189,7 +194,7 @@ def _step_views(case: Case, i: int) -> views.Views:
 
 def steps(case: Case) -> dict[str, np.ndarray]:
     """Whole training iterations: terms, gradient norms, and the networks after the last."""
-    from dssn_jax import optimizer as optimizers
+    from dssn_jax.learner import optimizer as optimizers
 
     entry, model, method = case.entry, case.model(), _step_method(case.entry)
     optimizer = optimizers.sgd(optax.constant_schedule(entry["lr"]), entry["lr_multi"], 0.9, 1e-4)

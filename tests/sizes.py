@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from benchmarks import torch_twin
-from dssn_jax import models, state_dicts
-from dssn_jax.models.layers import Extent
+from dssn_jax import models
+from dssn_jax.models.extent import Extent
+from dssn_jax.weights import names as state_dicts
 from tests import golden
+from tests.reference import torch_twin
 
 TOLERANCE, CLASSES, BATCH = 1e-9, 19, 10
 

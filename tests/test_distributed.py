@@ -12,8 +12,8 @@ import time
 
 import pytest
 
+from configs.checks import ConfigError
 from dssn_jax import distributed
-from dssn_jax.config import ConfigError
 from tests.conftest import ONE_DEVICE
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,7 +23,7 @@ FOUR_DEVICES = f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"
 def start(workdir, xla_flags, *options):
     """A process of 30 steps in float64 that evaluates 14 images, which fill no batch of 8, after ten and at the end."""
     command = [
-        sys.executable, "main.py", "--config=configs/shapes.py:method=supervised,backbone=resnet10w16,crop=17,steps=30",
+        sys.executable, "main.py", "--config=configs/shapes.py:method=supervised,encoder=resnet10w16,crop=17,steps=30",
         f"--workdir={workdir}", "--config.model.decoder_channels=16", "--config.model.dtype=float64",
         "--config.model.param_dtype=float64", "--config.data.shapes.size=32", "--config.data.shapes.unlabeled=16",
         "--config.data.shapes.val=14", "--config.train.log_every=1", "--config.train.eval_every=10",
@@ -97,7 +97,7 @@ def test_clusters_are_found(environment, found):
 )
 def test_flags_that_lack_others_are_refused(flags, message):
     with pytest.raises(ConfigError, match=message):
-        distributed.initialise(*flags)
+        distributed.initialize(*flags)
 
 
 def test_a_notice_is_taken_and_the_signal_given_back():

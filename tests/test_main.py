@@ -12,9 +12,10 @@ from PIL import Image
 
 from configs import arguments, camvid, cityscapes, coco, defaults, methods, pascal
 from configs import shapes as shapes_config
-from dssn_jax import train
-from dssn_jax.config import ConfigError, check_keys, validate
-from input_pipeline import DataError
+from configs.checks import ConfigError, check_keys
+from dssn_jax.training import loop as train
+from dssn_jax.validate import validate
+from input_pipeline.errors import DataError
 from tests.conftest import ONE_DEVICE
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -31,7 +32,7 @@ def run_main(*options):
     ("options", "messages"),
     [
         (["--config=configs/pascal.py:split=184"], ["unknown split '184'", "'183'"]),
-        (["--config=configs/shapes.py:backbone=resnet5"], ["config.model.backbone 'resnet5'", "'resnet50'"]),
+        (["--config=configs/shapes.py:encoder=resnet5"], ["config.model.encoder 'resnet5'", "'resnet50'"]),
         (["--config=configs/shapes.py", "--config.data.croop=3"], ["'data.croop'", "'crop'"]),
         (["--config=configs/shape.py"], ["'configs/shape.py' cannot be read", "'configs/shapes.py'"]),
         (["--config=configs/pascal.py", "--config.data.root=/nowhere"], ["/nowhere"]),
@@ -63,7 +64,7 @@ def test_every_recipe_is_valid(dataset, method):
 
 
 def test_recipe_table():
-    """The table of method.md, "Optimiser"."""
+    """The table of method.md, "Optimizer"."""
     for module, classes, crop, epochs, lr, lr_multi, loss, backbone in (
         (pascal, 21, 513, 100, 0.002, 10, "ce", "resnet101"),
         (cityscapes, 19, 801, 240, 0.005, 1, "ohem", "resnet101"),
@@ -73,7 +74,7 @@ def test_recipe_table():
         found = (len(config.data.classes), config.data.crop, config.train.epochs, config.optimizer.lr)
         assert found == (classes, crop, epochs, lr)
         assert (config.optimizer.lr_multi, config.method.labeled_loss) == (lr_multi, loss)
-        assert config.model.backbone == backbone
+        assert config.model.encoder == backbone
         assert (config.data.labeled_batch, config.data.unlabeled_batch) == (8, 8)
     assert pascal.get_config("split=1_2,crop=321").data.crop == 321
     assert cityscapes.get_config().method.ohem_min_kept == 100000
@@ -111,7 +112,7 @@ def test_unknown_keys_name_the_nearest():
         ({"data__unlabeled_batch": 2}, "unlabeled_batch is 2; expected a multiple of 4 devices"),
         ({"model__output_stride": 32}, "output_stride 32"),
         ({"model__dtype": "float64"}, "JAX_ENABLE_X64"),
-        ({"method__labeler": "none"}, "nobody labels"),
+        ({"method__teacher": "none"}, "nobody labels"),
         ({"method__feature_views": 1}, "needs config.method.feature_views=2"),
         ({"data__scale": (0.0, 1.0)}, "config.data.scale"),
         ({"method__labeled_loss": "ohem", "method__ohem_group": 3}, "multiple of config.method.ohem_group"),

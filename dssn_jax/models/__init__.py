@@ -8,7 +8,7 @@ from dssn_jax.models.deeplabv3plus import DeepLabV3Plus
 from dssn_jax.models.resnet import ResNet
 from dssn_jax.models.xception import Xception
 
-# Name in `config.model.backbone` -> constructor taking output_stride, dtype, param_dtype, remat (and a ResNet's: stem,
+# Name in `config.model.encoder` -> constructor taking output_stride, dtype, param_dtype, remat (and a ResNet's: stem,
 # shortcut).
 BACKBONES = {
     "resnet10w16": functools.partial(ResNet, stage_sizes=(1, 1, 1, 1), bottleneck=False, width=16),  # For tests.
@@ -35,6 +35,6 @@ def build(model, num_classes: int) -> DeepLabV3Plus:
         num_classes=num_classes,
         aspp_dilations=tuple(model.aspp_dilations),
         channels=model.decoder_channels,
-        feature_dropout=model.feature_dropout,
+        feature_dropout=method.feature_dropout,
         **types,
     )

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from dssn_jax import sharding
 from dssn_jax.models import layers
+from dssn_jax.models.extent import Extent, mean_inside, strided, zero_outside
+from dssn_jax.models.resize import resize, upsample
 
 LOW_LEVEL_CHANNELS = 48
 LOW_LEVEL_STRIDE = 4  # Of c1.
@@ -38,17 +40,17 @@ class DeepLabV3Plus(nn.Module):
         self.fuse_4 = norm()
         self.classifier = conv(self.num_classes, use_bias=True, bias_init=layers.bias_init(self.channels))
 
-    def __call__(self, x: jax.Array, train: bool = False, extent: layers.Extent | None = None) -> jax.Array:
-        """Images [B, H, W, 3] (normalised) -> logits [B, H, W, K], in at least float32.
+    def __call__(self, x: jax.Array, train: bool = False, extent: Extent | None = None) -> jax.Array:
+        """Images [B, H, W, 3] (normalized) -> logits [B, H, W, K], in at least float32.
 
         With `extent`, each image is the part of `x` inside of it: its logits there are those of the image alone (but
         for batch statistics in training), and those outside mean nothing.
         """
-        low = layers.strided(extent, LOW_LEVEL_STRIDE)
-        return layers.upsample(self.coarse(x, train, extent), *x.shape[1:3], low, extent)
+        low = strided(extent, LOW_LEVEL_STRIDE)
+        return upsample(self.coarse(x, train, extent), *x.shape[1:3], low, extent)
 
-    def coarse(self, x: jax.Array, train: bool = False, extent: layers.Extent | None = None) -> jax.Array:
-        """Images [B, H, W, 3] -> logits [B, H/4, W/4, K] in `dtype`, to be brought to size by `layers.upsample`."""
+    def coarse(self, x: jax.Array, train: bool = False, extent: Extent | None = None) -> jax.Array:
+        """Images [B, H, W, 3] -> logits [B, H/4, W/4, K] in `dtype`, to be brought to size by `upsample`."""
         return self._decode(*self.features(x, train, extent), train, extent)
 
     def coarse_with_feature_views(
@@ -72,9 +74,7 @@ class DeepLabV3Plus(nn.Module):
             copies = [sharding.separate(copy, sizes)[-1] for copy in copies]
         return tuple(sharding.separate(clean, sizes)), tuple(copies)
 
-    def features(
-        self, x: jax.Array, train: bool = False, extent: layers.Extent | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+    def features(self, x: jax.Array, train: bool = False, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
         """Images [B, H, W, 3] -> the backbone's c1 [B, H/4, W/4, C1] and c4 [B, H/16, W/16, C4], sizes rounded up."""
         return self.backbone(x.astype(self.dtype), train, extent)
 
@@ -84,12 +84,12 @@ class DeepLabV3Plus(nn.Module):
             return tuple(features)
         return tuple(layers.channel_dropout(each, self.feature_dropout, self.make_rng("dropout")) for each in features)
 
-    def _decode(self, c1: jax.Array, c4: jax.Array, train: bool, extent: layers.Extent | None = None) -> jax.Array:
-        low, high = (layers.strided(extent, stride) for stride in (LOW_LEVEL_STRIDE, self.backbone.output_stride))
-        c4 = layers.resize(self.head(c4, train, high), *c1.shape[1:3], high, low)
+    def _decode(self, c1: jax.Array, c4: jax.Array, train: bool, extent: Extent | None = None) -> jax.Array:
+        low, high = (strided(extent, stride) for stride in (LOW_LEVEL_STRIDE, self.backbone.output_stride))
+        c4 = resize(self.head(c4, train, high), *c1.shape[1:3], high, low)
         c1 = nn.relu(self.reduce_1(self.reduce_0(c1), train))
-        x = layers.clear(jnp.concatenate([c1, c4], -1), low)
-        x = layers.clear(nn.relu(self.fuse_1(self.fuse_0(x), train)), low)
+        x = zero_outside(jnp.concatenate([c1, c4], -1), low)
+        x = zero_outside(nn.relu(self.fuse_1(self.fuse_0(x), train)), low)
         x = nn.relu(self.fuse_4(self.fuse_3(x), train))
         return self.classifier(x)
 
@@ -103,11 +103,11 @@ class ASPP(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: layers.Extent | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> jax.Array:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = functools.partial(layers.conv, self.channels, **types)
         norm = functools.partial(layers.BatchNorm, **types)
-        x = layers.clear(x, extent)
+        x = zero_outside(x, extent)
         branches = [nn.relu(norm(name="b0_1")(conv(name="b0_0")(x), train))]
         for i, dilation in enumerate(self.dilations, start=1):
             y = conv(kernel=3, dilation=dilation, name=f"b{i}_0")(x)
@@ -126,8 +126,8 @@ class ImagePooling(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: layers.Extent | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> jax.Array:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = layers.mean(x, extent).astype(self.dtype)
+        x = mean_inside(x, extent).astype(self.dtype)
         x = layers.conv(self.channels, name="gap_1", **types)(x)
         return nn.relu(layers.BatchNorm(name="gap_2", **types)(x, train))

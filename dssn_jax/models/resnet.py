@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dssn_jax.models import layers
+from dssn_jax.models.extent import Extent, strided, zero_outside
 
 # 7x7: one convolution (torchvision). The deep ones are three 3x3: 64, 64, 128 channels (the original; timm's resnet50s)
 # or 32, 32, 64 (timm's resnet50c and resnet50d).
@@ -35,10 +36,10 @@ class ResNet(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: layers.Extent | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
         """`x` [B, H, W, 3] -> c1 [B, H/4, W/4, C1], c4 [B, H/stride, W/stride, C4], sizes rounded up."""
         x, extent = self._stem(x, train, extent)
-        block = functools.partial(_rematerialised() if self.remat else Block, bottleneck=self.bottleneck)
+        block = functools.partial(_rematerialized() if self.remat else Block, bottleneck=self.bottleneck)
         block = functools.partial(block, dtype=self.dtype, param_dtype=self.param_dtype)
         dilation, current_stride, features = 1, 4, []
         for stage, size in enumerate(self.stage_sizes):
@@ -56,29 +57,29 @@ class ResNet(nn.Module):
                     average=(2 if stage > 0 else 1) if self.shortcut == "average" else None,
                     name=f"layer{stage + 1}_{i}",
                 )(x, train, extent)
-                extent = layers.strided(extent, stride if i == 0 else 1)
+                extent = strided(extent, stride if i == 0 else 1)
             features.append(x)
         return features[0], features[-1]
 
     def _channels(self, stage: int) -> int:
         return self.width * 2**stage * (Block.expansion if self.bottleneck else 1)
 
-    def _stem(self, x: jax.Array, train: bool, extent: layers.Extent | None):
+    def _stem(self, x: jax.Array, train: bool, extent: Extent | None):
         conv = functools.partial(layers.conv, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = functools.partial(layers.BatchNorm, dtype=self.dtype, param_dtype=self.param_dtype)
-        half, quarter = layers.strided(extent, 2), layers.strided(extent, 4)
-        x = layers.clear(x, extent)
+        half, quarter = strided(extent, 2), strided(extent, 4)
+        x = zero_outside(x, extent)
         if self.stem == "7x7":
             x = conv(self.width, 7, stride=2, name="conv1")(x)
         else:
             width = self.width // 2 if self.stem == "deep_narrow" else self.width
             x = conv(width, 3, stride=2, name="conv1_0")(x)
-            x = layers.clear(nn.relu(norm(name="conv1_1")(x, train)), half)
+            x = zero_outside(nn.relu(norm(name="conv1_1")(x, train)), half)
             x = conv(width, 3, name="conv1_3")(x)
-            x = layers.clear(nn.relu(norm(name="conv1_4")(x, train)), half)
+            x = zero_outside(nn.relu(norm(name="conv1_4")(x, train)), half)
             x = conv(2 * width, 3, name="conv1_6")(x)
         x = nn.relu(norm(name="bn1")(x, train))
-        return layers.max_pool(layers.clear(x, half)), quarter
+        return layers.max_pool(zero_outside(x, half)), quarter
 
 
 class Block(nn.Module):
@@ -96,19 +97,19 @@ class Block(nn.Module):
     expansion = 4  # Output channels of a bottleneck over its width.
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: layers.Extent | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> jax.Array:
         conv = functools.partial(layers.conv, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = functools.partial(layers.BatchNorm, dtype=self.dtype, param_dtype=self.param_dtype)
         spatial = {"stride": self.stride, "dilation": self.dilation}
         if self.bottleneck:
             channels = self.width * self.expansion
             y = nn.relu(norm(name="bn1")(conv(self.width, name="conv1")(x), train))
-            y = nn.relu(norm(name="bn2")(conv(self.width, 3, **spatial, name="conv2")(layers.clear(y, extent)), train))
+            y = nn.relu(norm(name="bn2")(conv(self.width, 3, **spatial, name="conv2")(zero_outside(y, extent)), train))
             y = norm(name="bn3")(conv(channels, name="conv3")(y), train)
         else:
             channels = self.width
-            y = conv(self.width, 3, **spatial, name="conv1")(layers.clear(x, extent))
-            y = layers.clear(nn.relu(norm(name="bn1")(y, train)), layers.strided(extent, self.stride))
+            y = conv(self.width, 3, **spatial, name="conv1")(zero_outside(x, extent))
+            y = zero_outside(nn.relu(norm(name="bn1")(y, train)), strided(extent, self.stride))
             y = norm(name="bn2")(conv(channels, 3, dilation=self.dilation, name="conv2")(y), train)
         if self.project and self.average:
             x = layers.average_pool(x, self.average, self.stride, extent)
@@ -120,5 +121,5 @@ class Block(nn.Module):
 
 
 @functools.cache
-def _rematerialised() -> type[nn.Module]:
+def _rematerialized() -> type[nn.Module]:
     return nn.remat(Block, static_argnums=(2,))

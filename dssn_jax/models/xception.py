@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dssn_jax.models import layers
+from dssn_jax.models.extent import Extent, strided, zero_outside
 
 BATCH_NORM_MOMENTUM = 3e-4  # PyTorch's sense.
 
@@ -25,19 +26,19 @@ class Xception(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: layers.Extent | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
         """`x` [B, H, W, 3] -> c1 [B, H/4, W/4, 256], c4 [B, H/stride, W/stride, 2048], sizes rounded up."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = functools.partial(layers.conv, **types)
         norm = functools.partial(layers.BatchNorm, momentum=BATCH_NORM_MOMENTUM, **types)
-        block = functools.partial(_rematerialised() if self.remat else Block, **types)
+        block = functools.partial(_rematerialized() if self.remat else Block, **types)
         separable = functools.partial(SeparableConv, **types)
         dilation = 16 // self.output_stride  # From block 4 on.
 
-        at = functools.partial(layers.strided, extent)
+        at = functools.partial(strided, extent)
         stride = 2 if self.output_stride == 16 else 1  # Of block 3.
-        x = nn.relu(norm(name="bn1")(conv(32, 3, stride=2, name="conv1")(layers.clear(x, extent)), train))
-        x = nn.relu(norm(name="bn2")(conv(64, 3, name="conv2")(layers.clear(x, at(2))), train))
+        x = nn.relu(norm(name="bn1")(conv(32, 3, stride=2, name="conv1")(zero_outside(x, extent)), train))
+        x = nn.relu(norm(name="bn2")(conv(64, 3, name="conv2")(zero_outside(x, at(2))), train))
         x, _ = block(128, stride=2, name="block1")(x, train, at(2))
         x, c1 = block(256, stride=2, name="block2")(x, train, at(4))
         x, _ = block(728, stride=stride, name="block3")(x, train, at(8))
@@ -61,7 +62,7 @@ class Block(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: layers.Extent | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns the output and the second convolution's features (before any stride)."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         separable = functools.partial(SeparableConv, dilation=self.dilation, **types)
@@ -88,7 +89,7 @@ class SeparableConv(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: layers.Extent | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> jax.Array:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = functools.partial(layers.BatchNorm, momentum=BATCH_NORM_MOMENTUM, **types)
         after = (lambda y: y) if self.relu_first else nn.relu
@@ -98,10 +99,10 @@ class SeparableConv(nn.Module):
         depthwise = layers.conv(
             channels, 3, stride=self.stride, dilation=self.dilation, groups=channels, name="depthwise", **types
         )
-        x = after(norm(name="bn1")(depthwise(layers.clear(x, extent)), train))
+        x = after(norm(name="bn1")(depthwise(zero_outside(x, extent)), train))
         return after(norm(name="bn2")(layers.conv(self.features, name="pointwise", **types)(x), train))
 
 
 @functools.cache
-def _rematerialised() -> type[nn.Module]:
+def _rematerialized() -> type[nn.Module]:
     return nn.remat(Block, static_argnums=(2,))

@@ -1,21 +1,21 @@
-"""Charts of runs, as plotly.js draws them: plain dicts of traces and layout, coloured and themed by the page.
+"""Charts of runs, as plotly.js draws them: plain dicts of traces and layout, colored and themed by the page.
 
-Colour tells the run, the dash the network. Traces of a curve hold in "meta" what the page needs to show it over epochs
+Color tells the run, the dash the network. Traces of a curve hold in "meta" what the page needs to show it over epochs
 or time instead of steps, and every trace the run that it belongs to, so that runs can be hidden.
 """
 
 import numpy as np
 
-from dssn_jax import pictures
+from dssn_jax import visualize as pictures
+from dssn_jax.evaluation.scores import NETWORKS
 from dssn_jax.report.runs import Run, Series
-from dssn_jax.scores import NETWORKS
 
-# Of runs: told apart on white and on black, the first ones also with the common kinds of colour blindness.
-COLOURS = ("#3b82f6", "#f97316", "#10b981", "#db2777", "#a78bfa", "#ca8a04", "#06b6d4", "#84cc16")
+# Of runs: told apart on white and on black, the first ones also with the common kinds of color blindness.
+COLORS = ("#3b82f6", "#f97316", "#10b981", "#db2777", "#a78bfa", "#ca8a04", "#06b6d4", "#84cc16")
 DASHES = {"student": "dot", "teacher": "solid"}
 SCORES = "Scores"  # The section of the page with the numbers of student and teacher.
 # The other sections, and how the names of their metrics begin; the first that fits.
-SECTIONS = {"Losses": ("loss", "contrast"), "Selected pixels": ("mask_ratio",), "Optimisation and speed": ("",)}
+SECTIONS = {"Losses": ("loss", "contrast"), "Selected pixels": ("mask_ratio",), "Optimization and speed": ("",)}
 TITLES = {
     "miou": "Mean IoU, %",
     "pixel_accuracy": "Pixel accuracy, %",
@@ -39,9 +39,9 @@ TITLES = {
 CELL_TEXT = 24  # Most classes for which the cells of a confusion matrix hold their number.
 
 
-def colour(index: int) -> str:
-    """The colour of the run with this place on the page."""
-    return COLOURS[index % len(COLOURS)]
+def color(index: int) -> str:
+    """The color of the run with this place on the page."""
+    return COLORS[index % len(COLORS)]
 
 
 def curves(runs: list[Run]) -> dict[str, list[dict]]:
@@ -72,7 +72,7 @@ def class_bars(runs: list[Run]) -> list[dict]:
                 classes += [name for name in run.classes if name not in classes]
                 step, values = int(series.steps[-1]), series.values[-1].tolist()
                 trace = {"type": "bar", "x": run.classes, "y": _plain(values), "name": f"{run.label} {network}"}
-                trace["marker"] = {"color": colour(index), "opacity": 1.0 if network == run.networks[-1] else 0.45}
+                trace["marker"] = {"color": color(index), "opacity": 1.0 if network == run.networks[-1] else 0.45}
                 trace["hovertemplate"] = f"%{{x}}: %{{y:.2f}}<extra>{run.label} {network}, step {step}</extra>"
                 traces.append(trace | {"meta": {"run": index}})
     if not traces:
@@ -131,7 +131,7 @@ def _line(index: int, run: Run, network: str | None, series: Series) -> dict:
     return {
         "type": "scatter", "mode": "lines+markers" if few else "lines", "name": label,
         "x": series.steps.astype(int).tolist(), "y": _plain(series.values.tolist()),
-        "line": {"color": colour(index), "width": 2, "dash": DASHES.get(network, "solid")}, "marker": {"size": 5},
+        "line": {"color": color(index), "width": 2, "dash": DASHES.get(network, "solid")}, "marker": {"size": 5},
         "meta": {
             "run": index,
             "network": network,
@@ -154,5 +154,5 @@ def _plain(values: list[float]) -> list[float | None]:
     return [float(f"{value:.5g}") if np.isfinite(value) else None for value in values]
 
 
-def _hex(colour: np.ndarray) -> str:
-    return "#" + bytes(colour).hex()
+def _hex(color: np.ndarray) -> str:
+    return "#" + bytes(color).hex()

@@ -9,11 +9,17 @@ import jax
 import numpy as np
 from PIL import Image
 
-import input_pipeline
-from dssn_jax import checkpoint, evaluate, experiment, metrics, panels, pictures
-from dssn_jax import config as configuration
-from dssn_jax.recorder import logger
+from configs import checks
+from dssn_jax import visualize as pictures
+from dssn_jax.evaluation import evaluate, metrics
+from dssn_jax.learner import learner as experiment
 from dssn_jax.report.runs import Run
+from dssn_jax.training import image_summaries as panels
+from dssn_jax.workdir import checkpoint
+from dssn_jax.workdir.recorder import logger
+from input_pipeline.errors import DataError
+from input_pipeline.pipeline import train_dataset
+from input_pipeline.sources.open import Source
 
 SHOWN = 4  # Best and worst validation images each, and training images.
 LONGEST = 480  # Pixels of the longer side of a picture on the page; larger ones are made smaller.
@@ -63,7 +69,7 @@ def draw(run: Run, images: int) -> Gallery:
         return Gallery("No pictures were asked for.")
     try:
         return _draw(run, images)
-    except (configuration.ConfigError, input_pipeline.DataError, checkpoint.CheckpointError) as error:
+    except (checks.ConfigError, DataError, checkpoint.CheckpointError) as error:
         logger.warning("%s: no pictures: %s", run.label, error)
         return Gallery(f"No pictures: {error}")
 
@@ -81,20 +87,20 @@ def _draw(run: Run, images: int) -> Gallery:
     scored = score(parts, variables, val, run.label)
     note = f"Predicted by the {network} of step {step}. Best and worst of {len(val)} validation images"
     note += f", spread evenly over all {len(parts.sources.val)}." if len(val) < len(parts.sources.val) else "."
-    colours = functools.partial(_overlaid, num_classes=len(run.classes))
+    colors = functools.partial(_overlaid, num_classes=len(run.classes))
     shown = min(SHOWN, len(scored) // 2)
     ends = {"Best": scored[::-1][:shown], "Worst": scored[:shown]}
     return Gallery(
         note,
-        {title: [_validation_row(each, colours) for each in end] for title, end in ends.items()},
+        {title: [_validation_row(each, colors) for each in end] for title, end in ends.items()},
         _training_rows(parts, state, len(run.classes)),
     )
 
 
 class _Some:
-    """At most so many records of a source, spread evenly over it; an `input_pipeline.Source`."""
+    """At most so many records of a source, spread evenly over it; an `Source`."""
 
-    def __init__(self, source: input_pipeline.Source, count: int):
+    def __init__(self, source: Source, count: int):
         self._source = source
         self._indices = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)).tolist()
 
@@ -141,27 +147,27 @@ def image_miou(prediction: np.ndarray, label: np.ndarray, num_classes: int, igno
     return 100 * float(metrics.iou(confusion)[there].mean()) if there.any() else None
 
 
-def _validation_row(scored: Scored, colours) -> Row:
+def _validation_row(scored: Scored, colors) -> Row:
     shown = {
         "image": scored.image,
-        "truth": colours(scored.image, scored.label),
-        "prediction": colours(scored.image, scored.prediction),
+        "truth": colors(scored.image, scored.label),
+        "prediction": colors(scored.image, scored.prediction),
     }
     return Row(f"{scored.name}: {scored.miou:.1f}", [_picture(*item) for item in shown.items()])
 
 
 def _training_rows(parts: experiment.Experiment, state, num_classes: int) -> dict[str, list[Row]]:
     """What the step before the checkpoint saw of its first images."""
-    dataset = input_pipeline.train_dataset(parts.sources, parts.config)
+    dataset = train_dataset(parts.sources, parts.config)
     batch = {name: array[:SHOWN] for name, array in dataset[max(int(state.step) - 1, 0)].items()}
     seen = panels.Panels(parts, SHOWN).seen(state, batch)
-    colour = functools.partial(pictures.colourise, num_classes=num_classes)
+    color = functools.partial(pictures.colorize, num_classes=num_classes)
     overlaid = functools.partial(_overlaid, num_classes=num_classes)
     rows = {}
     if "pseudo_label" in seen:
         views = {"weak view": seen["image_u"]}
         views |= {f"strong view {i}": seen[f"image_s{i}"] for i in (1, 2) if f"image_s{i}" in seen}
-        views["pseudo-label"] = colour(seen["pseudo_label"])
+        views["pseudo-label"] = color(seen["pseudo_label"])
         views["selected"] = pictures.mask(seen["selected"])
         views["prediction"] = overlaid(seen["image_u"], seen["prediction_u"])
         rows["Unlabeled images"] = _rows(views)

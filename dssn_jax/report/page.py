@@ -8,11 +8,12 @@ import plotly.offline
 from etils import epath
 
 from configs import defaults
-from dssn_jax import files, pictures, recorder
-from dssn_jax.config import check_target
-from dssn_jax.recorder import duration, logger
+from configs.checks import check_output_file
+from dssn_jax import visualize as pictures
 from dssn_jax.report import charts, gallery, runs
 from dssn_jax.report.runs import Run
+from dssn_jax.workdir import files, recorder
+from dssn_jax.workdir.recorder import duration, logger
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -35,7 +36,7 @@ def report(workdirs: Sequence[str], to: str | None = None, images: int = 200) ->
     recorder.log_to(None)
     shown = runs.read(workdirs)
     path = epath.Path(to or shown[0].workdir / "report.html")
-    check_target(path)
+    check_output_file(path)
     page = render(shown, [gallery.draw(run, images) for run in shown])
     with files.whole(path) as part:
         part.write_text(page)
@@ -86,9 +87,9 @@ def _card(index: int, run: Run) -> dict:
         "Steps": f"{run.steps} of {run.total_steps or '?'}",
         "Time": duration(run.seconds) if run.seconds else "not recorded",
         "Devices": facts.get("devices", "not recorded"),
-        "Network": f"{run.config.model.backbone}, {facts['parameters'] / 1e6:.1f} M parameters"
+        "Network": f"{run.config.model.encoder}, {facts['parameters'] / 1e6:.1f} M parameters"
         if "parameters" in facts
-        else run.config.model.backbone,
+        else run.config.model.encoder,
         "Images": ", ".join(f"{count} {name}" for name, count in images.items()) or "not recorded",
         "Folder": str(run.workdir),
     }
@@ -96,7 +97,7 @@ def _card(index: int, run: Run) -> dict:
         network: [f"{miou:.2f} at step {step}" for miou, step in (run.best(network), run.last(network))]
         for network in run.networks
     }
-    return {"label": run.label, "name": run.config.name, "colour": charts.colour(index), "rows": rows, "scores": scores}
+    return {"label": run.label, "name": run.config.name, "color": charts.color(index), "rows": rows, "scores": scores}
 
 
 def _state(run: Run) -> str:
@@ -108,15 +109,15 @@ def _state(run: Run) -> str:
 
 
 def _legend(shown: list[Run]) -> list[dict]:
-    return [{"label": run.label, "colour": charts.colour(index)} for index, run in enumerate(shown)]
+    return [{"label": run.label, "color": charts.color(index)} for index, run in enumerate(shown)]
 
 
 def _class_legend(shown: list[Run]) -> dict[str, str]:
-    """Colours of the classes in the pictures."""
+    """Colors of the classes in the pictures."""
     return {
-        name: f"rgb{tuple(int(value) for value in colour)}"
+        name: f"rgb{tuple(int(value) for value in color)}"
         for run in shown
-        for name, colour in zip(run.classes, pictures.palette(len(run.classes)), strict=True)
+        for name, color in zip(run.classes, pictures.palette(len(run.classes)), strict=True)
     }
 
 

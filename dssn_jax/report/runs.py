@@ -10,8 +10,9 @@ import flax
 import numpy as np
 from etils import epath
 
-from dssn_jax import files, recorder, saved_run
-from dssn_jax.scores import NETWORKS
+from dssn_jax.evaluation.scores import NETWORKS
+from dssn_jax.workdir import files, recorder
+from dssn_jax.workdir import restore as saved_run
 
 
 class Series(NamedTuple):

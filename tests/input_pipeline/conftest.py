@@ -1,4 +1,4 @@
-"""Small data sets on disk, with content that the tests can recognise."""
+"""Small data sets on disk, with content that the tests can recognize."""
 
 import os
 
@@ -33,13 +33,13 @@ def config():
     config.data.unlabeled_batch = 4
     config.data.threads = 2
     config.views.device = False
-    config.views.jitter = config.views.grey = config.views.blur = 0.0
+    config.views.jitter = config.views.gray = config.views.blur = 0.0
     return config
 
 
 @pytest.fixture
 def folder(tmp_path, config):
-    """A root with 3 labeled, 10 unlabeled and 2 validation images of one colour each; (number, 7, 7) is image number.
+    """A root with 3 labeled, 10 unlabeled and 2 validation images of one color each; (number, 7, 7) is image number.
 
     Labeled are 0, 1, 2; unlabeled 0 to 9; validation 10 and 11. Masks are `number % 3` everywhere.
     """

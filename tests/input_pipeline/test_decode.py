@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline import DataError, decode
+from input_pipeline import decode
 from input_pipeline.decode import Encoded
+from input_pipeline.errors import DataError
 
 RNG = np.random.default_rng(0)
 # What the orientations of EXIF mean: where the stored first row and first column are seen.
@@ -41,9 +42,9 @@ def exif(orientation):
     return data
 
 
-def png(width, height, depth, colour, rows, *more, behind=b""):
+def png(width, height, depth, color, rows, *more, behind=b""):
     """A PNG written by hand: rows of packed bytes; `more` chunks before the pixels."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
     chunks = [(b"IHDR", header), *more, (b"IDAT", pixels), *([(b"eXIf", behind)] if behind else []), (b"IEND", b"")]
     content = b"".join(
@@ -52,12 +53,12 @@ def png(width, height, depth, colour, rows, *more, behind=b""):
     return Encoded(b"\x89PNG\r\n\x1a\n" + content, "hand.png")
 
 
-def grey():
+def gray():
     values = random(4, 6)
     return encoded(Image.fromarray(values)), np.stack([values] * 3, -1)
 
 
-def grey_of_four_bits():
+def gray_of_four_bits():
     values = random(4, 6, below=16)
     rows = [bytes(row[::2] << 4 | row[1::2]) for row in values]
     return png(6, 4, 4, 0, rows), np.stack([values * 17] * 3, -1)  # 15 is white, 255.
@@ -68,7 +69,7 @@ def one_bit():
     return encoded(Image.fromarray(values * 255).convert("1", dither=0)), np.stack([values * 255] * 3, -1)
 
 
-def grey_and_opaque_alpha():
+def gray_and_opaque_alpha():
     values = random(4, 6)
     file = encoded(Image.fromarray(np.stack([values, np.full_like(values, 255)], -1), "LA"))
     return file, np.stack([values] * 3, -1)
@@ -81,20 +82,20 @@ def opaque_alpha():
 
 
 def palette():
-    colours, values = random(256, 3), random(4, 6)
+    colors, values = random(256, 3), random(4, 6)
     image = Image.fromarray(values)
-    image.putpalette(colours.ravel().tolist())
-    return encoded(image), colours[values]
+    image.putpalette(colors.ravel().tolist())
+    return encoded(image), colors[values]
 
 
 def palette_with_unused_transparency():
-    colours, values = random(256, 3), random(4, 6, below=200)
+    colors, values = random(256, 3), random(4, 6, below=200)
     image = Image.fromarray(values)
-    image.putpalette(colours.ravel().tolist())
-    return encoded(image, transparency=250), colours[values]
+    image.putpalette(colors.ravel().tolist())
+    return encoded(image, transparency=250), colors[values]
 
 
-def colours_of_sixteen_bits():
+def colors_of_sixteen_bits():
     values = RNG.integers(1 << 16, size=(4, 6, 3), dtype=np.uint16)
     return png(6, 4, 16, 2, [row.astype(">u2").tobytes() for row in values]), (values >> 8).astype(np.uint8)
 
@@ -112,8 +113,8 @@ def of_cmyk(values):
 @pytest.mark.parametrize(
     "make",
     [
-        grey, grey_of_four_bits, one_bit, grey_and_opaque_alpha, opaque_alpha, palette,
-        palette_with_unused_transparency, colours_of_sixteen_bits, cmyk_tiff,
+        gray, gray_of_four_bits, one_bit, gray_and_opaque_alpha, opaque_alpha, palette,
+        palette_with_unused_transparency, colors_of_sixteen_bits, cmyk_tiff,
     ],
 )  # fmt: skip
 def test_images_of_every_mode(make):
@@ -144,8 +145,8 @@ def half_transparent(mode):
     return encoded(image.convert(mode))
 
 
-def transparent_colour():
-    """RGB, one colour of which a chunk declares transparent."""
+def transparent_color():
+    """RGB, one color of which a chunk declares transparent."""
     return png(2, 1, 8, 2, [bytes([1, 2, 3, 4, 5, 6])], (b"tRNS", struct.pack(">HHH", 4, 5, 6)))
 
 
@@ -155,11 +156,11 @@ def transparent_colour():
         (half_transparent("RGBA"), "mode 'RGBA' with transparency in 50.0% of the pixels"),
         (half_transparent("LA"), "mode 'LA' with transparency in 50.0% of the pixels"),
         (encoded(Image.new("P", (6, 4)), transparency=0), "mode 'P' with transparency in 100.0%"),
-        (transparent_colour(), "mode 'RGB' with transparency in 50.0%"),
+        (transparent_color(), "mode 'RGB' with transparency in 50.0%"),
         (encoded(Image.new("I;16", (6, 4))), "mode 'I;16' .*expected 8 bits a channel.*scale it to 0..255"),
         (encoded(Image.new("I", (6, 4)), "TIFF"), "mode 'I' .*expected 8 bits"),
         (encoded(Image.new("F", (6, 4)), "TIFF"), "mode 'F' .*floats"),
-        (encoded(Image.new("LAB", (6, 4)), "TIFF"), "mode 'LAB'; expected RGB or grey"),
+        (encoded(Image.new("LAB", (6, 4)), "TIFF"), "mode 'LAB'; expected RGB or gray"),
     ],
 )
 def test_images_refused_by_name(file, message):
@@ -187,8 +188,8 @@ def test_exif_orientation_of_masks(kind, orientation):
     if kind == "P":
         image.putpalette(random(768).tolist())
     file = encoded(image, exif=exif(orientation))
-    np.testing.assert_array_equal(decode.mask(file, colours=False), SEEN[orientation](values))
-    assert decode.mask_size(file, colours=False) == SEEN[orientation](values).shape
+    np.testing.assert_array_equal(decode.mask(file, colors=False), SEEN[orientation](values))
+    assert decode.mask_size(file, colors=False) == SEEN[orientation](values).shape
 
 
 def test_orientation_that_comes_too_late_is_refused():
@@ -206,27 +207,27 @@ def test_damaged_exif_is_as_none():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_grey_masks_hold_ids(dtype):
+def test_gray_masks_hold_ids(dtype):
     values = RNG.integers(np.iinfo(dtype).max + 1, size=(4, 6), dtype=dtype)
-    np.testing.assert_array_equal(decode.mask(encoded(Image.fromarray(values)), colours=False), values)
+    np.testing.assert_array_equal(decode.mask(encoded(Image.fromarray(values)), colors=False), values)
 
 
 def test_masks_of_one_bit_hold_0_and_1():
     values = random(4, 6, below=2)
-    found = decode.mask(encoded(Image.fromarray(values * 255).convert("1", dither=0)), colours=False)
+    found = decode.mask(encoded(Image.fromarray(values * 255).convert("1", dither=0)), colors=False)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, values)
 
 
-@pytest.mark.parametrize("make", [opaque_alpha, palette, grey])
-def test_masks_of_colours(make):
+@pytest.mark.parametrize("make", [opaque_alpha, palette, gray])
+def test_masks_of_colors(make):
     file, expected = make()
     red, green, blue = np.moveaxis(expected.astype(int), -1, 0)
-    np.testing.assert_array_equal(decode.mask(file, colours=True), red * 65536 + green * 256 + blue)
+    np.testing.assert_array_equal(decode.mask(file, colors=True), red * 65536 + green * 256 + blue)
 
 
 @pytest.mark.parametrize(
-    ("file", "colours", "message"),
+    ("file", "colors", "message"),
     [
         (
             encoded(Image.new("RGB", (6, 4))),
@@ -235,20 +236,20 @@ def test_masks_of_colours(make):
         ),
         (encoded(Image.new("L", (6, 4)), "JPEG"), False, "mask in JPEG, which changes values"),
         (encoded(Image.new("RGB", (6, 4)), "JPEG"), True, "mask in JPEG"),
-        (encoded(Image.new("I;16", (6, 4))), True, "mode 'I;16'; config.data.label_map expects colours"),
+        (encoded(Image.new("I;16", (6, 4))), True, "mode 'I;16'; config.data.label_map expects colors"),
         (encoded(Image.new("F", (6, 4)), "TIFF"), False, "mode 'F'"),
         (encoded(Image.new("I", (6, 4), 1 << 16), "TIFF"), False, r"mask values 65536..65536 found; expected 0..65535"),
-        (png(6, 4, 4, 0, [b"\1\2\3"] * 4), False, "mask of 4-bit grey"),
+        (png(6, 4, 4, 0, [b"\1\2\3"] * 4), False, "mask of 4-bit gray"),
         (png(1, 1, 16, 2, [b"\1\2\3\4\5\6"]), True, "whose values decoding changes"),
         (half_transparent("RGBA"), True, "with transparency in 50.0%"),
     ],
 )
-def test_masks_refused_by_name(file, colours, message):
+def test_masks_refused_by_name(file, colors, message):
     with pytest.raises(DataError, match=f"{file.where}: .*{message}"):
-        decode.mask(file, colours)
+        decode.mask(file, colors)
 
 
-def test_inverted_grey_mask_is_refused():
+def test_inverted_gray_mask_is_refused():
     """Pillow reads the ids 0, 1, 2 of a TIFF whose 0 is white as 255, 254, 253."""
     tiff = encoded(Image.fromarray(np.array([[0, 1, 2]], np.uint8)), "TIFF").content
     black_is_zero = struct.pack("<HHLL", 262, 3, 1, 1)
@@ -256,4 +257,4 @@ def test_inverted_grey_mask_is_refused():
     file = Encoded(tiff.replace(black_is_zero, struct.pack("<HHLL", 262, 3, 1, 0)), "inverted.tif")
     assert np.asarray(Image.open(io.BytesIO(file.content))).max() == 255
     with pytest.raises(DataError, match=r"inverted\.tif: mask stored as 'L;I'"):
-        decode.mask(file, colours=False)
+        decode.mask(file, colors=False)

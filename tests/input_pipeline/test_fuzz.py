@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from configs import defaults
-from input_pipeline import DataError, open_sources
+from input_pipeline.errors import DataError
+from input_pipeline.sources.open import open_sources
 from tests.input_pipeline.own_images import CLASSES, save_image, save_mask
 
 CASES = 500

@@ -5,8 +5,10 @@ import pytest
 from PIL import Image
 
 from configs import defaults
-from input_pipeline import DataError, FolderSource, Labels
 from input_pipeline.decode import Encoded
+from input_pipeline.errors import DataError
+from input_pipeline.labels import Labels
+from input_pipeline.sources.folder import FolderSource
 from input_pipeline.split_lists import Entry
 from tests.input_pipeline.test_decode import encoded, exif
 
@@ -62,9 +64,9 @@ def test_ids_are_mapped(tmp_path, name, text):
         ("map.json", '{"64 128 64": "road", "0, 0, 192": "traffic light", "1 0 192": 2, "0 0 0": "ignore"}'),
     ],
 )
-def test_colours_are_mapped_exactly(tmp_path, name, text):
+def test_colors_are_mapped_exactly(tmp_path, name, text):
     labels = mapped(tmp_path, text, name)
-    assert labels.colours
+    assert labels.colors
     assert ids(labels, [[[64, 128, 64], [0, 0, 192], [1, 0, 192], [0, 0, 0]]]) == [[0, 1, 2, 255]]
     with pytest.raises(DataError, match=r"mask values \(63, 128, 64\), \(64, 129, 64\) found"):
         ids(labels, [[[64, 129, 64], [63, 128, 64]]])
@@ -76,7 +78,7 @@ def test_colours_are_mapped_exactly(tmp_path, name, text):
         ("7 road\n8 raod\n", r"map\.txt:2: no class 'raod'; did you mean 'road'\?"),
         ("7 3\n", r"map\.txt:1: no class '3'.*an id below 3"),
         ("7 road\n7 sky\n", r"map\.txt:2: 7 means two classes"),
-        ("7 road\n1 2 3 sky\n", r"map\.txt:2: the label map mixes ids and colours"),
+        ("7 road\n1 2 3 sky\n", r"map\.txt:2: the label map mixes ids and colors"),
         ("7\n", r"map\.txt:1: found '7'; expected `ID CLASS`"),
         ("road 7\n", r"map\.txt:1: found 'road'; expected an id, or red, green and blue"),
         ("65536 road\n", r"map\.txt:1: value 65536; expected 0\.\.65535"),

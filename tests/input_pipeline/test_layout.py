@@ -1,11 +1,12 @@
 import hashlib
 
 import pytest
+from configs.checks import ConfigError
 
 from configs import custom
-from dssn_jax.config import ConfigError
-from input_pipeline import DataError, digest, open_sources
+from input_pipeline.errors import DataError
 from input_pipeline.layout import find_layout
+from input_pipeline.sources.open import digest, open_sources
 from tests.input_pipeline.own_images import CLASSES, make_root, save_image, save_mask
 
 

@@ -11,16 +11,11 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from input_pipeline import (
-    SHAPES_CLASSES,
-    DataError,
-    open_sources,
-    pipeline,
-    steps_per_epoch,
-    train_dataset,
-    train_iterator,
-)
-from input_pipeline.sources import Sources
+from input_pipeline import pipeline
+from input_pipeline.errors import DataError
+from input_pipeline.pipeline import steps_per_epoch, train_dataset, train_iterator
+from input_pipeline.sources.open import Sources, open_sources
+from input_pipeline.sources.shapes import SHAPES_CLASSES
 
 
 class CountingSource:
@@ -56,7 +51,7 @@ def _assert_equal(batch, other):
 def _augmented(config):
     """All randomness on."""
     config.data.scale, config.data.flip = (0.5, 2.0), 0.5
-    config.views.jitter, config.views.grey, config.views.blur = 0.8, 0.2, 0.5
+    config.views.jitter, config.views.gray, config.views.blur = 0.8, 0.2, 0.5
     config.views.operations = (1, 3)
     return config
 

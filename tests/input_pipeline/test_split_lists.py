@@ -1,6 +1,6 @@
 import pytest
 
-from input_pipeline import DataError
+from input_pipeline.errors import DataError
 from input_pipeline.split_lists import Entry, find_split, format_entry, read_list
 
 

@@ -1,0 +1,86 @@
+"""Checks of configuration keys and names that need no JAX, so that a mistyped command line is answered at once."""
+
+import pathlib
+from collections.abc import Collection, Iterable
+
+from input_pipeline.errors import UserError, did_you_mean
+
+
+class ConfigError(UserError):
+    """A configuration or command line that cannot be run.
+
+    The message names the key, its value and what is known or expected. It is no ValueError, which ml_collections turns
+    into a traceback when a config file raises it.
+    """
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean 'A' or 'B'? known: ..." for an unknown name."""
+    known = [str(each) for each in known]
+    return f"{did_you_mean(str(name), known) or ';'} known: {', '.join(known)}"
+
+
+def check_choice(what: str, value: str, known: Iterable[str]) -> None:
+    """Raises ConfigError if `value` is not one of `known`; `what` names it in the message."""
+    known = list(known)
+    if value not in known:
+        raise ConfigError(f"unknown {what} {value!r}{suggest(value, known)}")
+
+
+def check_output_file(path: pathlib.Path) -> None:
+    """Raises ConfigError if the folder of the output file `path` (the flag --to) does not exist."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"--to={path}: the folder {path.parent} does not exist")
+
+
+def check_keys(arguments: Iterable[str], defaults) -> None:
+    """Raises ConfigError for the first override `--config.KEY=...` in `arguments` whose key is not in `defaults`."""
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            continue
+        section, path = defaults, argument.removeprefix("--config.").partition("=")[0]
+        for depth, key in enumerate(path.split(".")):
+            if not hasattr(section, "keys") or key not in section:
+                known = section.keys() if hasattr(section, "keys") else ()
+                parent = ".".join(["config", *path.split(".")[:depth]])
+                raise ConfigError(f"unknown config key {path!r}: {parent} has no {key!r}{suggest(key, known)}")
+            section = section[key]
+
+
+def unreadable_config_file(path: str) -> str:
+    """Returns the error message for a config file that cannot be read, with the known files of `configs/`."""
+    folder = pathlib.Path(__file__).parent
+    known = sorted(f"configs/{file.name}" for file in folder.glob("*.py") if "get_config(argument" in file.read_text())
+    return f"config file {path!r} cannot be read{suggest(path, known)}"
+
+
+def differences(old: dict, new: dict, ignore: Collection[str] = (), section: str = "config") -> list[str]:
+    """Lists the keys in which two configurations (nested dicts) differ, such as "config.seed: 0, now 1".
+
+    `ignore` holds keys, or sections of keys, to leave out, such as "seed" or "data.shapes".
+    """
+    changes = []
+    for key in sorted({*old, *new}):
+        path, before, after = f"{section}.{key}", old.get(key), new.get(key)
+        if path.removeprefix("config.") in ignore:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += differences(before, after, ignore, path)
+        elif before != after:
+            changes.append(f"{path}: {before!r}, now {after!r}")
+    return changes
+
+
+# Keys, or sections of keys, that may change between a stop and the next start of the same run: no training step or
+# score depends on them, or they say where the data are.
+_MAY_CHANGE = (
+    "name", "data.source", "data.root", "data.splits", "data.split", "data.folders", "data.val_overlap",
+    "data.tfds.data_dir", "data.workers", "data.threads", "data.buffer", "model.pretrained", "model.remat",
+    "train.resume", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.pictures", "train.epochs",
+    "train.steps", "eval",
+)  # fmt: skip
+
+
+def inexact_changes(old: dict, new: dict) -> list[str]:
+    """Lists the differences of two configurations after which a run would not continue exactly."""
+    return differences(old, new, ignore=_MAY_CHANGE)

@@ -1,0 +1,1 @@
+"""One training step and its state, built from a configuration without data."""

@@ -1,0 +1,254 @@
+"""Packs a data set of files into a few large ones: `--mode=records`. See `records` for the format.
+
+A conversion that was stopped goes on when its command is given again: shards that are whole are kept. Whatever
+happened in between, the files that it leaves are those of an undisturbed conversion, byte for byte.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from array_record.python.array_record_module import ArrayRecordWriter
+from tqdm import tqdm
+
+from dssn_jax.workdir import files
+from input_pipeline import decode, split_lists
+from input_pipeline.decode import Encoded
+from input_pipeline.errors import DataError
+from input_pipeline.sources import records
+from input_pipeline.sources.open import Sources, open_sources
+from input_pipeline.sources.records import Index, Row, Shard
+
+SHARD_BYTES = 128 << 20  # Many shards to a data set, so that all cores pack; few enough files for any file system.
+# Images are compressed already, and are read one by one.
+_WRITER = "group_size:1,uncompressed"
+_PLAN = "plan.json"
+_SPLIT, _SPLITS = "all", "splits"  # Where the configuration has none.
+_CLASSES = "classes.txt"  # Where configs/custom.py looks for the names.
+
+
+class Packed(NamedTuple):
+    """What was done."""
+
+    index: Index
+    split: str  # Name of the split, in the lists beside the records.
+    kept: int  # Shards that were there.
+    without_mask: int  # Images whose mask, which only the list of unlabeled images names, does not exist.
+
+
+class Item(NamedTuple):
+    """Files that become a record; paths are None where there is no mask."""
+
+    image: str
+    mask: str | None
+    image_path: str
+    mask_path: str | None
+    bytes: int  # Of both files.
+
+
+def pack(config, target: str, shard_bytes: int = SHARD_BYTES) -> Packed:
+    """Packs the labeled, unlabeled and validation images of `config` and their masks into the folder `target`.
+
+    Each image is packed once, whatever lists name it, with its mask if any list names one. Lists (of all splits
+    beside that of `config`), names of the classes and the label map are put beside the records. Shows its progress.
+
+    Args:
+      config: the whole configuration, of a data set of files.
+      target: folder; new, empty, or left by the same command.
+      shard_bytes: a shard ends with the record that reaches this.
+
+    Raises:
+      DataError: data that cannot be used, before anything is written; or a folder that holds something else.
+    """
+    data, folder = config.data, pathlib.Path(target)
+    if data.source != "folder":
+        raise DataError(f"config.data.source is {data.source!r}; expected 'folder': files are packed")
+    sources = open_sources(config)
+    items = _items(sources, data.threads)
+    named = json.dumps([(item.image, item.mask, item.bytes) for item in items])
+    inputs = hashlib.sha256(named.encode()).hexdigest()
+    plan = _plan(items, shard_bytes)
+    known = _begin(folder, {"inputs": inputs, "shards": len(plan)})
+    with tqdm(
+        total=sum(item.bytes for item in items), unit="B", unit_scale=True, file=sys.stdout, mininterval=1
+    ) as bar:
+        packer = _Packer(folder, known, len(plan), bar.update)
+        with ThreadPoolExecutor(min(data.threads, len(plan)), thread_name_prefix="pack") as pool:
+            futures = [pool.submit(packer, number, part) for number, part in enumerate(plan)]
+            try:
+                made = [future.result() for future in futures]
+            finally:
+                for future in futures:
+                    future.cancel()  # After an error, shards that have not begun are left.
+    split = _write_lists(data, sources, folder)
+    index = Index(inputs, tuple(shard for shard, _ in made), tuple(row for _, rows in made for row in rows))
+    _write_json(folder / records.INDEX, records.index_to_json(index))
+    shutil.rmtree(folder / records.PROGRESS)
+    without = {entry.image for entry in sources.unlabeled.entries if entry.mask is not None}
+    return Packed(index, split, packer.kept, sum(item.mask is None and item.image in without for item in items))
+
+
+def _items(sources: Sources, threads: int) -> list[Item]:
+    """Each image once, in the order of the lists; raises DataError where lists disagree about its mask."""
+    masks: dict[str, str | None] = {}
+    for source in sources:
+        for image, mask in source.entries:
+            known = masks.setdefault(image, mask)
+            if known is None:
+                masks[image] = mask
+            elif mask not in (None, known):
+                raise DataError(
+                    f"{image} has the mask {mask} in {source.where}, and {known} elsewhere; a packed image has one"
+                )
+    needed = {entry.mask for source in (sources.labeled, sources.val) for entry in source.entries}
+    root = sources.labeled.root
+
+    def item(image: str, mask: str | None) -> Item:
+        image_path, mask_path = os.path.join(root, image), None if mask is None else os.path.join(root, mask)
+        # Masks of unlabeled images are never read, and lists name some that do not exist.
+        if mask is not None and mask not in needed and not os.path.isfile(mask_path):
+            mask = mask_path = None
+        return Item(
+            image, mask, image_path, mask_path, sum(map(os.path.getsize, filter(None, (image_path, mask_path))))
+        )
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(item, masks.keys(), masks.values()))
+
+
+def _plan(items: Sequence[Item], shard_bytes: int) -> list[list[Item]]:
+    """The items of each shard: in their order, at least so many bytes."""
+    shards, size = [], shard_bytes
+    for item in items:
+        if size >= shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.bytes
+    return shards
+
+
+_Made = tuple[Shard, list[Row]]  # What the index says about a shard.
+
+
+def _begin(folder: pathlib.Path, plan: dict) -> dict[int, _Made]:
+    """Makes the folder; returns the shards that are noted as whole, of a conversion that was stopped or is complete.
+
+    Raises:
+      DataError: the folder holds something else.
+    """
+    progress, made = folder / records.PROGRESS, {}
+    if (folder / records.INDEX).exists():
+        index = records.read_index(str(folder))
+        found = {"inputs": index.inputs, "shards": len(index.shards)}
+        made = {number: (shard, []) for number, shard in enumerate(index.shards)}
+        for row in index.rows:
+            made[row.shard][1].append(row)
+    elif (progress / _PLAN).exists():
+        found = json.loads((progress / _PLAN).read_text())
+        for note in progress.glob("[0-9]*.json"):
+            shard, rows = json.loads(note.read_text())
+            made[int(note.stem)] = Shard(*shard), [records.row_from_json(row) for row in rows]
+    elif folder.exists() and any(path != progress for path in folder.iterdir()):
+        raise DataError(f"{folder}: not empty, and no packed data set; expected a new folder")
+    else:
+        found = plan
+    if found != plan:
+        raise DataError(f"{folder}: holds, whole or in part, a conversion of other files or lists; name a new folder")
+    progress.mkdir(parents=True, exist_ok=True)
+    _write_json(progress / _PLAN, plan)
+    return made
+
+
+class _Packer:
+    """Packs shards, each whole or not at all; keeps those that are whole.
+
+    Attributes:
+      kept: number of shards that were there.
+    """
+
+    def __init__(self, folder: pathlib.Path, known: dict[int, _Made], shards: int, progress: Callable[[int], None]):
+        self._folder, self._known, self._shards = folder, known, shards
+        self._progress, self._lock, self.kept = progress, threading.Lock(), 0
+
+    def __call__(self, number: int, items: Sequence[Item]) -> _Made:
+        """Packs `items` into shard `number`."""
+        if number in self._known and self._is_whole(self._known[number][0]):
+            self._tell(sum(item.bytes for item in items), kept=1)
+            return self._known[number]
+        path = self._folder / f"records-{number:05d}-of-{self._shards:05d}.array_record"
+        with files.whole(path) as part:
+            rows = self._write(number, part, items)
+            count = sum(1 if row.mask is None else 2 for row in rows)
+            shard = Shard(path.name, count, part.stat().st_size, _sha256(part))
+        _write_json(self._folder / records.PROGRESS / f"{number:05d}.json", [shard, rows])
+        return shard, rows
+
+    def _is_whole(self, shard: Shard) -> bool:
+        path = self._folder / shard.file
+        return path.is_file() and path.stat().st_size == shard.bytes and _sha256(path) == shard.sha256
+
+    def _write(self, number: int, part: pathlib.Path, items: Sequence[Item]) -> list[Row]:
+        writer, rows, position = ArrayRecordWriter(str(part), _WRITER), [], 0
+        try:
+            for item in items:
+                paths = [path for path in (item.image_path, item.mask_path) if path is not None]
+                contents = [decode.read(Encoded(path, path)) for path in paths]
+                if sum(map(len, contents)) != item.bytes:
+                    raise DataError(f"{item.image_path}, or its mask, changed while it was packed")
+                sizes = [decode.size(Encoded(*file)) for file in zip(contents, paths, strict=True)]
+                for content in contents:
+                    writer.write(content)
+                lengths = [*map(len, contents), 0]
+                rows.append(Row(item.image, item.mask, number, position, *lengths[:2], *[*sizes, None][:2]))
+                position += len(contents)
+                self._tell(item.bytes)
+        finally:
+            writer.close()
+        return rows
+
+    def _tell(self, packed: int, kept: int = 0) -> None:
+        with self._lock:
+            self.kept += kept
+            self._progress(packed)
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())  # What is noted as whole must outlive a crash of the machine.
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_lists(data, sources: Sources, folder: pathlib.Path) -> str:
+    """Writes the lists, the label map and the names of the classes; returns the name of the split."""
+    root = pathlib.Path(sources.labeled.root)
+    splits = folder / (_SPLITS if os.path.isabs(os.path.expanduser(data.splits)) else data.splits)
+    texts = {folder / _CLASSES: "".join(f"{name}\n" for name in data.classes).encode()}
+    if data.label_map and not os.path.isabs(data.label_map) and (root / data.label_map).is_file():
+        texts[folder / data.label_map] = (root / data.label_map).read_bytes()
+    if data.split:
+        original = pathlib.Path(split_lists.find_split(str(root), data.splits, data.split).val).parent
+        names = [original / split_lists.VAL]
+        names += [path for list_ in split_lists.SPLIT_LISTS for path in original.glob(f"*/{list_}")]
+        texts |= {splits / path.relative_to(original): path.read_bytes() for path in names}
+    else:
+        paths = [*(splits / _SPLIT / list_ for list_ in split_lists.SPLIT_LISTS), splits / split_lists.VAL]
+        for path, source in zip(paths, sources, strict=True):
+            texts[path] = split_lists.format_list(source.entries).encode()
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.whole(path) as part:
+            part.write_bytes(text)
+    return data.split or _SPLIT
+
+
+def _write_json(path: pathlib.Path, content) -> None:
+    with files.whole(path) as part:
+        part.write_text(json.dumps(content) + "\n")

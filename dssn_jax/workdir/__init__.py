@@ -1,0 +1,1 @@
+"""Everything that reads or writes the work directory of a run."""

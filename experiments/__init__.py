@@ -1,0 +1,1 @@
+"""Comparisons of methods, the demonstration and the pictures of the documentation."""

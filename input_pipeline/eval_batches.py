@@ -1,0 +1,176 @@
+"""Groups of images of any size for evaluation and prediction: padded to a few sizes, so that few programs compile."""
+
+import collections
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from input_pipeline.errors import DataError
+from input_pipeline.sources.open import Source
+
+_MOST_BUCKETS = 64  # That joining starts from; where images have more sizes, near ones begin together.
+
+Size = tuple[int, int]  # Height and width, pixels.
+
+
+class Group(NamedTuple):
+    """Images padded at the right and at the bottom to one size. Rows that hold no image have size (0, 0)."""
+
+    indices: tuple[int, ...]  # Records of the source, in the first rows.
+    names: tuple[str, ...]  # Paths of the images.
+    images: np.ndarray  # uint8 [rows, H, W, 3], padding 0.
+    labels: np.ndarray  # uint8 [rows, H, W]; ignored: padding, and everything if the source has no labels.
+    sizes: np.ndarray  # int32 [rows, 2]: height and width of each image.
+
+
+class _Bucket(NamedTuple):
+    height: int
+    width: int
+    images: int
+    members: tuple[Size, ...]
+
+    def cost(self, batch: int) -> int:
+        """Pixels of the batches that its images fill."""
+        return math.ceil(self.images / batch) * self.height * self.width
+
+    def join(self, other: "_Bucket") -> "_Bucket":
+        height, width = max(self.height, other.height), max(self.width, other.width)
+        return _Bucket(height, width, self.images + other.images, self.members + other.members)
+
+
+def choose_buckets(sizes: Sequence[Size], batch: int, count: int) -> dict[Size, Size]:
+    """Maps each size that occurs to the size that it is padded to: at most `count` of them.
+
+    Starting from a bucket a size, the two whose union adds the fewest pixels, in full batches, are joined until there
+    are at most `count`; then as long as that adds none.
+    """
+    buckets = _first_buckets(sizes)
+    while len(buckets) > 1:
+        added, a, b = min(
+            (buckets[a].join(buckets[b]).cost(batch) - buckets[a].cost(batch) - buckets[b].cost(batch), a, b)
+            for a, b in itertools.combinations(range(len(buckets)), 2)
+        )
+        if added > 0 and len(buckets) <= count:
+            break
+        buckets[a] = buckets[a].join(buckets.pop(b))
+    return {member: (bucket.height, bucket.width) for bucket in buckets for member in bucket.members}
+
+
+def _first_buckets(sizes: Sequence[Size]) -> list[_Bucket]:
+    """A bucket a size, or a few near sizes where there are too many."""
+    counts = collections.Counter(sizes)
+    for multiple in (2**power for power in itertools.count()):
+        buckets: dict[Size, _Bucket] = {}
+        for size, images in sorted(counts.items()):
+            key = (-(-size[0] // multiple), -(-size[1] // multiple))
+            bucket = _Bucket(*size, images, (size,))
+            buckets[key] = buckets[key].join(bucket) if key in buckets else bucket
+        if len(buckets) <= _MOST_BUCKETS:
+            return list(buckets.values())
+    raise AssertionError("unreachable: some multiple is larger than every size")
+
+
+def eval_groups(
+    source: Source,
+    batch: int,
+    ignore: int = 255,
+    buckets: int = 4,
+    crop: int = 0,
+    indices: Sequence[int] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 16,
+    ahead: int = 2,
+    on_error: Callable[[int, DataError], None] | None = None,
+) -> Iterator[Group]:
+    """Yields every record of a source once, in groups of `batch` rows of at most `buckets` padded sizes.
+
+    Args:
+      source: with or without labels.
+      batch: rows of a group, over all processes; the last group of a bucket may hold fewer images.
+      ignore: label of the padding.
+      buckets: greatest number of padded sizes.
+      crop: if not 0, the central `crop` x `crop` part of each image, or all of a side that is shorter.
+      indices: of the records; default all.
+      process_index: of this host.
+      process_count: number of hosts; this one gets the rows [i b / n, (i + 1) b / n) of each batch of b.
+      threads: that decode.
+      ahead: groups decoded ahead.
+      on_error: is told of records that cannot be read, which leave their row empty; by default that is an error.
+
+    Raises:
+      DataError: a file cannot be used.
+    """
+    indices = range(len(source)) if indices is None else indices
+    sizes = {index: _cropped_size(source.size(index), crop) for index in indices}
+    bucket_of = choose_buckets(list(sizes.values()), batch, buckets)
+    by_bucket = collections.defaultdict(list)
+    for index in indices:
+        by_bucket[bucket_of[sizes[index]]].append(index)
+    share = batch // process_count
+    plan = []
+    for size, members in by_bucket.items():
+        for start in range(0, len(members), batch):
+            plan.append((size, members[start : start + batch][process_index * share : (process_index + 1) * share]))
+
+    for (size, members), records in _read_ahead(source, plan, threads, ahead):
+        readable = []
+        for index, record in zip(members, records, strict=True):
+            if not isinstance(record, DataError):
+                readable.append((index, record))
+            elif on_error is None:
+                raise record
+            else:
+                on_error(index, record)
+        yield _padded(source, readable, share, size, ignore, crop)
+
+
+def _padded(source: Source, records: list, rows: int, size: Size, ignore: int, crop: int) -> Group:
+    """The group of `rows` of `size` that holds (index, record) pairs."""
+    images = np.zeros((rows, *size, 3), np.uint8)
+    labels = np.full((rows, *size), ignore, np.uint8)
+    sizes = np.zeros((rows, 2), np.int32)
+    for row, (_, record) in enumerate(records):
+        record = _center_crop(record, crop)
+        height, width = sizes[row] = record["image"].shape[:2]
+        images[row, :height, :width] = record["image"]
+        if "label" in record:
+            labels[row, :height, :width] = record["label"]
+    indices = tuple(index for index, _ in records)
+    return Group(indices, tuple(source.name(index) for index in indices), images, labels, sizes)
+
+
+def _read_ahead(source: Source, plan: list, threads: int, ahead: int) -> Iterator[tuple]:
+    """Yields each entry of the plan (size, indices) with its records; a record that cannot be read is its DataError."""
+
+    def read(index: int):
+        try:
+            return source[index]
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="eval") as pool:
+        pending: collections.deque[list[Future]] = collections.deque()
+        try:
+            for number, entry in enumerate(plan):
+                for _, members in plan[number + len(pending) : number + 1 + ahead]:
+                    pending.append([pool.submit(read, index) for index in members])
+                yield entry, [future.result() for future in pending.popleft()]
+        finally:
+            for future in itertools.chain.from_iterable(pending):
+                future.cancel()  # A consumer that stops early must not wait for what it will not see.
+
+
+def _cropped_size(size: Size, crop: int) -> Size:
+    return tuple(min(side, crop) for side in size) if crop else size
+
+
+def _center_crop(record: dict[str, np.ndarray], crop: int) -> dict[str, np.ndarray]:
+    if not crop:
+        return record
+    y, x = (max((side - crop) // 2, 0) for side in record["image"].shape[:2])
+    return {key: array[y : y + crop, x : x + crop] for key, array in record.items()}

@@ -1,0 +1,55 @@
+"""Sources of image files."""
+
+import os
+from collections.abc import Sequence
+
+from input_pipeline.decode import Encoded
+from input_pipeline.errors import DataError
+from input_pipeline.labels import Labels
+from input_pipeline.sources.encoded import EncodedSource
+from input_pipeline.split_lists import Entry
+
+
+class FolderSource(EncodedSource):
+    """Images, and their masks, as files below a folder."""
+
+    def __init__(self, root: str, entries: Sequence[Entry], where: str, labels: Labels | None):
+        """Opens no file.
+
+        Args:
+          root: folder that the paths of the entries are relative to.
+          entries: what `split_lists.read_list` returned, or anybody else made.
+          where: who named them, for messages: the list.
+          labels: see `EncodedSource`; if not None, every entry names a mask.
+        """
+        super().__init__(len(entries), where, labels)
+        self.root, self.entries = root, list(entries)
+
+    def name(self, index: int) -> str:
+        """Returns the image's path as it stands in the list."""
+        return self.entries[index].image
+
+    def files(self, index: int) -> tuple[Encoded, Encoded | None]:
+        entry = self.entries[index]
+        return self._file(entry.image), None if self.labels is None else self._file(entry.mask)
+
+    def _file(self, name: str) -> Encoded:
+        path = os.path.join(self.root, name)
+        return Encoded(path, path, self.where)
+
+
+class ImagesSource(FolderSource):
+    """Images alone, for prediction: files that cannot be read are told, not raised.
+
+    Attributes:
+      errors: one DataError for each file that cannot be read.
+      readable: indices of the others.
+    """
+
+    def __init__(self, paths: Sequence[str], where: str):
+        """Reads the headers of the images at `paths`; `where` says in messages who named them."""
+        super().__init__("", [Entry(path, None) for path in paths], where, None)
+        headers = self._read_headers()
+        self.errors = [header for header in headers if isinstance(header, DataError)]
+        self.readable = [index for index, header in enumerate(headers) if not isinstance(header, DataError)]
+        self._sizes = [(0, 0) if isinstance(header, DataError) else header for header in headers]

@@ -1,0 +1,183 @@
+"""Packed data sets: encoded images and masks in a few large ArrayRecord files, which `pack` writes.
+
+FOLDER/index.json names each record and the size and SHA-256 of each shard; FOLDER/*.array_record are the shards. A
+record is the bytes of an image file; the next is those of its mask file, if it has one. Split lists name records by
+the paths of their images, as they name files.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import grain
+
+from input_pipeline.decode import Encoded
+from input_pipeline.errors import DataError
+from input_pipeline.labels import Labels
+from input_pipeline.sources.encoded import EncodedSource, check_sizes
+from input_pipeline.split_lists import Entry
+
+INDEX, PROGRESS = "index.json", "progress"
+FORMAT = "dssn_jax records 1"
+_REPORTED = 5  # Names in one message.
+
+
+class Row(NamedTuple):
+    """Where an image and its mask lie, and what they are."""
+
+    image: str
+    mask: str | None
+    shard: int
+    position: int  # Of the image in the shard; the mask is the next record.
+    image_bytes: int
+    mask_bytes: int
+    size: tuple[int, int]  # H, W of the image.
+    mask_size: tuple[int, int] | None
+
+
+class Shard(NamedTuple):
+    """An ArrayRecord file."""
+
+    file: str
+    records: int  # Images and masks.
+    bytes: int
+    sha256: str
+
+
+class Index(NamedTuple):
+    """The content of index.json. `inputs` is a digest of the names and sizes of the files that were packed."""
+
+    inputs: str
+    shards: tuple[Shard, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _AllOf:
+    """A whole shard, as ArrayRecordDataSource takes it without opening it."""
+
+    filename: str
+    take: int
+    examples_in_shard: int
+    skip: int = 0
+
+
+class RecordsSource(EncodedSource):
+    """Records of a packed data set."""
+
+    def __init__(self, folder: str, index: Index, entries: Sequence[Entry], where: str, labels: Labels | None):
+        """Opens no shard.
+
+        Args:
+          folder: of the packed data set.
+          index: what `read_index` returned.
+          entries: the records of this source.
+          where: who named them, for messages: the list.
+          labels: see `EncodedSource`; if not None, every entry names a mask.
+
+        Raises:
+          DataError: an entry that was not packed.
+        """
+        super().__init__(len(entries), where, labels)
+        self._rows = _rows(folder, index, entries, where, labels is not None)
+        self._starts = [sum(shard.records for shard in index.shards[:number]) for number in range(len(index.shards))]
+        self._paths = [os.path.join(folder, shard.file) for shard in index.shards]
+        self._records = grain.sources.ArrayRecordDataSource(
+            [_AllOf(path, shard.records, shard.records) for path, shard in zip(self._paths, index.shards, strict=True)]
+        )
+
+    def name(self, index: int) -> str:
+        """Returns the image's path as it stands in the list."""
+        return self._rows[index].image
+
+    def files(self, index: int) -> tuple[Encoded, Encoded | None]:
+        """See `EncodedSource`."""
+        row = self._rows[index]
+        image = self._file(row, row.image, 0, row.image_bytes)
+        return image, None if self.labels is None else self._file(row, row.mask, 1, row.mask_bytes)
+
+    def _file(self, row: Row, name: str, place: int, size: int) -> Encoded:
+        shard = self._paths[row.shard]
+        return Encoded(functools.partial(self._read, row.shard, row.position + place, name, size), f"{name} in {shard}")
+
+    def _read(self, shard: int, position: int, name: str, size: int) -> bytes:
+        what = f"{self._paths[shard]}: damaged, record {position} ({name})"
+        try:
+            content = self._records[self._starts[shard] + position]
+        except Exception as error:  # The library raises what its C++ code meets as several types.
+            raise DataError(f"{what} cannot be read: {error}") from None
+        if len(content) != size:
+            raise DataError(f"{what} has {len(content)} bytes; expected {size}")
+        return content
+
+    def _read_header(self, index: int) -> tuple[int, int] | DataError:
+        row = self._rows[index]
+        if self.labels is not None and row.mask_size != row.size:
+            try:
+                image, mask = self.files(index)
+                check_sizes(image, row.size, mask, row.mask_size)
+            except DataError as error:
+                return error
+        return row.size
+
+
+def _rows(folder: str, index: Index, entries: Sequence[Entry], where: str, labeled: bool) -> list[Row]:
+    """The rows of entries; raises DataError for those that are not there."""
+    by_name = {row.image: row for row in index.rows}
+    absent = [entry.image for entry in entries if entry.image not in by_name]
+    if labeled:
+        absent += [e.mask for e in entries if e.image in by_name and by_name[e.image].mask != e.mask]
+    if absent:
+        names = ", ".join(absent[:_REPORTED]) + (", ..." if len(absent) > _REPORTED else "")
+        raise DataError(f"{where}: {len(absent)} images or masks are not in the packed data set {folder}: {names}")
+    return [by_name[entry.image] for entry in entries]
+
+
+def read_index(folder: str) -> Index:
+    """Reads the index of a packed data set.
+
+    Raises:
+      DataError: no packed data set, an unfinished one, or a damaged index.
+    """
+    path = os.path.join(folder, INDEX)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if content["format"] != FORMAT:
+            raise DataError(f"{path}: of format {content['format']!r}; expected {FORMAT!r}")
+        shards = tuple(Shard(*shard) for shard in content["shards"])
+        return Index(content["inputs"], shards, tuple(map(row_from_json, content["rows"])))
+    except FileNotFoundError:
+        unfinished = os.path.isdir(os.path.join(folder, PROGRESS))
+        hint = "the conversion has not finished: give its command again" if unfinished else "--mode=records makes it"
+        raise DataError(f"missing file {path}, the index of a packed data set; {hint}") from None
+    except DataError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: damaged index of a packed data set: {error!r}") from None
+
+
+def index_to_json(index: Index) -> dict:
+    """Returns what `read_index` reads."""
+    return {"format": FORMAT, "columns": Row._fields, **index._asdict()}
+
+
+def row_from_json(values: list) -> Row:
+    """Returns a row of the index, whose sizes are lists in JSON."""
+    *others, size, mask_size = values
+    return Row(*others, tuple(size), tuple(mask_size) if mask_size else None)
+
+
+def check_shards(folder: str, index: Index) -> None:
+    """Raises DataError if a shard is missing, or of another size than the index says."""
+    for shard in index.shards:
+        path = os.path.join(folder, shard.file)
+        try:
+            found = os.path.getsize(path)
+        except OSError:
+            raise DataError(f"missing file {path}, a shard of a packed data set (listed in {INDEX})") from None
+        if found != shard.bytes:
+            raise DataError(f"{path}: {found} bytes; expected {shard.bytes}, as {INDEX} says: copy or pack it anew")

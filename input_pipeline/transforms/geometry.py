@@ -1,0 +1,86 @@
+"""The weak view: random scale, crop and flip of an image and its label, as in UniMatch's `dataset/transform.py`."""
+
+import numpy as np
+from PIL import Image
+
+
+def weak_view(
+    image: np.ndarray,
+    label: np.ndarray | None,
+    crop: int,
+    scale: tuple[float, float],
+    flip: float,
+    ignore: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Scales, pads, crops and flips at random.
+
+    The long side becomes a whole number drawn uniformly from int(long * scale[0]) .. int(long * scale[1]), the other
+    side keeps the aspect; image bilinear, label nearest. What is smaller than the crop is padded at the right and at
+    the bottom.
+
+    Args:
+      image: uint8 [H, W, 3].
+      label: uint8 [H, W], or None.
+      crop: side of the result, pixels.
+      scale: least and greatest scale of the long side.
+      flip: probability of a horizontal flip.
+      ignore: label of the padding.
+      rng: the source of all randomness.
+
+    Returns:
+      image uint8 [crop, crop, 3] (padding 0), label uint8 [crop, crop] (padding `ignore`) or None, and valid bool
+      [crop, crop], False on the padding.
+    """
+    height, width = scaled_size(*image.shape[:2], scale, rng)
+    top = int(rng.integers(max(height - crop, 0), endpoint=True))
+    left = int(rng.integers(max(width - crop, 0), endpoint=True))
+    window = (slice(top, min(top + crop, height)), slice(left, min(left + crop, width)))
+    step = -1 if rng.random() < flip else 1
+
+    view = _pad(resize_window(image, (height, width), window), crop, 0)[:, ::step]
+    valid = np.zeros((crop, crop), bool)
+    valid[: window[0].stop - top, : window[1].stop - left] = True
+    if label is not None:
+        label = _pad(nearest_window(label, (height, width), window), crop, ignore)[:, ::step]
+        label = np.ascontiguousarray(label)
+    return np.ascontiguousarray(view), label, np.ascontiguousarray(valid[:, ::step])
+
+
+def scaled_size(height: int, width: int, scale: tuple[float, float], rng: np.random.Generator) -> tuple[int, int]:
+    """Draws the scaled (height, width), each at least 1."""
+    long = max(height, width)
+    drawn = int(rng.integers(int(long * scale[0]), int(long * scale[1]), endpoint=True))
+    return tuple(max(1, drawn if side == long else int(side * drawn / long + 0.5)) for side in (height, width))
+
+
+def resize_window(image: np.ndarray, size: tuple[int, int], window: tuple[slice, slice]) -> np.ndarray:
+    """Returns `window` (rows, columns) of `image` resized to `size` (height, width), bilinear with antialiasing.
+
+    Only the window is computed: Pillow takes the source box with fractions of a pixel and looks beyond its edges, so
+    the result is that of resizing everything and cropping, but for a rounding of a unit here and there.
+    """
+    rows, columns = window
+    y, x = image.shape[0] / size[0], image.shape[1] / size[1]
+    box = (columns.start * x, rows.start * y, columns.stop * x, rows.stop * y)
+    box = (*box[:2], min(box[2], image.shape[1]), min(box[3], image.shape[0]))  # Rounding must not leave the image.
+    shape = (columns.stop - columns.start, rows.stop - rows.start)
+    return np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BILINEAR, box=box))
+
+
+def nearest_window(label: np.ndarray, size: tuple[int, int], window: tuple[slice, slice]) -> np.ndarray:
+    """Returns `window` of `label` [H, W] resized to `size`: the pixel under the center, floor((i + 1/2) H / height)."""
+    rows, columns = (
+        (2 * np.arange(part.start, part.stop) + 1) * old // (2 * new)
+        for part, old, new in zip(window, label.shape, size, strict=True)
+    )
+    return label[rows[:, None], columns]
+
+
+def _pad(array: np.ndarray, crop: int, value: int) -> np.ndarray:
+    height, width = array.shape[:2]
+    if (height, width) == (crop, crop):
+        return array
+    padded = np.full((crop, crop, *array.shape[2:]), value, array.dtype)
+    padded[:height, :width] = array
+    return padded

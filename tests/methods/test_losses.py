@@ -1,0 +1,113 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dssn_jax.methods import losses, pseudo_labels
+
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(0, 2, (4, 6, 5, 3)).astype(np.float32)
+LABELS = RNG.integers(0, 3, (4, 6, 5)).astype(np.uint8)
+LABELS[0, :2] = 255
+
+
+def probabilities(logits):
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def true_class_probability(logits, labels):
+    valid = labels != 255
+    index = np.where(valid, labels, 0)[..., None].astype(int)
+    return np.take_along_axis(probabilities(logits), index, -1)[..., 0], valid
+
+
+def test_cross_entropy_by_hand():
+    p, valid = true_class_probability(LOGITS, LABELS)
+    assert losses.cross_entropy(LOGITS, LABELS) == pytest.approx(-np.log(p[valid]).mean(), rel=1e-5)
+
+
+def ohem_by_hand(logits, labels, threshold, min_kept, group):
+    total = []
+    for start in range(0, len(labels), group):
+        p, valid = true_class_probability(logits[start : start + group], labels[start : start + group])
+        kept = valid
+        if valid.sum() > 0 and min_kept <= valid.sum():
+            ordered = np.sort(np.where(valid, p, 1).ravel())
+            kept = valid & (p <= max(threshold, ordered[min(min_kept, p.size) - 1]))
+        total.append(-np.log(p[kept]).mean() if kept.any() else 0.0)
+    return np.mean(total)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("min_kept", [1, 10, 29, 55, 1000])
+@pytest.mark.parametrize("threshold", [0.05, 0.7])
+def test_ohem_by_hand(group, min_kept, threshold):
+    expected = ohem_by_hand(LOGITS, LABELS, threshold, min_kept, group)
+    found = losses.ohem_cross_entropy(LOGITS, LABELS, threshold, min_kept, group)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_kth_smallest_is_that_of_a_sort(dtype):
+    with jax.enable_x64(True):
+        values = RNG.random((3, 500)).astype(dtype)
+        values[1] = np.round(values[1], 2)  # Ties.
+        values[2, :250], values[2, 250:400] = 1.0, 0.0
+        for rank in (0, 1, 99, 249, 250, 498, 499):
+            found = losses.kth_smallest(jnp.asarray(values), rank)
+            assert found.dtype == dtype
+            np.testing.assert_array_equal(found[:, 0], np.sort(values, -1)[:, rank])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.cross_entropy,
+        lambda logits, labels: losses.ohem_cross_entropy(logits, labels, 0.7, 10, 2),
+        lambda logits, labels: losses.consistency(logits, labels, labels == 0, labels != 255),
+    ],
+)
+def test_no_valid_pixel_gives_zero_and_no_gradient(loss):
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(LOGITS), jnp.full_like(LABELS, 255))
+    assert value == 0
+    assert np.all(np.asarray(gradient) == 0)
+
+
+def test_consistency_divides_by_valid_not_by_selected():
+    p, _ = true_class_probability(LOGITS, LABELS)
+    selected, valid = RNG.random(LABELS.shape) < 0.3, LABELS != 255
+    expected = -np.log(p[selected & valid]).sum() / valid.sum()
+    assert losses.consistency(LOGITS, LABELS, selected, valid) == pytest.approx(expected, rel=1e-5)
+
+
+def test_contrast_compares_standardized_logits():
+    a, b = LOGITS, RNG.normal(0, 1, LOGITS.shape).astype(np.float32)
+    z = [(x - x.mean(-1, keepdims=True)) / x.std(-1, ddof=1, keepdims=True) for x in (a, b)]
+    assert losses.contrast(a, b) == pytest.approx(np.square(z[0] - z[1]).mean(), rel=1e-5)
+    assert losses.contrast(3 * a + 5, b) == pytest.approx(float(losses.contrast(a, b)), rel=1e-4)
+
+
+def test_contrast_of_equal_logits_has_a_finite_gradient():
+    value, gradient = jax.value_and_grad(losses.contrast)(jnp.zeros_like(LOGITS), jnp.asarray(LOGITS))
+    assert np.isfinite(value) and np.all(np.isfinite(gradient))
+
+
+def test_class_aware_selection_by_hand():
+    p = probabilities(3 * LOGITS)
+    p[1] = probabilities(0.1 * LOGITS[1])  # Unsure everywhere: selects nothing.
+    expected = np.zeros(p.shape[:3], bool)
+    for image in range(len(p)):
+        for k in range(p.shape[-1]):
+            largest = p[image, ..., k].max()
+            gamma = 0.96 * largest if largest > 0.92 else largest
+            expected[image] |= p[image, ..., k] > gamma
+    found = pseudo_labels.ClassAware()(jnp.asarray(p))
+    np.testing.assert_array_equal(found, expected)
+    assert expected.any() and not expected[1].any()
+
+
+def test_threshold_selection():
+    p = jnp.asarray(probabilities(LOGITS))
+    np.testing.assert_array_equal(pseudo_labels.Threshold(0.8)(p), np.asarray(p).max(-1) >= 0.8)
+    assert pseudo_labels.Threshold(0.0)(p).all()

@@ -1,0 +1,195 @@
+"""The run report: its numbers, and the page in a real browser."""
+
+import base64
+import io
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dssn_jax.evaluation import scores
+from dssn_jax.learner import learner as experiment
+from dssn_jax.report import charts, gallery, report, runs
+from dssn_jax.training import loop as train
+from dssn_jax.workdir import checkpoint, files, recorder
+from dssn_jax.workdir import restore as saved_run
+from tests.test_main import run_main
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+HEADLESS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+    "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=10000", "--window-size=1200,2600",
+]  # fmt: skip
+
+
+def record(config, workdir, steps):
+    """Leaves what training leaves after so many steps (with made-up numbers, which need no compilation)."""
+    rng, parts = np.random.default_rng(0), experiment.build(config)
+    record = recorder.Recorder(files.Folder(workdir), 0)
+    kept, state = scores.new(), parts.initial_state()
+    for step in range(1, steps + 1):
+        names = ["loss", "loss_x", "lr", "grad_norm", "images_per_second", "waiting"]
+        if config.method.strong_views:
+            names += ["loss_s1", "loss_s2", "loss_fp1", "loss_fp2", "contrast_image", "contrast_feature"]
+            names += ["mask_ratio", "mask_ratio_s1", "mask_ratio_s2"]
+        record.scalars(step, {name: float(value) for name, value in zip(names, rng.random(len(names)), strict=True)})
+        if step % config.train.eval_every == 0:
+            counts = {network: rng.integers(100, size=(6, 6)) for network in state.networks()}
+            found = {network: scores.of_confusion(count, config.data.classes) for network, count in counts.items()}
+            scores.update(kept, step, found)
+            record.evaluation(step, found, counts)
+    record.close()
+    saved, settings = checkpoint.Checkpointer(workdir), json.loads(config.to_json())
+    saved.save(steps, state, {"config": settings, "scores": kept | {"best_step": steps}}, 50.0)
+    saved.close()
+    for name, content in (("config", settings), ("run", train.facts(parts)), ("summary", kept)):
+        recorder.write_json(workdir / f"{name}.json", content)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config, tmp_path_factory):
+    """The work directories of a finished DSSN run and a finished supervised run."""
+    folder = tmp_path_factory.mktemp("runs")
+    for method in ("dssn", "supervised"):
+        (folder / method).mkdir()
+        record(tiny_config(method), folder / method, 6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(trained):
+    return report([str(trained / "dssn"), str(trained / "supervised")])
+
+
+def browse(page, folder):
+    """Opens a page in a browser without network.
+
+    Returns the DOM after its scripts, a screenshot as integers [H, W, 3], and the URLs that the page asked hosts for.
+    """
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    screenshot, log = folder / "page.png", folder / "requests.json"
+    options = [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", f"--screenshot={screenshot}"]
+    command = [browser, *HEADLESS, *options, "--dump-dom", f"file://{page}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    # The browser's own requests (for updates and the like) have no origin.
+    urls = [event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"]
+    return done.stdout, np.asarray(Image.open(screenshot).convert("RGB")).astype(int), [*filter(is_remote, urls)]
+
+
+def is_remote(url):
+    return not url.startswith(("file:", "data:", "blob:"))
+
+
+def test_requests_of_a_page_are_noticed(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text('<img src="http://example.invalid/a.png">')
+    assert "http://example.invalid/a.png" in browse(page, tmp_path)[2]
+
+
+def test_the_page_in_a_browser(page, tmp_path):
+    dom, screenshot, requests = browse(page, tmp_path)
+    assert requests == []
+    scripts = re.compile(r"<(script|style)\b.*?</\1>", re.DOTALL)
+    dom = scripts.sub("", dom)  # What is left can be seen.
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", dom)
+    # Drawn by the page's script: 3 scores, 8 losses, 3 shares, 4 of optimization and speed, 6 classes; bars; matrices.
+    assert len(re.findall(r'class="plot js-plotly-plot"', dom)) == 3 + 8 + 3 + 4 + 6 + 1 + 3
+    assert len(re.findall(r'class="trace scatter', dom)) == 3 * 3 + (8 + 2) + 3 + 4 * 2 + 6 * 3
+    assert len(re.findall(r'class="trace bars"', dom)) == 3
+    assert len(re.findall(r'class="hm"', dom)) == 3
+    for text in (
+        "dssn",
+        "supervised",
+        "triangle",
+        "cross",
+        "Strong view 2, L_s2",
+        "Worst validation images",
+        "selected",
+    ):
+        assert re.search(rf">\s*{text}\b", dom), text
+    for index in (0, 1):  # The colors of both runs, of buttons and bars at least.
+        color = np.array([int(charts.color(index)[i : i + 2], 16) for i in (1, 3, 5)])
+        assert (np.abs(screenshot - color).max(-1) < 3).sum() > 2000
+
+
+def test_pictures_are_images_of_the_run(page, trained):
+    sources = re.findall(r'<img src="data:image/(?:png|jpeg);base64,([^"]+)"', page.read_text())
+    sizes = [Image.open(io.BytesIO(base64.b64decode(source))).size for source in sources]
+    best_and_worst, unlabeled, labeled = 2 * 2 * 3 * 3, 4 * 6, 2 * 4 * 3
+    assert len(sizes) == best_and_worst + unlabeled + labeled
+    assert sizes.count((48, 48)) == best_and_worst  # Whole images; the others are training crops.
+    assert sizes.count((33, 33)) == unlabeled + labeled
+
+
+def test_scores_are_those_of_the_summary(trained):
+    for run in runs.read([str(trained / "dssn"), str(trained / "supervised")]):
+        summary = json.loads((run.workdir / "summary.json").read_text())
+        assert run.finished and run.steps == 6 and run.seconds > 0
+        for network in run.networks:
+            best, last = summary[network]["best"], summary[network]["last"]
+            assert run.best(network) == (pytest.approx(best["miou"]), best["step"])
+            assert run.last(network) == (pytest.approx(last["miou"]), last["step"])
+            np.testing.assert_allclose(run.series[f"iou_{network}"].values[-1], list(last["iou"].values()))
+            counts = run.confusions[network]
+            union = counts.sum(0) + counts.sum(1) - np.diag(counts)
+            np.testing.assert_allclose(100 * np.diag(counts) / np.maximum(union, 1), list(last["iou"].values()))
+            shares = np.array(charts.confusion(run, network)["traces"][0]["z"])
+            np.testing.assert_allclose(shares.sum(1)[counts.sum(1) > 0], 100, atol=0.05)
+
+
+def test_runs_that_are_under_way(trained, tmp_path):
+    """Without evaluations, data or checkpoint, and before the first step, the page shows what there is."""
+    workdir = tmp_path / "going"
+    workdir.mkdir()
+    config = json.loads((trained / "dssn" / "config.json").read_text())
+    config["data"] |= {"source": "folder", "root": "/nowhere", "split": "few"}
+    (workdir / "config.json").write_text(json.dumps(config))
+    text = report([str(workdir)], to=str(tmp_path / "page.html")).read_text()
+    assert "No step was recorded yet" in text and "nothing recorded yet" in text
+
+    lines = (trained / "dssn" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text("".join(line for line in lines if "miou" not in line)[:-30])
+    text = report([str(workdir)]).read_text()
+    assert "Not evaluated yet" in text and "Total loss" in text and "5 of 6" in text
+    assert re.search(r"No pictures: .*/nowhere", text) and "<img src" not in text
+    assert [path.name for path in workdir.iterdir() if "part" in path.name] == []
+
+
+def test_folders_that_are_no_runs(trained, tmp_path):
+    run = str(trained / "dssn")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text('{"data": ')
+    for workdirs, message in (
+        ([run, str(tmp_path / "nowhere")], "nowhere: no such folder"),
+        ([str(tmp_path), run], "no config.json in it"),
+        ([str(tmp_path / "damaged")], "config.json: damaged"),
+        ([run, f"{run}/../dssn"], "named twice"),
+    ):
+        with pytest.raises(saved_run.WorkdirError, match=message):
+            report(workdirs)
+    done = run_main("--mode=report", f"--workdir={tmp_path}")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no config.json in it" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_labels_tell_runs_apart():
+    paths = [pathlib.Path(path) for path in ("/runs/a/dssn", "/runs/b/dssn", "/other/b/fixmatch")]
+    assert runs._labels(paths) == ["a/dssn", "b/dssn", "b/fixmatch"]
+    assert runs._labels(paths[1:]) == ["dssn", "fixmatch"]
+
+
+def test_miou_of_an_image_by_hand():
+    label = np.array([[0, 0, 1], [1, 255, 2]], np.uint8)
+    prediction = np.array([[0, 1, 1], [1, 3, 1]], np.uint8)
+    # Class 0: 1 of 2; class 1: 2 of 4; class 2: 0 of 1; class 3 only where ignored.
+    assert gallery.image_miou(prediction, label, 5, 255) == pytest.approx(100 * (1 / 2 + 2 / 4 + 0) / 3)
+    assert gallery.image_miou(prediction, np.full_like(label, 255), 5, 255) is None

@@ -1,0 +1,162 @@
+"""Files of weights: what is written is read back, by PyTorch too; a bad file is named and never run."""
+
+import os
+import pickle
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from dssn_jax.weights import files as state_dict_files
+from dssn_jax.weights.files import StateDictError
+
+TENSORS = {
+    "conv.weight": np.random.default_rng(0).normal(size=(4, 3, 2, 2)).astype(np.float32).transpose(0, 1, 3, 2),
+    "bn.running_var": np.arange(4.0),
+    "bn.num_batches_tracked": np.zeros((), np.int64),
+}
+
+
+@pytest.mark.parametrize("suffix", state_dict_files.SUFFIXES)
+def test_what_is_written_is_read_back(suffix, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    if suffix != ".safetensors":
+        pytest.importorskip("torch")
+    state_dict_files.write(path, TENSORS, {"mean": "0.5"})
+    found, notes = state_dict_files.read(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert found.keys() == TENSORS.keys()
+    for name, value in TENSORS.items():
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape
+        np.testing.assert_array_equal(found[name], value)
+    assert notes.get("mean") == ("0.5" if suffix == ".safetensors" else None)
+
+
+def test_bfloat16_becomes_float32_with_the_same_numbers(tmp_path):
+    torch = pytest.importorskip("torch")
+    exact = np.array([1.0, -0.0078125, 3.140625], np.float32)
+    torch.save({"a": torch.tensor(exact).bfloat16(), "b": torch.tensor(exact).half()}, tmp_path / "a.pth")
+    safetensors.numpy.save_file({"a": exact.astype(ml_dtypes.bfloat16)}, tmp_path / "a.safetensors")
+    state_dict_files.write(tmp_path / "b.pth", {"a": exact.astype(ml_dtypes.bfloat16)}, {})
+    for name in ("a.pth", "a.safetensors", "b.pth"):
+        found, _ = state_dict_files.read(tmp_path / name)
+        assert found["a"].dtype == np.float32
+        for value in found.values():
+            np.testing.assert_array_equal(value.astype(np.float32), exact)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("module", [b"numpy._core.multiarray", b"numpy.core.multiarray"])
+def test_checkpoints_with_numpy_scalars(legacy, module, tmp_path):
+    """The form of the original's checkpoints, from NumPy 2 and NumPy 1."""
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "best.pth"
+    content = {"model": {"module.a": torch.arange(3.0)}, "optimizer": {"state": {}}, "epoch": 7}
+    content["previous_best"] = np.float64(76.5)
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    if legacy:  # A zip archive has checksums and offsets, so its pickle cannot be edited in place.
+        path.write_bytes(path.read_bytes().replace(b"numpy._core.multiarray", module))
+        assert module in path.read_bytes()
+    found, notes = state_dict_files.read(path)
+    np.testing.assert_array_equal(found["module.a"], [0, 1, 2])
+    assert notes == {"epoch": 7, "previous_best": 76.5}
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def spoiled(kind, folder):
+    """Writes a file that must be refused; returns its path."""
+    torch = pytest.importorskip("torch")
+    path = folder / "weights.pth"
+    runs_code = RunsCode(folder / "was_run")
+    if kind == "missing":
+        return path
+    if kind == "text":
+        path.write_text("not weights\n")
+    elif kind == "runs_code":
+        torch.save({"model": runs_code}, path)
+    elif kind == "runs_code_legacy":
+        torch.save({"model": runs_code}, path, _use_new_zipfile_serialization=False)
+    elif kind == "runs_code_pickle":
+        path.write_bytes(pickle.dumps(runs_code, protocol=2))
+    elif kind == "no_tensors":
+        torch.save({"epoch": 3}, path)
+    elif kind == "whole_module":
+        torch.save(torch.nn.Linear(2, 2), path)
+    elif kind.startswith("cut_short"):
+        torch.save({"a": torch.ones(1000)}, path, _use_new_zipfile_serialization=kind == "cut_short")
+        path.write_bytes(path.read_bytes()[:-1500])
+    elif kind == "safetensors_cut_short":
+        path = path.with_suffix(".safetensors")
+        safetensors.numpy.save_file({"a": np.ones(1000)}, path)
+        path.write_bytes(path.read_bytes()[:-1500])
+    return path
+
+
+REFUSED = {
+    "missing": "no such file",
+    "text": "not a file of PyTorch weights",
+    "runs_code": "refused, nothing was run: its pickle asks for posix.system",
+    "runs_code_legacy": "refused, nothing was run: its pickle asks for posix.system",
+    "runs_code_pickle": "refused, nothing was run: its pickle asks for posix.system|not a file of PyTorch weights",
+    "no_tensors": "no tensors in it",
+    "whole_module": "torch.nn.modules.linear.Linear",
+    "cut_short": "damaged or cut short",
+    "cut_short_legacy": "damaged or cut short",
+    "safetensors_cut_short": "not a safetensors file, or damaged",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_bad_files_are_named_and_not_run(kind, tmp_path):
+    path = spoiled(kind, tmp_path)
+    with pytest.raises(StateDictError, match=REFUSED[kind]) as error:
+        state_dict_files.read(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_the_files_that_run_code_would_run_it(tmp_path):
+    """The files of the test above are as harmful as they are meant to be."""
+    pickle.loads(pickle.dumps(RunsCode(tmp_path / "was_run")))
+    assert (tmp_path / "was_run").exists()
+
+
+def test_without_pytorch_only_pth_files_fail(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)  # `import torch` raises ImportError.
+    (tmp_path / "a.pth").write_bytes(b"")
+    for attempt in (
+        lambda: state_dict_files.read(tmp_path / "a.pth"),
+        lambda: state_dict_files.check_writable(tmp_path / "b.pth"),
+    ):
+        with pytest.raises(StateDictError, match=r"[ab]\.pth: .*need PyTorch, which is not installed"):
+            attempt()
+    state_dict_files.write(tmp_path / "a.safetensors", TENSORS, {})
+    assert state_dict_files.read(tmp_path / "a.safetensors")[0].keys() == TENSORS.keys()
+
+
+def test_a_write_that_fails_leaves_nothing(monkeypatch, tmp_path):
+    def full(part, _):
+        assert part.stat().st_size > 0
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StateDictError, match="a.safetensors: cannot be written: No space"):
+        state_dict_files.write(tmp_path / "a.safetensors", TENSORS, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", state_dict_files.SUFFIXES)
+def test_a_target_that_takes_no_file_is_named(suffix, tmp_path):
+    if suffix != ".safetensors":
+        pytest.importorskip("torch")
+    with pytest.raises(StateDictError, match=f"nowhere/a{suffix}: cannot be written"):
+        state_dict_files.write(tmp_path / f"nowhere/a{suffix}", TENSORS, {})
