@@ -1,40 +1,67 @@
-"""Networks by name: `build(config.model, num_classes)`."""
+"""Networks by name: `build(config.model, num_classes)`.
+
+A new encoder or decoder is a module of this package and one line in a registry here; docs/extending.md shows both.
+"""
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
+import flax.linen as nn
 import jax.numpy as jnp
 
-from dssn_jax.models.deeplabv3plus import DeepLabV3Plus
-from dssn_jax.models.resnet import ResNet
-from dssn_jax.models.xception import Xception
+from configs.checks import ConfigError, check_choice
+from configs.defaults import get_config
+from dssn_jax.models import deeplabv3plus, resnet, xception
+from dssn_jax.models.network import Network
 
-# Name in `config.model.encoder` -> constructor taking output_stride, dtype, param_dtype, remat (and a ResNet's: stem,
-# shortcut).
-BACKBONES = {
-    "resnet10w16": functools.partial(ResNet, stage_sizes=(1, 1, 1, 1), bottleneck=False, width=16),  # For tests.
-    "resnet18": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), bottleneck=False),
-    "resnet18w16": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), bottleneck=False, width=16),  # For the demo.
-    "resnet50": functools.partial(ResNet, stage_sizes=(3, 4, 6, 3)),
-    "resnet101": functools.partial(ResNet, stage_sizes=(3, 4, 23, 3)),
-    "xception": Xception,
+
+class Encoder(NamedTuple):
+    """An entry of `ENCODERS`."""
+
+    build: Callable[..., nn.Module]  # Takes config.model, dtype and param_dtype.
+    variants: tuple[dict, ...] = ({},)  # Values of keys of config.model that the encoder reads, one dict per variant.
+
+
+def _resnet(*stage_sizes: int, **options) -> Encoder:
+    return Encoder(functools.partial(resnet.from_config, stage_sizes=stage_sizes, **options), resnet.VARIANTS)
+
+
+ENCODERS = {
+    "resnet10w16": _resnet(1, 1, 1, 1, bottleneck=False, width=16),  # For tests.
+    "resnet18": _resnet(2, 2, 2, 2, bottleneck=False),
+    "resnet18w16": _resnet(2, 2, 2, 2, bottleneck=False, width=16),  # For the demonstration.
+    "resnet50": _resnet(3, 4, 6, 3),
+    "resnet101": _resnet(3, 4, 23, 3),
+    "xception": Encoder(xception.from_config),
 }
 
-
-def has_stems(backbone: str) -> bool:
-    """Whether the backbone of that name has a choice of stems and shortcuts: a ResNet has."""
-    return BACKBONES[backbone] is not Xception
+# Name -> constructor that takes config.model, the encoder, the number of classes, dtype and param_dtype.
+DECODERS = {"deeplabv3plus": deeplabv3plus.from_config}
 
 
-def build(model, num_classes: int) -> DeepLabV3Plus:
-    """Returns the network of `config.model`; its values are checked by `dssn_jax.config.validate`."""
+def build(model, num_classes: int) -> Network:
+    """Returns the network of `config.model`, whose values `check` has accepted."""
     types = {"dtype": jnp.dtype(model.dtype), "param_dtype": jnp.dtype(model.param_dtype)}
-    options = {"stem": model.stem, "shortcut": model.shortcut} if has_stems(model.backbone) else {}
-    backbone = BACKBONES[model.backbone](output_stride=model.output_stride, remat=model.remat, **options, **types)
-    return DeepLabV3Plus(
-        backbone=backbone,
-        num_classes=num_classes,
-        aspp_dilations=tuple(model.aspp_dilations),
-        channels=model.decoder_channels,
-        feature_dropout=method.feature_dropout,
-        **types,
-    )
+    encoder = ENCODERS[model.encoder].build(model, **types)
+    decoder = DECODERS[model.decoder](model, encoder, num_classes, **types)
+    return Network(encoder, decoder, num_classes, dtype=types["dtype"])
+
+
+def variants(encoder: str) -> tuple[dict, ...]:
+    """Returns the variants of an encoder: values of keys of config.model, such as {"stem": "7x7", ...}."""
+    return ENCODERS[encoder].variants
+
+
+def check(model) -> None:
+    """Raises ConfigError if `config.model` names an unknown network, or a variant that its encoder does not have."""
+    check_choice("config.model.encoder", model.encoder, ENCODERS)
+    check_choice("config.model.decoder", model.decoder, DECODERS)
+    if model.output_stride not in (8, 16):
+        raise ConfigError(f"config.model.output_stride is {model.output_stride}; expected 8 or 16")
+    defaults = get_config().model
+    for key in sorted({key for entry in ENCODERS.values() for variant in entry.variants for key in variant}):
+        known = list(dict.fromkeys(variant.get(key, defaults[key]) for variant in variants(model.encoder)))
+        if model[key] not in known and len(known) == 1:
+            raise ConfigError(f"config.model.{key} is {model[key]!r}; {model.encoder} has only {known[0]!r}")
+        check_choice(f"config.model.{key}", model[key], known)

@@ -1,4 +1,4 @@
-"""DeepLabV3+ (Chen et al., ECCV 2018) as the original of DSSN builds it. Names follow its state dicts."""
+"""DeepLabV3+ decoder (Chen et al., ECCV 2018) as the original of DSSN builds it. Names follow its state dicts."""
 
 import functools
 from typing import Any
@@ -7,95 +7,55 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dssn_jax import sharding
 from dssn_jax.models import layers
 from dssn_jax.models.extent import Extent, mean_inside, strided, zero_outside
-from dssn_jax.models.resize import resize, upsample
+from dssn_jax.models.resize import resize
 
 LOW_LEVEL_CHANNELS = 48
-LOW_LEVEL_STRIDE = 4  # Of c1.
+
+
+def from_config(model, encoder: nn.Module, num_classes: int, **types) -> "DeepLabV3Plus":
+    """Returns the decoder of `config.model` for the features of `encoder`; `types` are dtype and param_dtype."""
+    dilations = tuple(model.aspp_dilations)
+    return DeepLabV3Plus(num_classes, encoder.strides, dilations, model.decoder_channels, **types)
 
 
 class DeepLabV3Plus(nn.Module):
-    """Segmentation network: `backbone`, ASPP (`head`) and decoder (`reduce`, `fuse`, `classifier`)."""
+    """ASPP (`head`) on the last feature map, fused with the first one (`reduce`, `fuse`), and a `classifier`."""
 
-    backbone: nn.Module  # Returns (c1, c4), see `dssn_jax.models.resnet.ResNet`.
     num_classes: int
+    strides: tuple[int, ...]  # Strides of the feature maps.
     aspp_dilations: tuple[int, ...] = (6, 12, 18)
-    channels: int = 256  # Of ASPP and of the decoder.
-    feature_dropout: float = 0.5
+    channels: int = 256  # Channels of ASPP and of the fused features.
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    def setup(self):
+    @property
+    def stride(self) -> int:
+        """The stride of the logits."""
+        return self.strides[0]
+
+    @nn.compact
+    def __call__(self, features: tuple[jax.Array, ...], train: bool, extent: Extent | None = None) -> jax.Array:
+        """Maps feature maps [B, h_i, w_i, C_i], the finest first, to logits [B, h_0, w_0, K] in `dtype`."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = functools.partial(layers.conv, **types)
         norm = functools.partial(layers.BatchNorm, **types)
-        self.head = ASPP(self.channels, self.aspp_dilations, **types)
-        self.reduce_0 = conv(LOW_LEVEL_CHANNELS)
-        self.reduce_1 = norm()
-        self.fuse_0 = conv(self.channels, 3)
-        self.fuse_1 = norm()
-        self.fuse_3 = conv(self.channels, 3)
-        self.fuse_4 = norm()
-        self.classifier = conv(self.num_classes, use_bias=True, bias_init=layers.bias_init(self.channels))
-
-    def __call__(self, x: jax.Array, train: bool = False, extent: Extent | None = None) -> jax.Array:
-        """Images [B, H, W, 3] (normalized) -> logits [B, H, W, K], in at least float32.
-
-        With `extent`, each image is the part of `x` inside of it: its logits there are those of the image alone (but
-        for batch statistics in training), and those outside mean nothing.
-        """
-        low = strided(extent, LOW_LEVEL_STRIDE)
-        return upsample(self.coarse(x, train, extent), *x.shape[1:3], low, extent)
-
-    def coarse(self, x: jax.Array, train: bool = False, extent: Extent | None = None) -> jax.Array:
-        """Images [B, H, W, 3] -> logits [B, H/4, W/4, K] in `dtype`, to be brought to size by `upsample`."""
-        return self._decode(*self.features(x, train, extent), train, extent)
-
-    def coarse_with_feature_views(
-        self, parts: tuple[jax.Array, ...], views: int, perturb_all: bool, train: bool = True
-    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """Decodes batches of images and `views` channel-dropout views of the features of the last of them.
-
-        All are decoded together and share the decoder's batch statistics. With `perturb_all` the other batches have
-        such views too, as in the original: nothing reads their logits, but they take part in the statistics.
-        Draws from the rng `dropout` if `views` and `feature_dropout` are not 0.
-
-        Returns the coarse logits of each batch of `parts`, and those of each view.
-        """
-        sizes = [len(part) for part in parts]
-        features = self.features(sharding.interleave(*parts), train)
-        perturbed = features if perturb_all else [sharding.separate(each, sizes)[-1] for each in features]
-        batches = [features, *(self._perturb(perturbed) for _ in range(views))]
-        logits = self._decode(*(sharding.interleave(*each) for each in zip(*batches, strict=True)), train)
-        clean, *copies = sharding.separate(logits, [len(c1) for c1, _ in batches])
-        if perturb_all:
-            copies = [sharding.separate(copy, sizes)[-1] for copy in copies]
-        return tuple(sharding.separate(clean, sizes)), tuple(copies)
-
-    def features(self, x: jax.Array, train: bool = False, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
-        """Images [B, H, W, 3] -> the backbone's c1 [B, H/4, W/4, C1] and c4 [B, H/16, W/16, C4], sizes rounded up."""
-        return self.backbone(x.astype(self.dtype), train, extent)
-
-    def _perturb(self, features) -> tuple[jax.Array, ...]:
-        """Drops channels of c1 and of c4, [B, h, w, C] each."""
-        if self.feature_dropout == 0:
-            return tuple(features)
-        return tuple(layers.channel_dropout(each, self.feature_dropout, self.make_rng("dropout")) for each in features)
-
-    def _decode(self, c1: jax.Array, c4: jax.Array, train: bool, extent: Extent | None = None) -> jax.Array:
-        low, high = (strided(extent, stride) for stride in (LOW_LEVEL_STRIDE, self.backbone.output_stride))
-        c4 = resize(self.head(c4, train, high), *c1.shape[1:3], high, low)
-        c1 = nn.relu(self.reduce_1(self.reduce_0(c1), train))
+        low, high = strided(extent, self.strides[0]), strided(extent, self.strides[-1])
+        c1, c4 = features[0], features[-1]
+        c4 = ASPP(self.channels, self.aspp_dilations, name="head", **types)(c4, train, high)
+        c4 = resize(c4, *c1.shape[1:3], high, low)
+        c1 = nn.relu(norm(name="reduce_1")(conv(LOW_LEVEL_CHANNELS, name="reduce_0")(c1), train))
         x = zero_outside(jnp.concatenate([c1, c4], -1), low)
-        x = zero_outside(nn.relu(self.fuse_1(self.fuse_0(x), train)), low)
-        x = nn.relu(self.fuse_4(self.fuse_3(x), train))
-        return self.classifier(x)
+        x = nn.relu(norm(name="fuse_1")(conv(self.channels, 3, name="fuse_0")(x), train))
+        x = conv(self.channels, 3, name="fuse_3")(zero_outside(x, low))
+        x = nn.relu(norm(name="fuse_4")(x, train))
+        bias_init = layers.bias_init(self.channels)
+        return conv(self.num_classes, use_bias=True, bias_init=bias_init, name="classifier")(x)
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: `[B, h, w, C] -> [B, h, w, channels]`."""
+    """Atrous spatial pyramid pooling: [B, h, w, C] -> [B, h, w, channels]."""
 
     channels: int
     dilations: tuple[int, ...]
@@ -119,7 +79,7 @@ class ASPP(nn.Module):
 
 
 class ImagePooling(nn.Module):
-    """Global average pooling, 1x1 convolution, batch norm, ReLU: `[B, h, w, C] -> [B, 1, 1, channels]`."""
+    """Global average pooling, 1x1 convolution, batch norm and ReLU: [B, h, w, C] -> [B, 1, 1, channels]."""
 
     channels: int
     dtype: Any = jnp.float32

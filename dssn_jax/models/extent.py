@@ -7,38 +7,38 @@ import jax.numpy as jnp
 
 
 class Extent(NamedTuple):
-    """The part of each picture of a padded batch that is picture: its first rows and columns.
+    """Valid (unpadded) height and width of each image in a padded batch; the rest is padding below and to the right.
 
-    Networks that are given one compute, inside of it, what they compute for each picture alone: they put zeros outside
-    before each operation that looks at neighbors, as the zero padding of a convolution at the picture's border.
+    A network that is given an extent computes, inside it, what it computes for each image alone: it writes zeros
+    outside before each operation that reads neighbors, like the zero padding of a convolution at the image border.
     """
 
-    height: jax.Array  # int32 [B].
-    width: jax.Array
+    height: jax.Array  # int32 [B]
+    width: jax.Array  # int32 [B]
 
     def strided(self, stride: int) -> "Extent":
-        """The extent after a convolution or a pooling of `stride`: sizes are divided and rounded up."""
+        """Returns the extent after a convolution or pooling of `stride`: sizes divided by it, rounded up."""
         return Extent(-(-self.height // stride), -(-self.width // stride))
 
     def mask(self, height: int, width: int) -> jax.Array:
-        """bool [B, height, width, 1], True inside."""
+        """Returns bool [B, height, width, 1], True inside."""
         rows = jnp.arange(height) < self.height[:, None]
         columns = jnp.arange(width) < self.width[:, None]
         return (rows[:, :, None] & columns[:, None, :])[..., None]
 
 
 def strided(extent: Extent | None, stride: int) -> Extent | None:
-    """`extent.strided(stride)`, or None (all of every picture) for None."""
+    """Returns `extent.strided(stride)`; None, which stands for whole images, stays None."""
     return None if extent is None else extent.strided(stride)
 
 
 def zero_outside(x: jax.Array, extent: Extent | None) -> jax.Array:
-    """Puts zeros into `x` [B, H, W, C] outside of `extent`; None is all of it."""
+    """Returns `x` [B, H, W, C] with zeros outside `extent`; unchanged if it is None."""
     return x if extent is None else jnp.where(extent.mask(*x.shape[1:3]), x, jnp.zeros((), x.dtype))
 
 
 def mean_inside(x: jax.Array, extent: Extent | None) -> jax.Array:
-    """Means over the pixels inside `extent`, [B, H, W, C] -> [B, 1, 1, C], in at least float32."""
+    """Returns the mean over the pixels inside `extent`: [B, H, W, C] -> [B, 1, 1, C], in at least float32."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     if extent is None:
         return x.mean((1, 2), keepdims=True, dtype=dtype)

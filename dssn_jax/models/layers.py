@@ -43,7 +43,7 @@ class BatchNorm(nn.Module):
     Statistics are computed and kept in `param_dtype`; the result is in `dtype`.
     """
 
-    momentum: float = 0.1  # Share of the new statistics, PyTorch's sense.
+    momentum: float = 0.1  # In PyTorch's sense: the weight of the new statistics.
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -74,9 +74,9 @@ def _normalize_by_batch(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalizes `x` [B, H, W, C]; returns the result in the dtype of `x`, and the mean and (biased) variance [C].
 
-    Everything is computed in the dtype of `scale`. `shift` [C] is a guess of the mean: with it, sums over one pass of
-    memory give the variance without cancellation. No gradient flows through the mean and the variance that are
-    returned. The backward pass keeps `x` as it is; left to itself, JAX would keep copies in the wider dtype.
+    Computes in the dtype of `scale`. `shift` [C] is an estimate of the mean: subtracting it lets sums over one pass
+    through memory give the variance without cancellation. No gradient flows through the returned mean and variance.
+    The backward pass saves `x` in its own dtype, where automatic differentiation would save wider copies.
     """
     return _normalize_forward(x, scale, bias, shift, epsilon)[0]
 
@@ -114,8 +114,8 @@ def max_pool(x: jax.Array) -> jax.Array:
 def average_pool(x: jax.Array, window: int, stride: int, extent: Extent | None = None) -> jax.Array:
     """Average pooling of `x` [B, H, W, C] to [B, ceil(H / stride), ceil(W / stride), C], as timm's `downsample_avg`.
 
-    A strided window that reaches over the edge averages what is inside; at stride 1 (where dilation replaces the
-    stride) zeros beyond the right and bottom edges count.
+    A strided window that crosses the edge averages the pixels inside; at stride 1 (where dilation replaces the stride)
+    zeros beyond the right and bottom edges count.
     """
     x = zero_outside(x, extent)
     if stride == 1:
@@ -124,5 +124,11 @@ def average_pool(x: jax.Array, window: int, stride: int, extent: Extent | None =
     pool = functools.partial(nn.avg_pool, window_shape=(window, window), strides=(stride, stride), padding=padding)
     if extent is None:
         return pool(x, count_include_pad=False)
-    inside = pool(extent.mask(*x.shape[1:3]).astype(x.dtype))  # The share of each window that is picture.
+    inside = pool(extent.mask(*x.shape[1:3]).astype(x.dtype))  # The fraction of each window that is valid.
     return pool(x) / jnp.where(inside > 0, inside, 1)
+
+
+@functools.cache
+def remat(block: type[nn.Module]) -> type[nn.Module]:
+    """Returns a block (called with x, train, extent) that recomputes its activations in the backward pass."""
+    return nn.remat(block, static_argnums=(2,))

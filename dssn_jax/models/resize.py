@@ -12,10 +12,10 @@ from dssn_jax.models.extent import Extent
 def resize(
     x: jax.Array, height: int, width: int, extent: Extent | None = None, new_extent: Extent | None = None
 ) -> jax.Array:
-    """Bilinear resize of `x` [B, h, w, C] with aligned corners, in the dtype of `x`.
+    """Resizes `x` [B, h, w, C] to [B, height, width, C], bilinearly with aligned corners, in the dtype of `x`.
 
-    Equals `torch.nn.functional.interpolate(..., mode="bilinear", align_corners=True)`, as two matrix products. With
-    extents, the part of each picture inside `extent` becomes the part inside `new_extent`.
+    Equals `torch.nn.functional.interpolate(..., mode="bilinear", align_corners=True)`. With extents, the part of each
+    image inside `extent` becomes the part inside `new_extent`.
     """
     return _interpolate(x, height, width, x.dtype, jax.lax.Precision.HIGHEST, extent, new_extent)
 
@@ -23,9 +23,10 @@ def resize(
 def upsample(
     logits: jax.Array, height: int, width: int, extent: Extent | None = None, new_extent: Extent | None = None
 ) -> jax.Array:
-    """Resizes logits [B, h, w, K] as `resize` does, to at least float32; logits of that size already are returned.
+    """Resizes logits [B, h, w, K] as `resize` does, in at least float32; without work if they have that size already.
 
-    Logits of less than float32 are not worth products of full precision: they are made in the accelerator's fast one.
+    Logits narrower than float32 carry too few bits to be worth full-precision products: these use the accelerator's
+    default precision.
     """
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
     if logits.shape[1:3] == (height, width):
@@ -47,10 +48,10 @@ def _interpolate(x: jax.Array, height: int, width: int, dtype, precision, extent
 
 
 def _interpolation_matrices(sizes: jax.Array, new_sizes: jax.Array, size: int, new_size: int, dtype) -> jax.Array:
-    """[B, new_size, size]: the matrices that interpolate from the first `sizes` to the first `new_sizes` elements."""
+    """Returns the [B, new_size, size] matrices from the first `sizes` elements to the first `new_sizes`."""
     sizes, new_sizes = sizes[:, None], new_sizes[:, None]
     span = jnp.maximum(new_sizes - 1, 1)
-    position = jnp.arange(new_size, dtype=jnp.int32) * (sizes - 1)  # Times 1 / span; whole numbers keep it exact.
+    position = jnp.arange(new_size, dtype=jnp.int32) * (sizes - 1)  # In units of 1 / span: integers are exact.
     lower = position // span
     upper = jnp.minimum(lower + 1, sizes - 1)
     weight = ((position % span).astype(dtype) / span.astype(dtype))[..., None]

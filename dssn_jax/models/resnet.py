@@ -1,4 +1,4 @@
-"""ResNet backbones with a choice of stem and shortcut, dilated to a fixed output stride.
+"""ResNet encoders with a choice of stem and shortcut, dilated to a fixed output stride.
 
 He et al., CVPR 2016; the dilated form is torchvision's `replace_stride_with_dilation`. The deep stems and the average
 shortcut are variants C and D of He et al., "Bag of Tricks", CVPR 2019. Names follow the state dicts of the original,
@@ -15,19 +15,27 @@ import jax.numpy as jnp
 from dssn_jax.models import layers
 from dssn_jax.models.extent import Extent, strided, zero_outside
 
-# 7x7: one convolution (torchvision). The deep ones are three 3x3: 64, 64, 128 channels (the original; timm's resnet50s)
-# or 32, 32, 64 (timm's resnet50c and resnet50d).
+# deep: three 3x3 convolutions with 64, 64 and 128 channels (the original; timm's resnet50s). 7x7: one convolution
+# (torchvision). deep_narrow: three with 32, 32 and 64 channels (timm's resnet50c and resnet50d).
 STEMS = ("deep", "7x7", "deep_narrow")
-# Where a shortcut changes size: a strided 1x1 convolution, or 2x2 average pooling and then a 1x1 (timm's resnet50d).
+# Shortcut where a block changes size: a strided 1x1 convolution, or 2x2 average pooling, then a 1x1 (timm's resnet50d).
 SHORTCUTS = ("strided", "average")
+VARIANTS = tuple({"stem": stem, "shortcut": shortcut} for stem in STEMS for shortcut in SHORTCUTS)
+
+
+def from_config(model, **options) -> "ResNet":
+    """Returns the encoder of `config.model`; `options` are further fields of `ResNet`."""
+    return ResNet(
+        stem=model.stem, shortcut=model.shortcut, output_stride=model.output_stride, remat=model.remat, **options
+    )
 
 
 class ResNet(nn.Module):
-    """Returns the features of stage 1 (stride 4) and stage 4 (stride `output_stride`)."""
+    """Encoder with two feature maps: stage 1 (stride 4) and stage 4 (stride `output_stride`)."""
 
     stage_sizes: tuple[int, int, int, int]
     bottleneck: bool = True
-    width: int = 64  # Channels of the first stage inside a block; doubles with each stage.
+    width: int = 64  # Channels inside the blocks of the first stage; doubles with each stage.
     stem: str = "deep"  # A name of STEMS.
     shortcut: str = "strided"  # A name of SHORTCUTS.
     output_stride: int = 16
@@ -35,16 +43,24 @@ class ResNet(nn.Module):
     param_dtype: Any = jnp.float32
     remat: bool = False
 
+    size_multiple = 1
+    supports_padding = True
+    input_size = 33
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        return 4, self.output_stride
+
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
-        """`x` [B, H, W, 3] -> c1 [B, H/4, W/4, C1], c4 [B, H/stride, W/stride, C4], sizes rounded up."""
+        """Maps images [B, H, W, 3] to c1 [B, H/4, W/4, C1], c4 [B, H/stride, W/stride, C4], sizes rounded up."""
         x, extent = self._stem(x, train, extent)
-        block = functools.partial(_rematerialized() if self.remat else Block, bottleneck=self.bottleneck)
+        block = functools.partial(layers.remat(Block) if self.remat else Block, bottleneck=self.bottleneck)
         block = functools.partial(block, dtype=self.dtype, param_dtype=self.param_dtype)
         dilation, current_stride, features = 1, 4, []
         for stage, size in enumerate(self.stage_sizes):
             stride = 1 if stage == 0 else 2
-            first_dilation = dilation  # Where dilation replaces the stride, the first block keeps the old one.
+            first_dilation = dilation  # Where dilation replaces a stride, the first block keeps the previous dilation.
             if current_stride * stride > self.output_stride:
                 dilation, stride = dilation * stride, 1
             current_stride *= stride
@@ -88,13 +104,13 @@ class Block(nn.Module):
     width: int
     stride: int
     dilation: int
-    project: bool  # The shortcut has a 1x1 convolution.
-    average: int | None  # Side of the average pooling before that one; None: the convolution itself has the stride.
+    project: bool  # Whether the shortcut has a 1x1 convolution.
+    average: int | None  # Side of the average pooling before it; None: the convolution itself is strided.
     bottleneck: bool
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    expansion = 4  # Output channels of a bottleneck over its width.
+    expansion = 4  # Ratio of a bottleneck's output channels to its width.
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> jax.Array:
@@ -118,8 +134,3 @@ class Block(nn.Module):
             x = conv(channels, stride=self.stride, name="downsample_0")(x)
             x = norm(name="downsample_1")(x, train)
         return nn.relu(x + y)
-
-
-@functools.cache
-def _rematerialized() -> type[nn.Module]:
-    return nn.remat(Block, static_argnums=(2,))

@@ -1,6 +1,6 @@
 """Aligned Xception-65 of DeepLabV3+, as the original builds it. Names follow its state dicts.
 
-Chollet, CVPR 2017; Chen et al., ECCV 2018. Two details of the original carry over (method.md, "Network"): a block
+Chollet, CVPR 2017; Chen et al., ECCV 2018. Two details of the original are kept (docs/method.md, "Network"): a block
 without a projection adds relu(input), and the low-level features are block2's second separable convolution before ReLU.
 """
 
@@ -14,29 +14,42 @@ import jax.numpy as jnp
 from dssn_jax.models import layers
 from dssn_jax.models.extent import Extent, strided, zero_outside
 
-BATCH_NORM_MOMENTUM = 3e-4  # PyTorch's sense.
+BATCH_NORM_MOMENTUM = 3e-4  # In PyTorch's sense: the weight of the new statistics.
+
+
+def from_config(model, **types) -> "Xception":
+    """Returns the encoder of `config.model`; `types` are dtype and param_dtype."""
+    return Xception(output_stride=model.output_stride, remat=model.remat, **types)
 
 
 class Xception(nn.Module):
-    """Xception-65: returns block2's features (stride 4, 256 channels) and conv5's (stride `output_stride`, 2048)."""
+    """Encoder with two feature maps: block2 (stride 4, 256 channels) and conv5 (stride `output_stride`, 2048)."""
 
     output_stride: int = 16
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool = False
 
+    size_multiple = 1
+    supports_padding = True
+    input_size = 33
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        return 4, self.output_stride
+
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
-        """`x` [B, H, W, 3] -> c1 [B, H/4, W/4, 256], c4 [B, H/stride, W/stride, 2048], sizes rounded up."""
+        """Maps images [B, H, W, 3] to c1 [B, H/4, W/4, 256], c4 [B, H/stride, W/stride, 2048], sizes rounded up."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = functools.partial(layers.conv, **types)
         norm = functools.partial(layers.BatchNorm, momentum=BATCH_NORM_MOMENTUM, **types)
-        block = functools.partial(_rematerialized() if self.remat else Block, **types)
+        block = functools.partial(layers.remat(Block) if self.remat else Block, **types)
         separable = functools.partial(SeparableConv, **types)
         dilation = 16 // self.output_stride  # From block 4 on.
 
         at = functools.partial(strided, extent)
-        stride = 2 if self.output_stride == 16 else 1  # Of block 3.
+        stride = 2 if self.output_stride == 16 else 1  # For block 3.
         x = nn.relu(norm(name="bn1")(conv(32, 3, stride=2, name="conv1")(zero_outside(x, extent)), train))
         x = nn.relu(norm(name="bn2")(conv(64, 3, name="conv2")(zero_outside(x, at(2))), train))
         x, _ = block(128, stride=2, name="block1")(x, train, at(2))
@@ -57,7 +70,7 @@ class Block(nn.Module):
     features: int
     stride: int = 1
     dilation: int = 1
-    grow_first: bool = True  # The first convolution, not the second, changes the number of channels.
+    grow_first: bool = True  # Whether the first convolution, not the second, changes the number of channels.
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -101,8 +114,3 @@ class SeparableConv(nn.Module):
         )
         x = after(norm(name="bn1")(depthwise(zero_outside(x, extent)), train))
         return after(norm(name="bn2")(layers.conv(self.features, name="pointwise", **types)(x), train))
-
-
-@functools.cache
-def _rematerialized() -> type[nn.Module]:
-    return nn.remat(Block, static_argnums=(2,))
