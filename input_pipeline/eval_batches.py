@@ -1,4 +1,4 @@
-"""Groups of images of any size for evaluation and prediction: padded to a few sizes, so that few programs compile."""
+"""Batches for evaluation and prediction: images of any size, padded to a few sizes so that few programs compile."""
 
 import collections
 import itertools
@@ -17,14 +17,44 @@ _MOST_BUCKETS = 64  # That joining starts from; where images have more sizes, ne
 Size = tuple[int, int]  # Height and width, pixels.
 
 
-class Group(NamedTuple):
-    """Images padded at the right and at the bottom to one size. Rows that hold no image have size (0, 0)."""
+class EvalBatch(NamedTuple):
+    """Images padded at the right and at the bottom to one size. Rows without an image have size (0, 0).
 
-    indices: tuple[int, ...]  # Records of the source, in the first rows.
-    names: tuple[str, ...]  # Paths of the images.
-    images: np.ndarray  # uint8 [rows, H, W, 3], padding 0.
-    labels: np.ndarray  # uint8 [rows, H, W]; ignored: padding, and everything if the source has no labels.
-    sizes: np.ndarray  # int32 [rows, 2]: height and width of each image.
+    Attributes:
+      images: uint8 [rows, H, W, 3], padding 0.
+      labels: uint8 [rows, H, W]; ignored on the padding, and throughout if the source has no labels.
+      sizes: int32 [rows, 2], height and width of each image.
+      indices: records of the source, in the first rows.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    sizes: np.ndarray
+    indices: tuple[int, ...]
+
+
+class EvalOptions(NamedTuple):
+    """How `eval_batches` groups and pads images.
+
+    Attributes:
+      batch: rows per batch, over all processes; the last batch of a size may hold fewer images.
+      ignore: label of the padding.
+      buckets: greatest number of padded sizes.
+      crop: if not 0, the central `crop` x `crop` pixels of each image, or all of a side that is shorter.
+      size_multiple: padded heights and widths are multiples of this.
+      threads: number of threads that decode.
+      process_index: index of this host.
+      process_count: number of hosts; host i of n gets the rows [i b / n, (i + 1) b / n) of a batch of b.
+    """
+
+    batch: int
+    ignore: int = 255
+    buckets: int = 4
+    crop: int = 0
+    size_multiple: int = 1
+    threads: int = 16
+    process_index: int = 0
+    process_count: int = 1
 
 
 class _Bucket(NamedTuple):
@@ -74,50 +104,32 @@ def _first_buckets(sizes: Sequence[Size]) -> list[_Bucket]:
     raise AssertionError("unreachable: some multiple is larger than every size")
 
 
-def eval_groups(
+def eval_batches(
     source: Source,
-    batch: int,
-    ignore: int = 255,
-    buckets: int = 4,
-    crop: int = 0,
+    options: EvalOptions,
+    *,
     indices: Sequence[int] | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 16,
     ahead: int = 2,
     on_error: Callable[[int, DataError], None] | None = None,
-) -> Iterator[Group]:
-    """Yields every record of a source once, in groups of `batch` rows of at most `buckets` padded sizes.
+) -> Iterator[EvalBatch]:
+    """Yields every record of a source once, in batches of at most `options.buckets` padded sizes.
 
     Args:
       source: with or without labels.
-      batch: rows of a group, over all processes; the last group of a bucket may hold fewer images.
-      ignore: label of the padding.
-      buckets: greatest number of padded sizes.
-      crop: if not 0, the central `crop` x `crop` part of each image, or all of a side that is shorter.
-      indices: of the records; default all.
-      process_index: of this host.
-      process_count: number of hosts; this one gets the rows [i b / n, (i + 1) b / n) of each batch of b.
-      threads: that decode.
-      ahead: groups decoded ahead.
-      on_error: is told of records that cannot be read, which leave their row empty; by default that is an error.
+      options: see `EvalOptions`.
+      indices: records to read; default all.
+      ahead: batches decoded ahead.
+      on_error: receives the index and the error of a record that cannot be read, which is left out; by default the
+        error is raised.
 
     Raises:
       DataError: a file cannot be used.
     """
+    share = options.batch // options.process_count
+    rows = slice(options.process_index * share, (options.process_index + 1) * share)
     indices = range(len(source)) if indices is None else indices
-    sizes = {index: _cropped_size(source.size(index), crop) for index in indices}
-    bucket_of = choose_buckets(list(sizes.values()), batch, buckets)
-    by_bucket = collections.defaultdict(list)
-    for index in indices:
-        by_bucket[bucket_of[sizes[index]]].append(index)
-    share = batch // process_count
-    plan = []
-    for size, members in by_bucket.items():
-        for start in range(0, len(members), batch):
-            plan.append((size, members[start : start + batch][process_index * share : (process_index + 1) * share]))
-
-    for (size, members), records in _read_ahead(source, plan, threads, ahead):
+    plan = [(size, members[rows]) for size, members in _plan(source, indices, options)]
+    for (size, members), records in _read_ahead(source, plan, options.threads, ahead):
         readable = []
         for index, record in zip(members, records, strict=True):
             if not isinstance(record, DataError):
@@ -126,22 +138,35 @@ def eval_groups(
                 raise record
             else:
                 on_error(index, record)
-        yield _padded(source, readable, share, size, ignore, crop)
+        yield _padded(readable, share, size, options)
 
 
-def _padded(source: Source, records: list, rows: int, size: Size, ignore: int, crop: int) -> Group:
-    """The group of `rows` of `size` that holds (index, record) pairs."""
+def _plan(source: Source, indices: Sequence[int], options: EvalOptions) -> list[tuple[Size, list[int]]]:
+    """Returns the padded size and the records of each batch."""
+    sizes = {index: _least_padded(source.size(index), options) for index in indices}
+    bucket_of = choose_buckets(list(sizes.values()), options.batch, options.buckets)
+    by_bucket = collections.defaultdict(list)
+    for index in indices:
+        by_bucket[bucket_of[sizes[index]]].append(index)
+    return [
+        (size, members[start : start + options.batch])
+        for size, members in by_bucket.items()
+        for start in range(0, len(members), options.batch)
+    ]
+
+
+def _padded(records: list, rows: int, size: Size, options: EvalOptions) -> EvalBatch:
+    """Returns the batch of `rows` of `size` that holds (index, record) pairs."""
     images = np.zeros((rows, *size, 3), np.uint8)
-    labels = np.full((rows, *size), ignore, np.uint8)
+    labels = np.full((rows, *size), options.ignore, np.uint8)
     sizes = np.zeros((rows, 2), np.int32)
     for row, (_, record) in enumerate(records):
-        record = _center_crop(record, crop)
+        record = _center_crop(record, options.crop)
         height, width = sizes[row] = record["image"].shape[:2]
         images[row, :height, :width] = record["image"]
         if "label" in record:
             labels[row, :height, :width] = record["label"]
-    indices = tuple(index for index, _ in records)
-    return Group(indices, tuple(source.name(index) for index in indices), images, labels, sizes)
+    return EvalBatch(images, labels, sizes, tuple(index for index, _ in records))
 
 
 def _read_ahead(source: Source, plan: list, threads: int, ahead: int) -> Iterator[tuple]:
@@ -165,8 +190,10 @@ def _read_ahead(source: Source, plan: list, threads: int, ahead: int) -> Iterato
                 future.cancel()  # A consumer that stops early must not wait for what it will not see.
 
 
-def _cropped_size(size: Size, crop: int) -> Size:
-    return tuple(min(side, crop) for side in size) if crop else size
+def _least_padded(size: Size, options: EvalOptions) -> Size:
+    """Returns the size of an image after the center crop, rounded up to multiples of `options.size_multiple`."""
+    multiple = options.size_multiple
+    return tuple(-(-(min(side, options.crop) if options.crop else side) // multiple) * multiple for side in size)
 
 
 def _center_crop(record: dict[str, np.ndarray], crop: int) -> dict[str, np.ndarray]:

@@ -16,15 +16,15 @@ OVERLAP = ("allow", "refuse")
 _REPORTED = 5  # Files named in one message.
 
 
-class Part(NamedTuple):
-    """The images of one use."""
+class SplitEntries(NamedTuple):
+    """The images of a split: labeled, unlabeled or validation."""
 
     entries: list[Entry]
-    where: str  # Who names them, for messages: a list or a folder.
+    where: str  # The list or folder that names them, for messages.
 
 
 class Layout(NamedTuple):
-    """What a `config.data` names; no image was opened.
+    """The images that a `config.data` names; no image was opened.
 
     Attributes:
       labeled: entries with masks.
@@ -33,32 +33,40 @@ class Layout(NamedTuple):
       defects: what must be fixed, each naming its files.
     """
 
-    labeled: Part
-    unlabeled: Part
-    val: Part
+    labeled: SplitEntries
+    unlabeled: SplitEntries
+    val: SplitEntries
     defects: tuple[str, ...]
 
 
-def find_layout(data) -> Layout:
+SPLITS = Layout._fields[:3]
+
+
+def find_layout(data, splits: Sequence[str] = SPLITS) -> Layout:
     """Finds the images of a `config.data`: those of the lists of `data.split`, or else of `data.folders`.
 
+    Args:
+      data: `config.data`.
+      splits: names of the splits to look for. Lists and folders that these do not need are neither read nor required,
+        and a split that was not asked for may be empty in the result.
+
     Raises:
-      DataError: no such root, split, folder or list: something without which there is nothing to look at. Whatever
-        else is wrong is told by the `defects` of the result.
+      DataError: no such root, split, folder or list, so that there is nothing to look at. All other problems are in
+        the `defects` of the result.
     """
     root = find_root(data)
     if data.split or not data.folders.labeled:
-        found = _from_lists(split_lists.find_split(root, data.splits, data.split))
+        layout = _from_lists(split_lists.find_split(root, data.splits, data.split, splits), splits)
+    elif tuple(splits) == ("val",):
+        layout = _val_from_folders(root, data.folders)
     else:
-        found = _from_folders(root, data)
-    if not found.defects:
-        parts = zip(found._fields, found[:3], strict=False)
-        found = found._replace(
-            defects=tuple(f"{part.where}: no {name} images" for name, part in parts if not part.entries)
-        )
+        layout = _from_folders(root, data)
+    if not layout.defects:
+        empty = [name for name in splits if not getattr(layout, name).entries]
+        layout = layout._replace(defects=tuple(f"{getattr(layout, name).where}: no {name} images" for name in empty))
     if data.val_overlap == "refuse":
-        found = found._replace(defects=(*found.defects, *overlaps(root, found)))
-    return found
+        layout = layout._replace(defects=(*layout.defects, *overlaps(root, layout)))
+    return layout
 
 
 def find_root(data) -> str:
@@ -117,13 +125,40 @@ def held_out_count(fraction: float, images: int) -> int:
     return max(0, min(max(1, round(fraction * images)), images - 1))
 
 
-def _from_lists(lists: split_lists.SplitLists) -> Layout:
-    parts, defects = [], []
-    for path, labeled in zip(lists, (True, False, True), strict=True):
-        entries, wrong = split_lists.parse_list(path, labeled)
-        parts.append(Part(entries, path))
+def _from_lists(lists: split_lists.SplitLists, splits: Sequence[str]) -> Layout:
+    layout, defects = _empty_layout(), []
+    for name in splits:
+        path = getattr(lists, name)
+        entries, wrong = split_lists.parse_list(path, labeled=name != "unlabeled")
+        layout = layout._replace(**{name: SplitEntries(entries, path)})
         defects += wrong
-    return Layout(*parts, tuple(defects))
+    return layout._replace(defects=tuple(defects))
+
+
+def _empty_layout() -> Layout:
+    return Layout(*[SplitEntries([], "")] * len(SPLITS), ())
+
+
+def _val_from_folders(root: str, folders) -> Layout:
+    defects = []
+    labeled = []
+    if held_out_fraction(folders) is not None:
+        labeled, _ = _with_masks(root, folders, "labeled", folders.masks, defects)
+    val = _val_entries(root, folders, labeled, defects)
+    return _empty_layout()._replace(val=val, defects=tuple(defects))
+
+
+def _val_entries(root: str, folders, labeled: list[Entry], defects: list[str]) -> SplitEntries:
+    """Returns the validation images: those of `folders.val`, or a fraction of the labeled ones."""
+    fraction = held_out_fraction(folders)
+    if fraction is None:
+        val, without = _with_masks(root, folders, "val", folders.val_masks or folders.masks, defects)
+        defects += _missing_masks(without, "validation images")
+        return SplitEntries(val, os.path.join(root, folders.val))
+    val = sorted(shuffled(labeled, "validation")[: held_out_count(fraction, len(labeled))])
+    if not val:
+        defects.append(f"no validation image: {fraction} of {len(labeled)} labeled images (config.data.folders.val)")
+    return SplitEntries(val, os.path.join(root, folders.labeled))
 
 
 def _from_folders(root: str, data) -> Layout:
@@ -131,24 +166,14 @@ def _from_folders(root: str, data) -> Layout:
     labeled, unmasked = _with_masks(root, folders, "labeled", folders.masks, defects)
     unlabeled = _entries(root, folders, "unlabeled", defects) if folders.unlabeled else []
     fraction = held_out_fraction(folders)
-    if fraction is None:
-        val, without = _with_masks(root, folders, "val", folders.val_masks or folders.masks, defects)
-        defects += _missing_masks(without, "validation images")
-        where_val = os.path.join(root, folders.val)
-    else:
-        val = sorted(shuffled(labeled, "validation")[: held_out_count(fraction, len(labeled))])
-        if not val:
-            defects.append(
-                f"no validation image: {fraction} of {len(labeled)} labeled images (config.data.folders.val)"
-            )
-        where_val = os.path.join(root, folders.labeled)
+    val = _val_entries(root, folders, labeled, defects)
 
     def without_val(entries: list[Entry], where: str) -> list[Entry]:
         # A fraction is held out. Of what the user named, a folder means all that is in it but what validates; a list
         # means each image of it, which `overlaps` looks at.
         if fraction is None and (data.val_overlap == "allow" or where.endswith(LIST_SUFFIX)):
             return entries
-        return _subtract(root, entries, val)
+        return _subtract(root, entries, val.entries)
 
     labeled, unmasked = (without_val(entries, folders.labeled) for entries in (labeled, unmasked))
     unlabeled = without_val(unlabeled, folders.unlabeled)
@@ -161,9 +186,9 @@ def _from_folders(root: str, data) -> Layout:
             "; to take them as unlabeled images say config.data.folders.unmasked=unlabeled",
         )  # fmt: skip
     return Layout(
-        Part(labeled, os.path.join(root, folders.labeled)),
-        Part(unlabeled or labeled, os.path.join(root, folders.unlabeled or folders.labeled)),
-        Part(val, where_val),
+        SplitEntries(labeled, os.path.join(root, folders.labeled)),
+        SplitEntries(unlabeled or labeled, os.path.join(root, folders.unlabeled or folders.labeled)),
+        val,
         tuple(defects),
     )
 

@@ -1,28 +1,39 @@
-"""Batches for training.
+"""Training batches as a pure function of (config, lists, step).
 
-They are a pure function of (config, lists, step): any batch can be made alone, by any process or
-thread, which is why the number of threads, workers and hosts changes nothing in them and a run resumes from its step
-number. Each host makes its own rows of every global batch.
+Any process or thread can make any batch, so batches do not depend on the number of threads, workers and hosts, and a
+run resumes from its step number. Each host makes its own rows of the global batch.
 """
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from input_pipeline.batch import Batch, labeled_rows
 from input_pipeline.errors import DataError
 from input_pipeline.sources.open import Source, Sources
 from input_pipeline.transforms.cutmix import cutmix_box
 from input_pipeline.transforms.geometry import weak_view
-from tests.reference.photometric import strong_view
 
 MIX_PARTNERS = ("same", "other")
 
-Record = dict[str, np.ndarray]
-Batch = dict[str, np.ndarray]
+Record = dict[str, np.ndarray]  # Fields of a `Batch`, of one image; or of several, stacked.
+
+
+class RunLength(NamedTuple):
+    """The length of a training run."""
+
+    steps: int
+    steps_per_epoch: int
+
+
+def run_length(sources: Sources, config: ConfigDict) -> RunLength:
+    """Returns the number of steps of the run and of an epoch; raises DataError as `steps_per_epoch` does."""
+    per_epoch = steps_per_epoch(sources, config)
+    return RunLength(config.train.steps or config.train.epochs * per_epoch, per_epoch)
 
 
 def steps_per_epoch(sources: Sources, config: ConfigDict) -> int:
@@ -42,52 +53,54 @@ def train_dataset(
 ) -> grain.MapDataset:
     """Returns the endless sequence of training batches, by step.
 
-    An epoch is one pass over the unlabeled list, in a new order, without the images that fill no batch. In it every
-    labeled image comes floor or ceil of (steps * labeled batch / labeled images) times, in a new order.
+    An epoch is one pass over the unlabeled list, in a new order, without the images that fill no batch. Within it each
+    labeled image occurs floor or ceil of (steps * labeled batch / labeled images) times, in a new order.
 
     Args:
-      sources: what `open_sources` returned.
+      sources: from `open_sources`.
       config: the whole configuration.
-      process_index: of this host.
-      process_count: number of hosts; this one gets the rows [i b / n, (i + 1) b / n) of each global batch of b.
+      process_index: index of this host.
+      process_count: number of hosts; host i of n makes the rows [i b / n, (i + 1) b / n) of a global batch of b.
 
     Returns:
-      Batches of the arrays below, c being the crop, L and U the rows of this host:
-      image_x uint8 [L, c, c, 3], label_x uint8 [L, c, c]; if the method has views of unlabeled images, image_u uint8
-      [U, c, c, 3] and valid_u bool [U, c, c]; if it has strong views, the same of the CutMix partner, image_m and
-      valid_m, and for each strong view v of 1, 2: boxv int32 [U, 4] and, unless config.views.device makes them in the
-      training step, image_sv and image_mv uint8 [U, c, c, 3].
+      A dataset of `Batch`, with the rows of this host and the fields that the method needs: of unlabeled images if it
+      has views of them, of CutMix if it has strong views.
 
     Raises:
-      DataError: lists or batch sizes that do not fit. Later, reading a batch: a file that cannot be used.
+      DataError: lists or batch sizes that do not fit. Later, when a batch is read: a file that cannot be used.
     """
-    config = FrozenConfigDict(config)  # What a caller changes later must not reach into a running pipeline.
+    config = FrozenConfigDict(config)  # Later changes by the caller must not reach a running pipeline.
     steps = steps_per_epoch(sources, config)
-    # Grain adds the epoch to the seed of a shuffle; neighboring seeds would give two streams the same orders.
+    # Grain adds the epoch to the seed of a shuffle; consecutive seeds would give two streams the same orders.
     seeds = np.random.SeedSequence(config.seed).generate_state(4).tolist()
-    share = functools.partial(_rows, process_index=process_index, process_count=process_count)
+    host = process_index, process_count
 
-    records = _labeled_records(sources.labeled, config, steps * config.data.labeled_batch, *seeds[:2])
-    rows = share(config, "labeled_batch")
-    batches = _Batches(records, config.data.labeled_batch, rows, config.data.threads)
+    size = labeled_rows(config)
+    records = _labeled_records(sources.labeled, config, steps * size, *seeds[:2])
+    batches = _Batches(records, size, _rows("labeled_batch", size, *host), config.data.threads)
     if config.method.strong_views or config.method.feature_views:
+        size = config.data.unlabeled_batch
         records = _unlabeled_records(sources.unlabeled, config, *seeds[2:])
-        rows = share(config, "unlabeled_batch")
-        unlabeled = _Batches(records, config.data.unlabeled_batch, rows, config.data.threads)
+        unlabeled = _Batches(records, size, _rows("unlabeled_batch", size, *host), config.data.threads)
         batches = grain.experimental.ZipMapDataset([batches, unlabeled]).map(_merge)
-    return batches.repeat()
+    return batches.map(_to_batch).repeat()
 
 
-def _rows(config: ConfigDict, key: str, process_index: int, process_count: int) -> slice:
-    batch = config.data[key]
+def _rows(key: str, batch: int, process_index: int, process_count: int) -> slice:
     if batch < 1 or batch % process_count:
-        raise DataError(f"config.data.{key} is {batch}; expected a multiple of the {process_count} processes")
+        raise DataError(
+            f"config.data.{key}: {batch} images per step; expected a multiple of the {process_count} processes"
+        )
     share = batch // process_count
     return slice(process_index * share, (process_index + 1) * share)
 
 
-def _merge(batches: tuple[Batch, Batch]) -> Batch:
-    return batches[0] | batches[1]
+def _merge(records: tuple[Record, Record]) -> Record:
+    return records[0] | records[1]
+
+
+def _to_batch(record: Record) -> Batch:
+    return Batch(**record)
 
 
 def _labeled_records(source: Source, config: FrozenConfigDict, per_epoch: int, order_seed: int, view_seed: int):
@@ -143,11 +156,8 @@ def _unlabeled_record(
     if config.method.strong_views:
         other = image if partner == index else source[partner]["image"]
         record["image_m"], _, record["valid_m"] = _weak_view(other, None, config.data, rng)
-    for view in range(1, config.method.strong_views + 1):
-        if not config.views.device:
-            record[f"image_s{view}"] = strong_view(record["image_u"], config.views, rng)
-            record[f"image_m{view}"] = strong_view(record["image_m"], config.views, rng)
-        record[f"box{view}"] = cutmix_box(config.data.crop, config.views, rng)
+        boxes = [cutmix_box(config.data.crop, config.views, rng) for _ in range(config.method.strong_views)]
+        record["boxes"] = np.stack(boxes)
     return record
 
 

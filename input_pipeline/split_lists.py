@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from input_pipeline.errors import DataError, did_you_mean
@@ -14,7 +14,7 @@ _BLANK = re.compile(r"\s")
 
 
 class SplitLists(NamedTuple):
-    """Paths of the three lists of a split."""
+    """Paths of the lists of a split."""
 
     labeled: str
     unlabeled: str
@@ -28,14 +28,15 @@ class Entry(NamedTuple):
     mask: str | None
 
 
-def find_split(root: str, splits: str, split: str) -> SplitLists:
+def find_split(root: str, splits: str, split: str, needed: Sequence[str] = SplitLists._fields) -> SplitLists:
     """Returns the lists SPLITS/SPLIT/{labeled,unlabeled}.txt and SPLITS/val.txt.
 
     Args:
       root: the data root.
       splits: folder of the splits: absolute, else under `root`, else under the current folder. The first of these that
-        has a folder `split` is taken.
+        has a folder `split` is taken; where only `val` is needed and none has it, the first that has a val.txt.
       split: name of the split.
+      needed: names of the lists that must exist.
 
     Raises:
       DataError: no such folder, naming the nearest and all existing splits; or a list is missing.
@@ -44,13 +45,16 @@ def find_split(root: str, splits: str, split: str) -> SplitLists:
         folders = [os.path.expanduser(splits)]
     else:
         folders = [os.path.join(root, splits), os.path.abspath(splits)]
-    folder = next((f for f in folders if split and os.path.isdir(os.path.join(f, split))), None)
-    if folder is None:
+    having = [f for f in folders if split and os.path.isdir(os.path.join(f, split))]
+    if tuple(needed) == ("val",):
+        having += [f for f in folders if os.path.isfile(os.path.join(f, VAL))]
+    if not having:
         raise DataError(_unknown_split(folders, split))
+    folder = having[0]
     lists = SplitLists(
         os.path.join(folder, split, LABELED), os.path.join(folder, split, UNLABELED), os.path.join(folder, VAL)
     )
-    missing = [path for path in lists if not os.path.isfile(path)]
+    missing = [path for name, path in lists._asdict().items() if name in needed and not os.path.isfile(path)]
     if missing:
         raise DataError(f"split {split!r} of {folder}: missing list {', '.join(missing)}")
     return lists
@@ -62,8 +66,8 @@ def _unknown_split(folders: list[str], split: str) -> str:
         return f"no folder of split lists: tried {' and '.join(folders)} (config.data.splits)"
     known = sorted({name for f in present for name in os.listdir(f) if os.path.isfile(os.path.join(f, name, LABELED))})
     hint = did_you_mean(split, known, cutoff=0.4)
-    found = f"no split {split!r}" if split else "config.data.split is not set: no split"
-    return f"{found} in {' or '.join(present)}{hint}; splits there: {', '.join(known) or 'none'}"
+    problem = f"no split {split!r}" if split else "config.data.split is not set: no split"
+    return f"{problem} in {' or '.join(present)}{hint}; splits there: {', '.join(known) or 'none'}"
 
 
 def read_list(path: str, labeled: bool) -> list[Entry]:

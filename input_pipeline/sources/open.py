@@ -6,6 +6,7 @@ Sources are picklable (worker processes get a copy) and safe to read from many t
 import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -63,13 +64,29 @@ def open_sources(config) -> Sources:
     Raises:
       DataError: unknown source, or data that cannot be used.
     """
-    data = config.data
+    return Sources(*_open(config.data, Sources._fields))
+
+
+def open_source(config, split: str) -> Source:
+    """Opens one of the sources of a run, which needs the lists, folders and files of that split alone.
+
+    Args:
+      config: the whole configuration.
+      split: "labeled" | "unlabeled" | "val".
+
+    Raises:
+      DataError: as `open_sources`.
+    """
+    return _open(config.data, (split,))[0]
+
+
+def _open(data, splits: Sequence[str]) -> list[Source]:
     if data.source not in SOURCES:
         raise DataError(f"config.data.source is {data.source!r}; known: {', '.join(SOURCES)}")
-    return _OPEN[data.source](data)
+    return _OPEN[data.source](data, splits)
 
 
-def _open_listed(data) -> Sources:
+def _open_listed(data, splits: Sequence[str]) -> list[Source]:
     """Opens what lists, or folders, name: as files, or packed."""
     root = layout.find_root(data)
     if data.source == "folder":
@@ -79,30 +96,32 @@ def _open_listed(data) -> Sources:
         records.check_shards(root, index)
         make = functools.partial(RecordsSource, root, index)
     labels = Labels.from_config(data)
-    found = layout.find_layout(data)
+    found = layout.find_layout(data, splits)
     if found.defects:
         raise DataError(layout.first_lines(found.defects))
-    sources = Sources(make(*found.labeled, labels), make(*found.unlabeled, None), make(*found.val, labels))
+    sources = [make(*getattr(found, split), _labels_of(split, labels)) for split in splits]
     for source in sources:
         source.check_headers()
     return sources
 
 
-def _open_tfds(data) -> Sources:
+def _labels_of(split: str, labels: Labels) -> Labels | None:
+    return None if split == "unlabeled" else labels
+
+
+def _open_tfds(data, splits: Sequence[str]) -> list[Source]:
     labels, keys = Labels.from_config(data), data.tfds
     dataset = tfds_source.open_dataset(keys.name, keys.data_dir)
-
-    def make(split: str, labels: Labels | None) -> TfdsSource:
-        return TfdsSource(dataset, split, keys.image, keys.label, labels)
-
-    sources = Sources(make(keys.labeled, labels), make(keys.unlabeled, None), make(keys.val, labels))
-    # Headers are in the records: of those without a mask, which are most, there is nothing to compare.
-    for source in (sources.labeled, sources.val):
-        source.check_headers()
+    sources = [
+        TfdsSource(dataset, keys[split], keys.image, keys.label, _labels_of(split, labels)) for split in splits
+    ]
+    for source in sources:
+        if source.labels is not None:  # Headers are in the records; without a mask there is nothing to compare.
+            source.check_headers()
     return sources
 
 
-def _open_shapes(data) -> Sources:
+def _open_shapes(data, splits: Sequence[str]) -> list[Source]:
     if tuple(data.classes) != SHAPES_CLASSES:
         raise DataError(f"config.data.classes is {tuple(data.classes)}; the generated shapes have {SHAPES_CLASSES}")
     shapes = data.shapes
@@ -111,11 +130,13 @@ def _open_shapes(data) -> Sources:
             f"config.data.shapes: labeled {shapes.labeled}, unlabeled {shapes.unlabeled}, val {shapes.val}; "
             "expected 1 <= labeled <= unlabeled and val >= 1"
         )
-    return Sources(
-        labeled=ShapesSource(shapes.size, shapes.labeled, shapes.seed, part="train", labeled=True),
-        unlabeled=ShapesSource(shapes.size, shapes.unlabeled, shapes.seed, part="train", labeled=False),
-        val=ShapesSource(shapes.size, shapes.val, shapes.seed, part="val", labeled=True),
-    )
+    return [
+        ShapesSource(
+            shapes.size, shapes[split], shapes.seed, part="val" if split == "val" else "train",
+            labeled=split != "unlabeled",
+        )
+        for split in splits
+    ]  # fmt: skip
 
 
 _OPEN = {"folder": _open_listed, "array_record": _open_listed, "tfds": _open_tfds, "shapes": _open_shapes}
