@@ -1,87 +1,216 @@
-"""What --mode chooses: what each mode does, the flags that it needs, and whom it calls.
+"""The command line: modes and flags, parsed without JAX so that --help and typos are answered at once.
 
-Modules are imported when a mode runs: the command line's help need not wait for JAX.
+`run` executes one command line in this process; `cli` is the program (`main.py`, `dssn-jax`).
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+import importlib
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+from absl import flags
+from ml_collections import config_flags
+
+from configs import defaults
+from configs.checks import ConfigError, check_choice, check_keys, unreadable_config_file
+from input_pipeline.errors import UserError
+
+_string = flags.DEFINE_string
+_bool = flags.DEFINE_bool
+_count = functools.partial(flags.DEFINE_integer, lower_bound=0)
+
+
+def _enum(*values: str):
+    return functools.partial(flags.DEFINE_enum, enum_values=values)
+
+
+# Name -> how the flag is defined, help text. Defaults are those of the functions that the modes call.
+_FLAGS = {
+    "workdir": (_string, "Work directory of the run; for report: one or several, separated by commas."),
+    "checkpoint": (_string, "Checkpoint to read from --workdir: best (default), latest or a step."),
+    "network": (
+        _enum("student", "teacher"),
+        "Network to read from a work directory (default: teacher if there is one; for convert: student).",
+    ),
+    "from": (
+        _string,
+        "predict: an image, a folder of images or a list (.txt). convert: a file of weights or a work directory.",
+    ),
+    "to": (
+        _string,
+        "Output. predict, records, split: a folder. check, report, export: a file. convert: a work directory or a "
+        "file of weights (.pth, .safetensors).",
+    ),
+    "subsets": (_string, "Sizes of the labeled subsets, fractions or counts, separated by commas: 1_8,1_4 or 30."),
+    "stratify": (_bool, "Put rare classes into small subsets too (default: true)."),
+    "confidence": (_bool, "Also write the probability of the predicted class."),
+    "images": (_count, "Validation images to search for examples (default: 200; 0: no examples)."),
+    "size": (_string, "HEIGHTxWIDTH of the exported network's images (default: the training crop)."),
+    "teacher": (_string, "File of the teacher's weights, when converting to a work directory."),
+    "part": (_enum("network", "encoder"), "Weights to convert to a file (default: network)."),
+    "coordinator": (_string, "HOST:PORT of process 0, for several processes outside a known cluster."),
+    "processes": (_count, "Number of processes of the run."),
+    "process": (_count, "Index of this process, from 0."),
+}
+_COMMON_FLAGS = ("mode", "coordinator", "processes", "process")  # Every mode takes them.
 
 
 class Mode(NamedTuple):
-    """A mode of main.py."""
+    """A value of --mode: its help text, the function that runs it and the flags that it takes."""
 
-    does: str  # For the help.
-    needs: tuple[str, ...]  # Flags that must be given.
-    run: Callable  # Takes absl's parsed flags.
-    takes_config: bool = True  # If not, it reads the configuration that is in the work directory.
+    help: str
+    entry: str  # "module:function", imported when the mode runs.
+    inputs: tuple[str, ...]  # Required flags, passed by position.
+    required: tuple[str, ...] = ()  # Required flags, passed by keyword.
+    optional: tuple[str, ...] = ()  # Flags that are passed by keyword if given.
+    lists: tuple[str, ...] = ()  # Flags whose value is a comma-separated list.
 
-
-def _train(flags) -> None:
-    from dssn_jax.training import loop as train
-
-    train.train(flags.config, flags.workdir)
-
-
-def _eval(flags) -> None:
-    from dssn_jax.evaluation import evaluate
-
-    evaluate.evaluate(flags.config, flags.workdir, flags.checkpoint)
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return self.inputs + self.required + self.optional
 
 
-def _predict(flags) -> None:
-    from dssn_jax.evaluation import predict
-
-    images = flags["from"].value
-    predict.predict(flags.config, flags.workdir, images, flags.to, flags.checkpoint, flags.network, flags.confidence)
-
-
-def _report(flags) -> None:
-    from dssn_jax import report
-
-    report.report(flags.workdir.split(","), flags.to, flags.images)
-
-
-def _export(flags) -> None:
-    from dssn_jax.evaluation import export
-
-    export.export(flags.workdir, flags.checkpoint, flags.network, flags.size, flags.to)
-
-
-def _check(flags) -> None:
-    from dssn_jax.prepare import prepare as own_images
-
-    own_images.check(flags.config, flags.to)
-
-
-def _split(flags) -> None:
-    from dssn_jax.prepare import prepare as own_images
-
-    own_images.split(flags.config, flags.subsets.split(","), flags.stratify, flags.to or "")
-
-
-def _records(flags) -> None:
-    from dssn_jax.prepare import prepare as own_images
-
-    own_images.pack(flags.config, flags.to)
-
-
-def _convert(flags) -> None:
-    from dssn_jax.weights import convert
-
-    weights = {"teacher": flags.teacher, "network": flags.network or "student"}
-    weights |= {"which": flags.checkpoint, "part": flags.part}
-    convert.convert(flags["from"].value, flags.to, flags.config, **weights)
-
-
-# Without --config, predict reads that of the work directory.
 MODES = {
-    "check": Mode("looks through a whole data set and tells what is wrong with it", ("config",), _check),
-    "split": Mode("makes lists of labeled, unlabeled and validation images", ("config", "subsets"), _split),
-    "records": Mode("packs a data set of files into a few large ones", ("config", "to"), _records),
-    "train": Mode("trains, or continues a stopped run", ("config", "workdir"), _train),
-    "eval": Mode("scores a checkpoint", ("config", "workdir"), _eval),
-    "predict": Mode("writes class maps of images", ("workdir", "from", "to"), _predict),
-    "report": Mode("makes a page about runs", ("workdir",), _report, takes_config=False),
-    "export": Mode("writes a network that JAX alone runs", ("workdir",), _export, takes_config=False),
-    "convert": Mode("takes weights of PyTorch in or out", ("from", "to"), _convert),
-}
+    "check": Mode(
+        "check a whole data set and list every problem",
+        "dssn_jax.prepare.prepare:check", ("config",), optional=("to",),
+    ),
+    "split": Mode(
+        "write lists of labeled, unlabeled and validation images",
+        "dssn_jax.prepare.prepare:split", ("config", "subsets"), optional=("stratify", "to"), lists=("subsets",),
+    ),
+    "records": Mode(
+        "pack the files of a data set into ArrayRecord shards",
+        "dssn_jax.prepare.prepare:pack", ("config", "to"),
+    ),
+    "train": Mode(
+        "train, or resume a stopped run (the default)",
+        "dssn_jax.training.loop:train", ("config", "workdir"),
+    ),
+    "eval": Mode(
+        "score a checkpoint on the validation images",
+        "dssn_jax.evaluation.evaluate:evaluate", ("workdir",), ("config",), ("checkpoint",),
+    ),
+    "predict": Mode(
+        "write the predicted class maps of images",
+        "dssn_jax.evaluation.predict:predict", ("workdir", "from"), ("to",),
+        ("config", "checkpoint", "network", "confidence"),
+    ),
+    "report": Mode(
+        "write an HTML page about one or several runs",
+        "dssn_jax.report.page:report", ("workdir",), optional=("to", "images"), lists=("workdir",),
+    ),
+    "export": Mode(
+        "write a network as a file that JAX alone can run",
+        "dssn_jax.evaluation.export:export", ("workdir",), optional=("to", "checkpoint", "network", "size"),
+    ),
+    "convert": Mode(
+        "convert weights from PyTorch to a work directory, or back",
+        "dssn_jax.weights.convert:convert", ("from", "to"),
+        optional=("config", "checkpoint", "network", "teacher", "part"),
+    ),
+}  # fmt: skip
+
+
+def define_flags(arguments: Sequence[str]) -> flags.FlagValues:
+    """Returns the flags, not yet parsed; overrides --config.KEY become flags if they are in `arguments`."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("mode", "train", "What to do; see above.", flag_values=values)
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, with arguments after a colon: configs/pascal.py:split=183,method=dssn. "
+        "--config.KEY=VALUE overrides a key of configs/defaults.py.", values, sys_argv=list(arguments),
+    )  # fmt: skip
+    for name, (define, text) in _FLAGS.items():
+        define(name, None, help=text, flag_values=values)
+    return values
+
+
+def help_text() -> str:
+    """Returns the text of --help: modes with the flags that each takes, then all flags."""
+    lines = ["usage: python main.py --mode=MODE --FLAG=VALUE ...", "", "modes:"]
+    for name, mode in MODES.items():
+        taken = [f"--{flag}" for flag in mode.inputs + mode.required] + [f"[--{flag}]" for flag in mode.optional]
+        lines += [f"  {name:9s} {mode.help}", f"  {'':9s} {' '.join(taken)}"]
+    lines += ["", "flags:"]
+    values = define_flags(())
+    for name in ("mode", "config", *_FLAGS):
+        text = textwrap.indent(textwrap.fill(values[name].help, 94), " " * 6)
+        lines += [f"  --[no]{name}" if values[name].boolean else f"  --{name}", text]
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str]) -> tuple[Mode, flags.FlagValues]:
+    """Parses a command line (without the program's name); raises ConfigError for the first mistake in it."""
+    check_keys([re.sub(r"^--?(no)?config\.", "--config.", argument) for argument in arguments], defaults.get_config())
+    values = define_flags(arguments)
+    sys.modules.pop("config_config", None)  # The config file of an earlier `run`, into which ml_collections would load.
+    try:
+        _, *rest = values(["main.py", *arguments])
+        getattr(values["config"].value, "name", None)  # A config file that cannot be read raises on its first use.
+    except flags.Error as error:
+        raise ConfigError(str(error)) from None
+    except OSError:
+        raise ConfigError(unreadable_config_file(str(values["config"].config_filename))) from None
+    except AttributeError as error:
+        if error.name != "get_config":
+            raise
+        raise ConfigError(f"{error.obj.__file__} is no config file: it has no function get_config") from None
+    if rest:
+        raise ConfigError(f"unexpected argument {rest[0]!r}; expected --FLAG=VALUE")
+    check_choice("--mode", values["mode"].value, MODES)
+    _check_flags(values)
+    return MODES[values["mode"].value], values
+
+
+def _check_flags(values: flags.FlagValues) -> None:
+    """Raises ConfigError for a flag that the mode does not take, or needs and is not given."""
+    name = values["mode"].value
+    mode = MODES[name]
+    for flag in values:
+        if values[flag].present and flag.partition(".")[0] not in mode.flags + _COMMON_FLAGS:
+            takers = ", ".join(taker for taker, other in MODES.items() if flag in other.flags)
+            raise ConfigError(f"--mode={name} takes no --{flag}, which is a flag of: {takers}")
+    for flag in mode.inputs + mode.required:
+        if values[flag].value is None:
+            raise ConfigError(f"--mode={name} needs --{flag}")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Executes a command line (without the program's name) and returns the exit code.
+
+    Errors that the user can mend are printed to standard error as "error: MESSAGE"; others are raised.
+    """
+    if {"--help", "-h"} & set(arguments):
+        print(help_text())
+        return 0
+    try:
+        mode, values = parse(arguments)
+        _call(mode, values)
+    except (UserError, OSError) as error:  # OSError: a full disk, no permission; the message has the path.
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    return 0
+
+
+def _call(mode: Mode, values: flags.FlagValues) -> None:
+    """Joins the other processes, sets up logging and calls the function of `mode` with the flags that are given."""
+    from dssn_jax import distributed  # Imports JAX.
+    from dssn_jax.workdir import recorder
+
+    recorder.quiet_libraries()
+    flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's global flags.
+    distributed.initialize(*(values[name].value for name in ("coordinator", "processes", "process")))
+    recorder.log_to(None)
+    given = {name: values[name].value for name in mode.flags if values[name].value is not None}
+    given |= {name: given[name].split(",") for name in mode.lists}
+    inputs = [given.pop(name) for name in mode.inputs]
+    module, _, function = mode.entry.partition(":")
+    getattr(importlib.import_module(module), function)(*inputs, **given)
+
+
+def cli() -> NoReturn:
+    """Executes the command line of this process and exits."""
+    sys.exit(run(sys.argv[1:]))
