@@ -1,4 +1,4 @@
-"""Where arrays live: the global batch is split over all devices, the state is on every one."""
+"""Placement of arrays: the global batch is split over all devices, the training state is replicated."""
 
 import math
 from collections.abc import Sequence
@@ -19,30 +19,30 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of the state: a whole copy on every device."""
+    """Returns the sharding of the state: a complete copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharded(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: split along the first axis."""
+    """Returns the sharding of a batch: split along the first axis."""
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
 def replicate(tree, mesh: Mesh):
-    """Copies the arrays of a tree, alike in every process, to every device."""
-    where = replicated(mesh)
+    """Copies the arrays of a tree, equal in every process, to every device."""
+    sharding = replicated(mesh)
 
     def put(leaf) -> jax.Array:
         leaf = np.asarray(leaf)
-        return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return jax.tree.map(put, tree)
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Moves this process's rows of a batch to its devices, as rows of one global array."""
+def put_batch(batch, mesh: Mesh):
+    """Moves this process's rows of a batch, a tree of arrays, to its devices, as rows of global arrays."""
     sharding = batch_sharded(mesh)
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
@@ -51,33 +51,32 @@ def local_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
-def split_rows(tree, parts: int, mesh: Mesh):
-    """Splits batches [N, ...] of a tree into [parts, N / parts, ...] in which rows stay on their device.
+def split_micro_batches(tree, count: int, mesh: Mesh):
+    """Splits batches [N, ...] of a tree into [count, N / count, ...] in which rows stay on their device.
 
-    Each part has as many rows of every device: with D devices, part i has the i-th of `parts` stretches of the N / D
-    rows of each.
+    With D devices, micro-batch i has the i-th of `count` equal stretches of the N / D rows of each device.
     """
 
     def split(array: jax.Array) -> jax.Array:
-        rows = array.reshape(mesh.size, parts, -1, *array.shape[1:]).swapaxes(0, 1)
-        return rows.reshape(parts, -1, *array.shape[1:])
+        rows = array.reshape(mesh.size, count, -1, *array.shape[1:]).swapaxes(0, 1)
+        return rows.reshape(count, -1, *array.shape[1:])
 
     return jax.tree.map(split, tree)
 
 
-def interleave(*arrays: jax.Array) -> jax.Array:
+def concat_sharded(*arrays: jax.Array) -> jax.Array:
     """Joins batches [N_i, ...] into one [sum(N_i), ...] in which rows of the same device stay on it.
 
-    `jnp.concatenate` of batch-sharded arrays would move rows between devices (an all-to-all). Undone by `separate`.
+    `jnp.concatenate` of batch-sharded arrays would move rows between devices (an all-to-all). `split_sharded` inverts.
     """
     groups = math.gcd(*(len(array) for array in arrays))
     joined = jnp.concatenate([array.reshape(groups, -1, *array.shape[1:]) for array in arrays], 1)
     return joined.reshape(-1, *joined.shape[2:])
 
 
-def separate(array: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
-    """Splits what `interleave` joined from batches of `sizes`."""
+def split_sharded(array: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """Splits what `concat_sharded` joined from batches of `sizes`."""
     groups = math.gcd(*sizes)
     joined = array.reshape(groups, -1, *array.shape[1:])
-    parts = jnp.split(joined, np.cumsum([size // groups for size in sizes])[:-1], 1)
-    return [part.reshape(-1, *array.shape[1:]) for part in parts]
+    batches = jnp.split(joined, np.cumsum([size // groups for size in sizes])[:-1], 1)
+    return [batch.reshape(-1, *array.shape[1:]) for batch in batches]

@@ -6,6 +6,7 @@ Prints a line for each case and exits with 1 if an error is over the tolerance.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -22,20 +23,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from configs import defaults
 from dssn_jax import models
 from dssn_jax.evaluation import inference, metrics
-from dssn_jax.learner import state as train_state
-from dssn_jax.learner import step as train_step
-from dssn_jax.methods import losses, pseudo_labels, views
-from dssn_jax.methods.method import Method
+from dssn_jax.learner import optimizer as optimizers
+from dssn_jax.learner.learner import init_variables
+from dssn_jax.learner.state import TrainState
+from dssn_jax.learner.step import TrainStep
+from dssn_jax.methods import method as methods
+from dssn_jax.methods import objective, views
+from dssn_jax.methods.losses import Ohem
+from dssn_jax.methods.pseudo_labels import ClassAware, Threshold, pseudo_label
 from dssn_jax.models.extent import Extent
-from dssn_jax.weights import names as state_dicts
+from dssn_jax.models.network import Network
+from dssn_jax.weights import names
 
 TOLERANCES = {"forward": 1e-9, "losses": 1e-9, "step": 1e-6, "evaluate": 1e-9}
-DSSN = dict(
-    strong_views=2, feature_views=2, labeler="teacher", strong_weight=0.25, feature_weight=0.25,
-    image_contrast_weight=0.01, feature_contrast_weight=0.01,
-)  # fmt: skip
 # Each program runs only a few times: compiling it counts for more. It is large, so not all optimization can be missed.
 jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": False}
@@ -48,12 +51,12 @@ TERMS = {
 
 
 def normal(key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal float32 numbers that depend on `key` alone."""
+    """Returns standard normal float32 numbers that depend on `key` alone."""
     return np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
 
 
 def weight(seed: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The made-up float32 weight called `name` in the PyTorch state dict, in PyTorch's `shape`."""
+    """Returns the made-up float32 weight called `name` in the PyTorch state dict, in PyTorch's `shape`."""
     n = normal(seed + name, shape)
     if name.endswith(".running_var"):
         return np.exp(np.float32(0.1) * n)
@@ -77,27 +80,33 @@ class Case:
             self.stored = dict(stored)
 
     def input(self, name: str, shape: tuple[int, ...]) -> jax.Array:
-        """The made-up float64 input called `name`."""
+        """Returns the made-up float64 input called `name`."""
         return jnp.asarray(normal(f"{self.seed}input:{name}", tuple(shape)), jnp.float64)
 
-    def model(self) -> models.DeepLabV3Plus:
-        types = {"dtype": jnp.float64, "param_dtype": jnp.float64}
-        backbone = models.BACKBONES[self.entry["backbone"]](**types)
-        return models.DeepLabV3Plus(backbone, self.entry["num_classes"], feature_dropout=0.0, **types)
+    def config(self):
+        """Returns the configuration of the case: float64, without feature dropout."""
+        config = defaults.get_config()
+        types = {"dtype": "float64", "param_dtype": "float64"}
+        config.model.update({"encoder": self.entry["backbone"], **types})
+        config.method.feature_dropout = 0.0
+        return config
+
+    def network(self) -> Network:
+        return models.build(self.config().model, self.entry["num_classes"])
 
     def variables(self, seed_suffix: str = "") -> dict:
-        """Variables filled by `weight`."""
-        shapes = abstract_variables(self.model())
+        """Returns variables filled by `weight`."""
+        shapes = abstract_variables(self.network())
         zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
-        state_dict = state_dicts.to_state_dict(zeros)
+        state_dict = names.to_state_dict(zeros)
         filled = {name: weight(self.seed + seed_suffix, name, value.shape) for name, value in state_dict.items()}
-        return state_dicts.from_state_dict(filled, shapes)
+        return names.from_state_dict(filled, shapes)
 
 
 @functools.cache
-def abstract_variables(model: models.DeepLabV3Plus) -> dict:
-    """Shapes and dtypes of the network's variables."""
-    return jax.eval_shape(model.init, jax.random.PRNGKey(0), jnp.zeros((1, 33, 33, 3)))
+def abstract_variables(network: Network) -> dict:
+    """Returns the shapes and dtypes of the network's variables."""
+    return jax.eval_shape(functools.partial(init_variables, network), jax.random.PRNGKey(0))
 
 
 def relative_error(found, expected) -> float:
@@ -112,69 +121,74 @@ def relative_error(found, expected) -> float:
 
 
 def forward(case: Case) -> dict[str, np.ndarray]:
-    """Evaluation- and training-mode outputs of the network."""
-    model, variables = case.model(), case.variables()
+    """Computes evaluation- and training-mode outputs of the network."""
+    network, variables = case.network(), case.variables()
     x = case.input(case.entry["name"], case.entry["input_shape"])
-    c1, c4 = jit(lambda v, x: model.apply(v, x, method="features"))(variables, x)
-    logits = jit(model.apply)(variables, x)
-    train_logits, updated = jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))(variables, x)
-    found = {"logits": logits[:, ::3, ::3], "c1_mean": c1.mean((1, 2)), "c4_mean": c4.mean((1, 2))}
-    found["train_logits"] = train_logits[:, ::3, ::3]
-    statistics = state_dicts.to_state_dict({"params": {}, **updated})
-    return found | {f"train_stats/{name}": value for name, value in statistics.items()}
+
+    @jit
+    def run(variables, x):
+        features = network.apply(variables, x, method="encode")
+        return features, network.apply(variables, x), network.apply(variables, x, train=True, mutable=["batch_stats"])
+
+    (c1, c4), logits, (train_logits, updated) = run(variables, x)
+    outputs = {"logits": logits[:, ::3, ::3], "c1_mean": c1.mean((1, 2)), "c4_mean": c4.mean((1, 2))}
+    outputs["train_logits"] = train_logits[:, ::3, ::3]
+    return outputs | {f"train_stats/{name}": value for name, value in names.to_state_dict(updated).items()}
 
 
 def loss_terms(case: Case) -> dict[str, np.ndarray]:
-    """Every loss term and sum for the three selections, and OHEM."""
+    """Computes every loss term and the sums for the three selections, and OHEM."""
     given = {name[3:]: value for name, value in case.stored.items() if name.startswith("in/")}
     logits = {name: jnp.asarray(value, jnp.float64) for name, value in given.items() if value.ndim == 4}
-    seen = views.Views(
-        None, given["mask_x"],
-        valid_u=jnp.asarray(given["ignore"] != 255), valid_m=jnp.asarray(given["ignore_mix"] != 255),
-        mixing=views.Mixing((jnp.asarray(given["box1"] == 1), jnp.asarray(given["box2"] == 1))),
-    )  # fmt: skip
-    outputs = train_step.Forward(
-        logits["pred_x"], logits["pred_u_w"], (logits["pred_u_w_fp1"], logits["pred_u_w_fp2"]),
-        (logits["pred_u_s1"], logits["pred_u_s2"]), {},
-    )  # fmt: skip
-    labels = train_step.Labels(logits["teacher_u_w"], logits["teacher_u_w_mix"])
-    selections = {"class_aware": pseudo_labels.ClassAware(), "fixed_0.95": pseudo_labels.Threshold(0.95)}
-    found = {}
-    for name, selection in (selections | {"fixed_0": pseudo_labels.Threshold(0.0)}).items():
-        method = Method(**DSSN, selection=selection)
-        terms, ratios = train_step.loss_terms(outputs, labels, seen, method)
+    boxes = (jnp.asarray(given["box1"] == 1), jnp.asarray(given["box2"] == 1))
+    valid = {"valid_u": jnp.asarray(given["ignore"] != 255), "valid_m": jnp.asarray(given["ignore_mix"] != 255)}
+    views_ = views.Views(None, given["mask_x"], **valid, boxes=boxes)
+    streams = {"s1": "pred_u_s1", "s2": "pred_u_s2", "fp1": "pred_u_w_fp1", "fp2": "pred_u_w_fp2"}
+    streams = {ours: logits[theirs] for ours, theirs in streams.items()}
+    student = objective.StudentLogits(logits["pred_x"], logits["pred_u_w"], streams)
+    teacher = objective.TeacherLogits(logits["teacher_u_w"], logits["teacher_u_w_mix"])
+    outputs = {}
+    for name, selection in {
+        "class_aware": ClassAware(),
+        "fixed_0.95": Threshold(0.95),
+        "fixed_0": Threshold(0.0),
+    }.items():
+        method = dataclasses.replace(methods.from_config(defaults.get_config(), 1), selection=selection)
+        terms, ratios, _ = objective.loss_terms(student, teacher, views_, method, {})
         for ours, theirs in TERMS.items():
             shared = ours == "loss_x" or ours.startswith("contrast")
-            found[f"out/{theirs}" if shared else f"out/{name}/{theirs}"] = terms[ours]
-        found[f"out/{name}/mask_ratio"] = ratios["mask_ratio"]
-        found[f"out/{name}/total"] = train_step.total_loss(terms, method, jnp.array(False))
-        found[f"out/{name}/total_warmup"] = train_step.total_loss(terms, method, jnp.array(True))
-        found[f"{name}/mask"] = pseudo_labels.pseudo_label(outputs.weak, selection)[1]
-        for i in range(2):
-            mixed = seen.mixing(i, labels.weak, labels.partner)
-            found[f"{name}/mask_mix{i + 1}"] = pseudo_labels.pseudo_label(mixed, selection)[1]
-    return found | _ohem_terms(case, logits["ohem_logits"], given["ohem_target"])
+            outputs[f"out/{theirs}" if shared else f"out/{name}/{theirs}"] = terms[ours]
+        outputs[f"out/{name}/mask_ratio"] = ratios["mask_ratio"]
+        outputs[f"out/{name}/total"] = objective.total_loss(terms, method, jnp.array(False))
+        outputs[f"out/{name}/total_warmup"] = objective.total_loss(terms, method, jnp.array(True))
+        outputs[f"{name}/mask"] = pseudo_label(student.weak, selection, {})[1]
+        for i, box in enumerate(boxes):
+            mixed = views.mix(teacher.weak, teacher.partner, box)
+            outputs[f"{name}/mask_mix{i + 1}"] = pseudo_label(mixed, selection, {})[1]
+    return outputs | _ohem_terms(case, logits["ohem_logits"], given["ohem_target"])
 
 
 def _ohem_terms(case: Case, logits: jax.Array, target: np.ndarray) -> dict[str, np.ndarray]:
-    found = {}
+    outputs = {}
     for name in case.stored:
         if name.startswith("out/ohem/"):
             grouping, kept = name.removeprefix("out/ohem/").rsplit("_", 1)
             group = {"all": len(target), "per_image": 1}[grouping]
-            found[name] = losses.ohem_cross_entropy(logits, target, 0.7, int(kept), group)
-    return found
+            outputs[name] = Ohem(0.7, int(kept), group)(logits, jnp.asarray(target))
+    return outputs
 
 
-def _step_method(entry: dict) -> Method:
-    options = {"selection": pseudo_labels.ClassAware(), "teacher_batch_stats_steps": entry["steps"]}
-    if "ohem" in entry:
-        ohem = entry["ohem"]
-        options |= dict(labeled_loss="ohem", ohem_threshold=ohem["threshold"], ohem_min_kept=ohem["min_kept"])
-        options |= dict(ohem_group=entry["batch"])
+def _train_step(case: Case) -> TrainStep:
+    entry, config = case.entry, case.config()
     if entry["recipe"] == "cityscapes":
-        options["selection"] = pseudo_labels.Threshold(0.0)
-    return Method(**DSSN, **options)
+        config.method.update({"selection": "threshold", "threshold": 0.0})
+    method = methods.from_config(config, steps_per_epoch=entry["steps"])  # Batch statistics in all steps.
+    if "ohem" in entry:
+        ohem = Ohem(entry["ohem"]["threshold"], entry["ohem"]["min_kept"], group=entry["batch"])
+        method = dataclasses.replace(method, labeled_loss=ohem)
+    config.optimizer.lr_mults = (("decoder/", float(entry["lr_multi"])),)
+    optimizer = optimizers.build(config.optimizer, optax.constant_schedule(entry["lr"]))
+    return TrainStep(objective.Objective(case.network(), method), optimizer)
 
 
 def _step_views(case: Case, i: int) -> views.Views:
@@ -185,46 +199,43 @@ def _step_views(case: Case, i: int) -> views.Views:
     masks = {
         name: jnp.asarray(stored[f"step{i}/{name}"]) for name in ("mask_x", "ignore", "ignore_mix", "box1", "box2")
     }
-    return views.mix(
-        images["x"], masks["mask_x"], images["u_w"], partners["u_w"],
-        [images["u_s1"], images["u_s2"]], [partners["u_s1"], partners["u_s2"]],
-        masks["ignore"] != 255, masks["ignore_mix"] != 255, [masks["box1"] == 1, masks["box2"] == 1],
-    )  # fmt: skip
+    boxes = (masks["box1"] == 1, masks["box2"] == 1)
+    strong = tuple(
+        views.mix(images[name], partners[name], box) for name, box in zip(("u_s1", "u_s2"), boxes, strict=True)
+    )
+    valid = (masks["ignore"] != 255, masks["ignore_mix"] != 255)
+    return views.Views(images["x"], masks["mask_x"], images["u_w"], partners["u_w"], *valid, strong, boxes)
 
 
 def steps(case: Case) -> dict[str, np.ndarray]:
-    """Whole training iterations: terms, gradient norms, and the networks after the last."""
-    from dssn_jax.learner import optimizer as optimizers
-
-    entry, model, method = case.entry, case.model(), _step_method(case.entry)
-    optimizer = optimizers.sgd(optax.constant_schedule(entry["lr"]), entry["lr_multi"], 0.9, 1e-4)
-    state = train_state.create(case.variables(), optimizer, jax.random.PRNGKey(0), teacher=True)
-    teacher = case.variables("t")
-    state = state.replace(teacher_params=teacher["params"], teacher_batch_stats=teacher["batch_stats"])
-    # SGD's momentum buffer tells each gradient: buffer = 0.9 * old buffer + gradient + decay * parameter.
-    take = jit(lambda state, seen: train_step.step(state, seen, model, method, optimizer))
-    found = {}
-    for i in range(entry["steps"]):
+    """Computes whole training iterations: terms, gradient norms, and the networks after the last."""
+    train_step = _train_step(case)
+    state, teacher = train_step.init(case.variables(), jax.random.PRNGKey(0)), case.variables("t")
+    state = state.replace(teacher=teacher)
+    take, outputs = jit(train_step), {}
+    for i in range(case.entry["steps"]):
         new_state, terms = take(state, _step_views(case, i))
         for ours, theirs in (TERMS | {"loss": "loss", "grad_norm": "grad_norm"}).items():
-            found[f"step{i}/{theirs}"] = terms[ours]
+            outputs[f"step{i}/{theirs}"] = terms[ours]
         for name, gradient in _gradients(state, new_state).items():
-            found[f"step{i}/grad_norm/{name}"] = np.linalg.norm(gradient)
+            outputs[f"step{i}/grad_norm/{name}"] = np.linalg.norm(gradient)
         state = new_state
-    for who, variables in (("student", state.student), ("teacher", state.teacher)):
-        found |= {f"final/{who}/{name}": value for name, value in state_dicts.to_state_dict(variables).items()}
-    return found
+    for network, variables in state.networks().items():
+        outputs |= {f"final/{network}/{name}": value for name, value in names.to_state_dict(variables).items()}
+    return outputs
 
 
-def _gradients(before: train_state.TrainState, after: train_state.TrainState) -> dict[str, np.ndarray]:
+def _gradients(before: TrainState, after: TrainState) -> dict[str, np.ndarray]:
+    """Recovers the gradients from SGD's momentum: buffer = 0.9 * old buffer + gradient + decay * parameter."""
     momenta = [optax.tree_utils.tree_get(state.opt_state, "trace") for state in (before, after)]
-    gradients = jax.tree.map(lambda old, new, param: new - 0.9 * old - 1e-4 * param, *momenta, before.params)
-    return state_dicts.to_state_dict({"params": gradients, "batch_stats": {}})
+    params = before.student["params"]
+    gradients = jax.tree.map(lambda old, new, param: new - 0.9 * old - 1e-4 * param, *momenta, params)
+    return names.to_state_dict({"params": gradients})
 
 
 def evaluation(case: Case, variables: dict | None = None) -> dict[str, np.ndarray]:
     """Class maps and IoU of whole-image and sliding-window prediction; the images are one padded batch."""
-    model, classes = case.model(), case.entry["num_classes"]
+    network, classes = case.network(), case.entry["num_classes"]
     variables = case.variables() if variables is None else variables
     count = sum(name.endswith("/mask") for name in case.stored)
     images = [case.input(f"eval{i}", case.stored[f"{i}/shape"])[0] for i in range(count)]
@@ -236,7 +247,7 @@ def evaluation(case: Case, variables: dict | None = None) -> dict[str, np.ndarra
     extent = Extent(*jnp.asarray(sizes.T, jnp.int32))
     found = {}
     for mode, window in (("original", 0), ("sliding", case.entry["crop"])):
-        predictions = jit(functools.partial(inference.Inference(window).predict, model))(variables, batch, extent)
+        predictions = jit(functools.partial(inference.Inference(window).predict, network))(variables, batch, extent)
         for i, (height, width) in enumerate(sizes):
             found[f"{i}/pred_{mode}"] = predictions[i, :height, :width].reshape(case.stored[f"{i}/mask"].shape)
         iou = 100 * metrics.iou(metrics.confusion_matrix(predictions, labels, classes))

@@ -1,106 +1,113 @@
-"""What a configuration builds: data sources, network, method, optimizer, on the devices that there are."""
+"""What a configuration builds: network, method, optimizer and the training step, for the devices of a mesh."""
 
-import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import optax
+import jax.numpy as jnp
 
-from dssn_jax import auto_config as automatic
 from dssn_jax import models, sharding
-from dssn_jax import validate as configuration
-from dssn_jax.learner import optimizer
-from dssn_jax.learner import state as train_state
-from dssn_jax.learner import step as train_step
-from dssn_jax.methods import method as methods
-from dssn_jax.methods import strong_augment as augment
-from input_pipeline.pipeline import steps_per_epoch
-from input_pipeline.sources.open import Sources, open_sources
+from dssn_jax.learner import optimizer, state, step
+from dssn_jax.learner.optimizer import Optimizer
+from dssn_jax.learner.state import TrainState
+from dssn_jax.methods import method, strong_augment, views
+from dssn_jax.methods.method import Method
+from dssn_jax.methods.objective import Objective
+from dssn_jax.methods.strong_augment import StrongAugment
+from dssn_jax.methods.views import Views
+from dssn_jax.models.network import Network
+from input_pipeline.batch import Batch
+from input_pipeline.pipeline import RunLength
 
 
-class Experiment(NamedTuple):
-    """The parts of a run; made by `build`, alike for training and evaluation."""
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """A network and how it is trained. Made by `build`, without data; everything that steps or predicts uses it."""
 
     config: Any
-    sources: Sources
     mesh: jax.sharding.Mesh
-    model: models.DeepLabV3Plus
-    method: methods.Method
-    optimizer: optax.GradientTransformation
-    recipe: augment.Recipe | None  # Of strong views made on the device; None: the host makes them.
-    schedule: optax.Schedule  # Step -> learning rate of the backbone.
-    steps_per_epoch: int
-    steps: int
-    chosen: tuple[str, ...] = ()  # Why the values are as they are that `config` was given without.
+    network: Network
+    method: Method
+    optimizer: Optimizer
+    strong_augment: StrongAugment
 
-    def initial_state(self, pretrained: dict | None = None) -> train_state.TrainState:
-        """The state at step 0, on every device: random weights, but where `pretrained` variables are given."""
-        everywhere = sharding.replicated(self.mesh)
-        initialize = jax.jit(_initializer(self.config, self.model, self.optimizer), out_shardings=everywhere)
-        state = initialize(train_state.keys(self.config.seed))
-        if pretrained is None:
-            return state
-        return train_state.with_weights(state, sharding.replicate(pretrained, self.mesh))
+    @property
+    def train_step(self) -> step.TrainStep:
+        """The step as a pure function of views, without augmentation or devices."""
+        return step.TrainStep(Objective(self.network, self.method), self.optimizer)
 
-    def abstract_state(self) -> train_state.TrainState:
-        """Shapes, dtypes and shardings of the state, without computing it."""
-        return abstract_state(self.config, self.mesh)
+    def init_state(self, weights: dict | None = None) -> TrainState:
+        """Returns the state at step 0 on every device: random weights, except where `weights` has variables."""
+        init = jax.jit(self._init, out_shardings=sharding.replicated(self.mesh))
+        initial = init(state.run_keys(self.config.seed))
+        return initial if weights is None else state.with_weights(initial, sharding.replicate(weights, self.mesh))
 
-    def compile_step(self):
-        """The training step, see `train_step.compile_step`."""
-        return train_step.compile_step(
-            self.model,
-            self.method,
-            self.optimizer,
-            self.schedule,
-            self.config.data,
-            self.recipe,
-            self.mesh,
-            self.config.train.accumulation,
-        )
+    def abstract_state(self) -> TrainState:
+        """Returns the shapes, dtypes and shardings of the state, without computing it."""
+        shapes = jax.eval_shape(self._init, state.run_keys(self.config.seed))
+        replicated = sharding.replicated(self.mesh)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
+
+    def make_train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+        """Returns the jitted step (state, batch) -> (state, metrics), whose state argument is donated."""
+        take, micro_batches = self.train_step, self.config.train.accumulation
+
+        def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+            drawn = batch, self._strong_views(batch, state.rng, state.step)
+            if micro_batches == 1:
+                new_state, metrics = take(state, self._to_views(drawn))
+            else:
+                drawn = sharding.split_micro_batches(drawn, micro_batches, self.mesh)
+                new_state, metrics = take.accumulate(state, drawn, self._to_views)
+            return new_state, metrics | {"lr": self.optimizer.schedule(state.step)}
+
+        replicated, split = sharding.replicated(self.mesh), sharding.batch_sharded(self.mesh)
+        return jax.jit(train_step, in_shardings=(replicated, split), out_shardings=replicated, donate_argnums=0)
+
+    def views(self, batch: Batch, rng: jax.Array, step: jax.Array) -> Views:
+        """Returns what the step number `step` of the run with key `rng` sees of a batch."""
+        return self._to_views((batch, self._strong_views(batch, rng, step)))
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """Maps uint8 RGB [..., 3] to what the network takes."""
+        return views.normalize(images, self.config.data, self.network.image_dtype)
+
+    def _strong_views(self, batch: Batch, rng: jax.Array, number: jax.Array) -> jax.Array | None:
+        return strong_augment.strong_views(batch, self.strong_augment, step.stream_key(rng, number, step.VIEWS))
+
+    def _to_views(self, drawn: tuple[Batch, jax.Array | None]) -> Views:
+        return views.from_batch(*drawn, self.config.data, self.network.image_dtype)
+
+    def _init(self, keys: tuple[jax.Array, jax.Array]) -> TrainState:
+        init_key, rng = keys
+        return self.train_step.init(init_variables(self.network, init_key), rng)
 
 
-def abstract_state(config, mesh: jax.sharding.Mesh) -> train_state.TrainState:
-    """Shapes, dtypes and shardings of the state of a run of `config`, whose data need not be there."""
-    model = models.build(config.model, len(config.data.classes))
-    transformation, _ = optimizer.from_config(config.optimizer, steps=1)  # Its state does not depend on the steps.
-    shapes = jax.eval_shape(_initializer(config, model, transformation), train_state.keys(config.seed))
-    where = sharding.replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes)
+def init_variables(network: Network, key: jax.Array) -> dict:
+    """Returns random variables; their shapes do not depend on the size of the image."""
+    return network.init(key, jnp.zeros((1, network.input_size, network.input_size, 3), network.dtype))
 
 
-def _initializer(config, model: models.DeepLabV3Plus, transformation: optax.GradientTransformation):
-    """Returns the function that makes the state at step 0 from `train_state.keys`."""
-    teacher = config.method.teacher == "teacher"
-    return functools.partial(train_state.initialize, model, transformation, teacher)
+def build(config, mesh: jax.sharding.Mesh | None = None, length: RunLength = RunLength(1, 1)) -> Learner:  # noqa: B008
+    """Builds the learner of a validated configuration in which every value is set.
 
+    Args:
+      config: the whole configuration.
+      mesh: devices; None: all.
+      length: steps of the run and of an epoch, which the schedules follow; only training needs the real ones.
 
-def build(config, devices: Sequence[jax.Device] | None = None) -> Experiment:
-    """Checks `config`, opens its data and builds its parts, for `devices` (default: all).
-
-    The `config` of the result has a value for every key that was left to be chosen, see `dssn_jax.automatic`.
-
-    Raises `dssn_jax.config.ConfigError` or `DataError` for what cannot be run.
+    Raises:
+      ConfigError: an expression of `config.optimizer` fits no parameter of the network.
     """
-    devices = list(devices or jax.devices())
-    configuration.validate(config, len(devices))
-    sources = open_sources(config)
-    config, chosen = automatic.choose(config, sources, devices)
-    configuration.validate(config, len(devices))
-    steps_per_epoch = steps_per_epoch(sources, config)
-    steps = config.train.steps or config.train.epochs * steps_per_epoch
-    transformation, schedule = optimizer.from_config(config.optimizer, steps)
-    return Experiment(
+    network = models.build(config.model, len(config.data.classes))
+    shapes = jax.eval_shape(lambda key: init_variables(network, key), jax.random.PRNGKey(0))
+    optimizer.check(config.optimizer, shapes["params"])
+    return Learner(
         config=config,
-        sources=sources,
-        mesh=sharding.make_mesh(devices),
-        model=models.build(config.model, len(config.data.classes)),
-        method=methods.from_config(config, steps_per_epoch),
-        optimizer=transformation,
-        recipe=augment.from_config(config.views),
-        schedule=schedule,
-        steps_per_epoch=steps_per_epoch,
-        steps=steps,
-        chosen=tuple(chosen),
+        mesh=sharding.make_mesh() if mesh is None else mesh,
+        network=network,
+        method=method.from_config(config, length.steps_per_epoch),
+        optimizer=optimizer.from_config(config.optimizer, length.steps),
+        strong_augment=strong_augment.from_config(config.views),
     )

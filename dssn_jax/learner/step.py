@@ -1,283 +1,149 @@
-"""One training step, composed from what the method asks for: labels, forwards, losses, update, moving average."""
+"""One training step: gradients of the objective, update of the student, EMA of the teacher."""
 
-import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dssn_jax import sharding
-from dssn_jax.learner.state import TrainState
-from dssn_jax.methods import losses, pseudo_labels, views
-from dssn_jax.methods import strong_augment as augment
-from dssn_jax.methods.method import Method
+from dssn_jax.learner.optimizer import Optimizer
+from dssn_jax.learner.state import TrainState, complete, copy_of, merge
+from dssn_jax.methods.objective import Objective, loss_terms, total_loss
 from dssn_jax.methods.views import Views
-from dssn_jax.models import DeepLabV3Plus
-from dssn_jax.models.resize import upsample
+
+# Streams of device randomness. The key of a step is folded from the key of the run and the step, and never consumed
+# itself: each stream folds its number into it.
+VIEWS, DROPOUT = 0, 1
 
 
-class Labels(NamedTuple):
-    """Logits that label the strong views, coarse ([U, h, w, K], for `upsample`) or of the size of the views.
-
-    `weak` is None when the student's training forward makes it.
-    """
-
-    weak: jax.Array | None
-    partner: jax.Array | None
+def stream_key(rng: jax.Array, step: jax.Array, stream: int) -> jax.Array:
+    """Returns the key of a stream of randomness in a step."""
+    return jax.random.fold_in(jax.random.fold_in(rng, step), stream)
 
 
-class Forward(NamedTuple):
-    """The student's training forwards: logits, coarse or of the size of the views, and batch statistics after them."""
+class Carry(NamedTuple):
+    """What forward passes change: variables other than parameters, and the state of the method."""
 
-    labeled: jax.Array  # [L, h, w, K]
-    weak: jax.Array | None  # [U, h, w, K]
-    feature: tuple[jax.Array, ...]  # One [U, h, w, K] a feature view.
-    strong: tuple[jax.Array, ...]  # One [U, h, w, K] a strong view.
-    batch_stats: dict
-
-
-class Statistics(NamedTuple):
-    """Running statistics of batch norm, of the student and of the teacher (None without one)."""
-
-    student: dict
+    student: dict  # Collections but "params".
     teacher: dict | None
+    method_state: Any
 
 
-def compile_step(
-    model: DeepLabV3Plus,
-    method: Method,
-    optimizer: optax.GradientTransformation,
-    schedule,
-    data,
-    recipe,
-    mesh,
-    accumulation: int = 1,
-) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """Returns the jitted step over `mesh`: (state, batch of uint8 images) -> (state, metrics); the state is donated.
+class TrainStep(NamedTuple):
+    """Takes steps with an objective and an optimizer."""
 
-    `schedule` gives the learning rate that is reported, `data` (config.data) the mean and deviation of the images,
-    `recipe` (`augment.from_config`) says how strong views are drawn; None: the batch holds them. With `accumulation`
-    the batch is gone through in so many parts, and their mean gradient makes the one update of the step.
-    """
-    dtype = jnp.promote_types(model.dtype, jnp.float32)
-    see = functools.partial(views.from_batch, mean=data.mean, std=data.std, dtype=dtype)
+    objective: Objective
+    optimizer: Optimizer
 
-    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        lr = schedule(state.step)
-        batch = augment.add_strong_views(batch, recipe, state.rng, state.step)
-        if accumulation == 1:
-            state, metrics = step(state, see(batch), model, method, optimizer)
-        else:
-            parts = sharding.split_rows(batch, accumulation, mesh)
-            state, metrics = accumulated_step(state, parts, see, model, method, optimizer)
-        return state, metrics | {"lr": lr}
+    def init(self, variables: dict, rng: jax.Array) -> TrainState:
+        """Returns the state at step 0; an EMA teacher starts as a copy of the student's `variables`."""
+        method, network = self.objective.method, self.objective.network
+        trainable, _ = self.optimizer.partition(variables["params"])
+        teacher = copy_of(variables, like={**variables, "params": trainable}) if method.has_ema else None
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            student=variables,
+            teacher=teacher,
+            opt_state=self.optimizer.transform.init(trainable),
+            method_state=method.selection.init(network.num_classes),
+            rng=rng,
+        )
 
-    everywhere, split = sharding.replicated(mesh), sharding.batch_sharded(mesh)
-    return jax.jit(train_step, in_shardings=(everywhere, split), out_shardings=everywhere, donate_argnums=0)
+    def __call__(self, state: TrainState, views: Views) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Takes a step on `views`; returns the new state and scalar metrics: loss terms, mask ratios, grad_norm."""
+        grads, metrics, carry = self.loss_and_grads(state, _carry(state), views, self._dropout_key(state, 0))
+        return self._update(state, grads, metrics, carry)
 
+    def accumulate(
+        self, state: TrainState, micro_batches, to_views: Callable[[Any], Views]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Takes a step with the mean gradient of micro-batches, a tree of arrays [count, rows, ...].
 
-def step(
-    state: TrainState, seen: Views, model: DeepLabV3Plus, method: Method, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Takes one step on `seen`; returns the new state and scalar metrics (every loss term, mask ratios, grad_norm)."""
-    key = jax.random.fold_in(state.rng, state.step)
-    gradients, metrics, statistics = differentiate(state, seen, model, method, key)
-    return _update(state, gradients, metrics, statistics, method, optimizer)
+        Each micro-batch is turned into views when its turn comes. Batch norm uses its statistics, and the running
+        statistics move once per micro-batch; every mean over pixels and the choice of hard pixels (OHEM) are those of
+        the micro-batch.
+        """
+        count = len(jax.tree.leaves(micro_batches)[0])
 
+        def body(loop_carry, numbered):
+            total, carry = loop_carry
+            number, batch = numbered
+            key = self._dropout_key(state, number)
+            grads, metrics, carry = self.loss_and_grads(state, carry, to_views(batch), key)
+            return (jax.tree.map(jnp.add, total, grads), carry), metrics
 
-def accumulated_step(
-    state: TrainState,
-    batches: dict,
-    see: Callable[[dict], Views],
-    model: DeepLabV3Plus,
-    method: Method,
-    optimizer: optax.GradientTransformation,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Takes one step on the mean gradient of batches [parts, rows, ...], each turned into views when it is its turn.
+        trainable, _ = self.optimizer.partition(state.student["params"])
+        start = jax.tree.map(jnp.zeros_like, trainable), _carry(state)
+        (total, carry), metrics = jax.lax.scan(body, start, (jnp.arange(count), micro_batches))
+        grads = jax.tree.map(lambda grad: grad / count, total)
+        return self._update(state, grads, {name: values.mean() for name, values in metrics.items()}, carry)
 
-    Batch norm has the statistics of each part, and the running ones move once a part; every mean over pixels, and the
-    choice of hard pixels (OHEM), is over those of the part.
-    """
-    parts = len(jax.tree.leaves(batches)[0])
-    key = jax.random.fold_in(state.rng, state.step)
+    def loss_and_grads(
+        self, state: TrainState, carry: Carry, views: Views, key: jax.Array
+    ) -> tuple[dict, dict[str, jax.Array], Carry]:
+        """Returns the gradients of the loss by trainable parameter, scalar metrics and the new carry."""
+        method, params = self.objective.method, state.student["params"]
+        student = {"params": params, **carry.student}
+        teacher = None
+        if state.teacher is not None:
+            teacher = complete({"params": state.teacher["params"], **carry.teacher}, state.student)
+        teacher_logits, teacher = self.objective.teacher_logits(student, teacher, views, state.step)
+        trainable, frozen = self.optimizer.partition(params)
 
-    def one(carry, part):
-        total, statistics = carry
-        number, batch = part
-        current = state.replace(batch_stats=statistics.student, teacher_batch_stats=statistics.teacher)
-        found = differentiate(current, see(batch), model, method, jax.random.fold_in(key, number))
-        gradients, metrics, statistics = found
-        return (jax.tree.map(jnp.add, total, gradients), statistics), metrics
+        def loss_fn(trainable):
+            variables = {**student, "params": merge(frozen, trainable)}
+            logits, variables = self.objective.student_logits(variables, views, key)
+            terms, ratios, method_state = loss_terms(logits, teacher_logits, views, method, carry.method_state)
+            loss = total_loss(terms, method, self._warming_up(state))
+            return loss, (terms | ratios, Carry(_collections(variables), _collections(teacher), method_state))
 
-    start = jax.tree.map(jnp.zeros_like, state.params), Statistics(state.batch_stats, state.teacher_batch_stats)
-    (total, statistics), metrics = jax.lax.scan(one, start, (jnp.arange(parts), batches))
-    gradients = jax.tree.map(lambda gradient: gradient / parts, total)
-    metrics = {name: values.mean() for name, values in metrics.items()}
-    return _update(state, gradients, metrics, statistics, method, optimizer)
+        (loss, (metrics, carry)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+        return grads, {"loss": loss, **metrics}, carry
 
+    def _update(self, state: TrainState, grads: dict, metrics: dict, carry: Carry) -> tuple[TrainState, dict]:
+        """Moves the student by the gradients and the teacher toward the student."""
+        trainable, frozen = self.optimizer.partition(state.student["params"])
+        updates, opt_state = self.optimizer.transform.update(grads, state.opt_state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+        teacher = state.teacher
+        if teacher is not None:
+            rate = self.objective.method.ema.rate(state.step)
+            old = {"params": teacher["params"], **carry.teacher}
+            teacher = update_ema(old, {"params": trainable, **carry.student}, rate)
+        state = state.replace(
+            step=state.step + 1,
+            student={"params": merge(frozen, trainable), **carry.student},
+            teacher=teacher,
+            opt_state=opt_state,
+            method_state=carry.method_state,
+        )
+        return state, {**metrics, "grad_norm": optax.tree.norm(grads)}
 
-def differentiate(
-    state: TrainState, seen: Views, model: DeepLabV3Plus, method: Method, dropout_key: jax.Array
-) -> tuple[dict, dict[str, jax.Array], Statistics]:
-    """Returns the gradients of the loss on `seen`, scalar metrics, and the running statistics after the forwards."""
-    labels, teacher_batch_stats = label(state, seen, model, method)
+    def _warming_up(self, state: TrainState) -> jax.Array:
+        ema = self.objective.method.ema
+        return jnp.array(False) if ema is None else state.step < ema.warmup_steps
 
-    def loss_fn(params):
-        outputs = forward({"params": params, "batch_stats": state.batch_stats}, seen, model, method, dropout_key)
-        terms, ratios = loss_terms(outputs, labels, seen, method)
-        return total_loss(terms, method, _warming_up(state, method)), (terms | ratios, outputs.batch_stats)
-
-    (loss, (metrics, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    return gradients, {"loss": loss, **metrics}, Statistics(batch_stats, teacher_batch_stats)
-
-
-def _update(state: TrainState, gradients, metrics: dict, statistics: Statistics, method: Method, optimizer):
-    """Moves the student by the gradients, and the teacher after it."""
-    warming_up = _warming_up(state, method)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    state = state.replace(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=statistics.student,
-        opt_state=opt_state,
-        teacher_batch_stats=statistics.teacher,
-    )
-    if method.has_teacher:
-        state = _move_teacher(state, jnp.where(warming_up, 0.0, method.keep_rate))
-    return state, {**metrics, "grad_norm": optax.tree.norm(gradients)}
+    @staticmethod
+    def _dropout_key(state: TrainState, micro_batch) -> jax.Array:
+        return jax.random.fold_in(stream_key(state.rng, state.step, DROPOUT), micro_batch)
 
 
-def _warming_up(state: TrainState, method: Method) -> jax.Array:
-    return state.step < method.warmup_steps if method.has_teacher else jnp.array(False)
+def update_ema(teacher: dict, student: dict, rate: jax.Array) -> dict:
+    """Returns rate * teacher + (1 - rate) * student for every variable, in its dtype (docs/method.md, Eq. 8)."""
+
+    def average(old: jax.Array, new: jax.Array) -> jax.Array:
+        return (rate * old + (1 - rate) * new).astype(old.dtype)
+
+    return jax.tree.map(average, teacher, student)
 
 
-def label(state: TrainState, seen: Views, model: DeepLabV3Plus, method: Method) -> tuple[Labels, dict | None]:
-    """Returns what the labeler says of the weak views, and the teacher's batch statistics after it."""
-    if method.strong_views == 0 or method.teacher == "none":
-        return Labels(None, None), state.teacher_batch_stats
-    if method.teacher == "teacher":
-        weak, partner, batch_stats = _teacher_labels(state, seen, model, method)
-        return Labels(weak, partner), batch_stats
-    coarse = functools.partial(model.apply, method="coarse")
-    partner = coarse(state.student, seen.image_m)
-    weak = coarse(state.student, seen.image_u) if method.teacher == "student_eval" else None
-    return Labels(*jax.lax.stop_gradient((weak, partner))), state.teacher_batch_stats
+def _carry(state: TrainState) -> Carry:
+    return Carry(_collections(state.student), _collections(state.teacher), state.method_state)
 
 
-def _teacher_labels(state: TrainState, seen: Views, model: DeepLabV3Plus, method: Method):
-    """The partner first, then the weak view, with batch statistics (updating the running ones) in the first epochs."""
-
-    def with_batch_stats(batch_stats):
-        def one(batch_stats, image):
-            variables = {"params": state.teacher_params, "batch_stats": batch_stats}
-            logits, updated = model.apply(variables, image, train=True, mutable=["batch_stats"], method="coarse")
-            return updated["batch_stats"], logits
-
-        # A loop over the two batches, in the original's order: its body is compiled once.
-        batch_stats, logits = jax.lax.scan(one, batch_stats, jnp.stack([seen.image_m, seen.image_u]))
-        return logits[1], logits[0], batch_stats
-
-    def with_running_stats(batch_stats):
-        variables = {"params": state.teacher_params, "batch_stats": batch_stats}
-        logits = model.apply(variables, sharding.interleave(seen.image_u, seen.image_m), method="coarse")
-        return *sharding.separate(logits, [len(seen.image_u), len(seen.image_m)]), batch_stats
-
-    early = state.step < method.teacher_batch_stats_steps
-    return jax.lax.stop_gradient(jax.lax.cond(early, with_batch_stats, with_running_stats, state.teacher_batch_stats))
-
-
-def forward(variables: dict, seen: Views, model: DeepLabV3Plus, method: Method, dropout_key: jax.Array) -> Forward:
-    """Runs the student on labeled and weak views together, then on the strong views together."""
-    apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
-    with_weak = method.feature_views > 0 or method.teacher == "student"
-    (clean, feature), updated = apply(
-        variables,
-        (seen.image_x, seen.image_u) if with_weak else (seen.image_x,),
-        views=method.feature_views,
-        perturb_all=method.perturb_labeled,
-        rngs={"dropout": dropout_key},
-        method="coarse_with_feature_views",
-    )
-    strong = ()
-    if method.strong_views:
-        logits, updated = apply({**variables, **updated}, sharding.interleave(*seen.strong), method="coarse")
-        strong = tuple(sharding.separate(logits, [len(view) for view in seen.strong]))
-    return Forward(clean[0], clean[1] if with_weak else None, feature, strong, updated["batch_stats"])
-
-
-def loss_terms(outputs: Forward, labels: Labels, seen: Views, method: Method) -> tuple[dict, dict]:
-    """Returns the unweighted loss terms, and the shares of valid pixels that are selected."""
-    terms, ratios = {"loss_x": _labeled_term(outputs.labeled, seen.label_x, method)}, {}
-    if not method.uses_unlabeled:
-        return terms, ratios
-    size = seen.valid_u.shape[1:]
-    weak = outputs.weak if labels.weak is None else labels.weak
-    if outputs.strong:
-        weak_full, partner_full = (upsample(jax.lax.stop_gradient(x), *size) for x in (weak, labels.partner))
-        targets = []
-        for i in range(len(outputs.strong)):
-            mixed = seen.mixing(i, weak_full, partner_full)
-            valid = seen.mixing(i, seen.valid_u, seen.valid_m)
-            targets.append((*pseudo_labels.pseudo_label(mixed, method.selection), valid))
-            ratios[f"mask_ratio_s{i + 1}"] = _ratio(*targets[-1][1:])
-        consistency, contrast = _view_terms(outputs.strong, tuple(targets))
-        terms |= {f"loss_s{i + 1}": term for i, term in enumerate(consistency)}
-    student = weak if outputs.weak is None else outputs.weak
-    student_full = upsample(jax.lax.stop_gradient(student), *size)
-    target = (*pseudo_labels.pseudo_label(student_full, method.selection), seen.valid_u)
-    ratios["mask_ratio"] = _ratio(*target[1:])
-    if method.image_contrast_weight:
-        terms["contrast_image"] = contrast
-    if outputs.feature:
-        consistency, contrast = _view_terms(outputs.feature, (target,) * len(outputs.feature))
-        terms |= {f"loss_fp{i + 1}": term for i, term in enumerate(consistency)}
-    if method.feature_contrast_weight:
-        terms["contrast_feature"] = contrast
-    return terms, ratios
-
-
-# The terms keep coarse logits for the backward pass and bring them to size again there: everything else is as large as
-# the images times the number of classes.
-@functools.partial(jax.checkpoint, static_argnums=2, policy=losses.KEEP_SELECTIONS)
-def _labeled_term(logits: jax.Array, labels: jax.Array, method: Method) -> jax.Array:
-    return method.labeled(upsample(logits, *labels.shape[1:]), labels)
-
-
-@jax.checkpoint
-def _view_terms(views: tuple[jax.Array, ...], targets) -> tuple[list[jax.Array], jax.Array | None]:
-    """Consistency of each view with its target (labels, selected pixels, valid pixels), and the contrast of a pair."""
-    full = [upsample(view, *target[0].shape[1:]) for view, target in zip(views, targets, strict=True)]
-    consistency = [losses.consistency(logits, *target) for logits, target in zip(full, targets, strict=True)]
-    return consistency, losses.contrast(*full) if len(full) == 2 else None
-
-
-def total_loss(terms: dict[str, jax.Array], method: Method, warming_up: jax.Array) -> jax.Array:
-    """Weighs the terms: method.md, "Loss". Strong views do not count during the teacher's warm-up."""
-    if not method.uses_unlabeled:
-        return terms["loss_x"]
-    strong = sum(terms[f"loss_s{i + 1}"] for i in range(method.strong_views))
-    feature = sum(terms[f"loss_fp{i + 1}"] for i in range(method.feature_views))
-    total = terms["loss_x"] + method.strong_weight * jnp.where(warming_up, 0.0, strong)
-    total += method.feature_weight * feature
-    total += method.image_contrast_weight * terms.get("contrast_image", 0.0)
-    total += method.feature_contrast_weight * terms.get("contrast_feature", 0.0)
-    return 0.5 * total
-
-
-def _ratio(selected: jax.Array, valid: jax.Array) -> jax.Array:
-    """Share of the valid pixels that are selected; 0 if none is valid."""
-    return (selected & valid).sum().astype(jnp.float32) / jnp.maximum(valid.sum(), 1).astype(jnp.float32)
-
-
-def _move_teacher(state: TrainState, keep: jax.Array) -> TrainState:
-    """The teacher's parameters and running statistics become keep * teacher + (1 - keep) * student."""
-
-    def average(old, new):
-        return (keep * old + (1 - keep) * new).astype(old.dtype)
-
-    return state.replace(
-        teacher_params=jax.tree.map(average, state.teacher_params, state.params),
-        teacher_batch_stats=jax.tree.map(average, state.teacher_batch_stats, state.batch_stats),
-    )
+def _collections(variables: dict | None) -> dict | None:
+    """Returns the variables without parameters."""
+    if variables is None:
+        return None
+    return {name: tree for name, tree in variables.items() if name != "params"}

@@ -1,62 +1,144 @@
-"""A method as data: which forwards run and which terms count. Filled from `config.method` and `config.teacher`."""
+"""A method as data: the streams that are trained on, where their targets come from and how the terms are weighted."""
 
 import dataclasses
+from collections.abc import Callable
 
-from dssn_jax.methods import losses, pseudo_labels
+import jax
+import jax.numpy as jnp
 
-LABELERS = ("none", "student", "student_eval", "teacher")
-LABELED_LOSSES = ("ce", "ohem")
+from configs.checks import ConfigError, check_choice
+from dssn_jax.methods import losses, perturbations, pseudo_labels
+
+# Sources of the pseudo-labels of strong views; configs/defaults.py explains them.
+TEACHERS = ("ema", "student_eval", "student", "none")
+# Name in config.method.labeled_loss -> constructor from the configuration.
+LABELED_LOSSES = {
+    "ce": lambda config: losses.CrossEntropy(config.data.ignore),
+    "ohem": lambda config: losses.Ohem(
+        config.method.ohem_threshold,
+        config.method.ohem_min_kept * config.method.ohem_group,
+        config.method.ohem_group,
+        config.data.ignore,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A view of the unlabeled images whose prediction is trained toward pseudo-labels: one consistency term."""
+
+    name: str  # Its term is called "loss_NAME".
+    view: str  # strong: a strongly augmented, mixed image | feature: the weak view with perturbed features.
+    weight: float
+    perturb: Callable | None = None  # See `dssn_jax.methods.perturbations`.
+    # Source of its pseudo-labels. teacher: the teacher's logits, mixed like the view | student: the student's logits of
+    # the weak view.
+    target: str = "teacher"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """A contrast term between the logits of two streams of the same kind of view."""
+
+    name: str  # The term is called "contrast_NAME".
+    streams: tuple[str, str]  # Names of streams.
+    weight: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema:
+    """How the EMA teacher follows the student (docs/method.md, Eq. 8)."""
+
+    decay: float = 0.996
+    ramp: bool = False  # Use min(1 - 1 / (step + 1), decay).
+    warmup_steps: int = 1  # The teacher is a copy of the student, and strong views do not count.
+    batch_stats_steps: int = 0  # The teacher predicts with batch statistics.
+
+    def rate(self, step: jax.Array) -> jax.Array:
+        """Returns the weight of the old teacher in the update after `step` (int32 [], from 0)."""
+        decay = jnp.minimum(1 - 1 / (step + 1), self.decay) if self.ramp else self.decay
+        return jnp.where(step < self.warmup_steps, 0.0, decay)
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """See `configs/defaults.py`, `_method` and `_teacher`, for what the fields mean."""
+    """What one training step computes; `from_config` fills it from `config.method` and `config.ema`."""
 
-    strong_views: int
-    feature_views: int
-    labeler: str
-    strong_weight: float
-    feature_weight: float
-    image_contrast_weight: float
-    feature_contrast_weight: float
-    selection: pseudo_labels.ClassAware | pseudo_labels.Threshold
+    streams: tuple[Stream, ...] = ()
+    contrasts: tuple[Contrast, ...] = ()
+    teacher: str = "none"  # A name of TEACHERS.
+    ema: Ema | None = None  # Set if and only if the teacher is the EMA network.
+    selection: Callable = pseudo_labels.Threshold(0.95)  # noqa: RUF009
+    labeled_loss: Callable = losses.CrossEntropy()  # noqa: RUF009
     perturb_labeled: bool = True
-    labeled_loss: str = "ce"
-    ohem_threshold: float = 0.7
-    ohem_min_kept: int = 100000  # Of a group.
-    ohem_group: int = 1
-    keep_rate: float = 0.996
-    warmup_steps: int = 1
-    teacher_batch_stats_steps: int = 0
-    ignore: int = 255
 
     @property
-    def has_teacher(self) -> bool:
-        return self.labeler == "teacher"
+    def has_ema(self) -> bool:
+        return self.ema is not None
 
     @property
     def uses_unlabeled(self) -> bool:
-        return self.strong_views + self.feature_views > 0
+        return bool(self.streams)
 
-    def labeled(self, logits, labels):
-        """The labeled term L_x: logits [L, H, W, K], labels [L, H, W] -> scalar."""
-        if self.labeled_loss == "ce":
-            return losses.cross_entropy(logits, labels, self.ignore)
-        return losses.ohem_cross_entropy(
-            logits, labels, self.ohem_threshold, self.ohem_min_kept, self.ohem_group, self.ignore
-        )
+    def of_view(self, view: str) -> tuple[Stream, ...]:
+        """Returns the streams of one kind of view, "strong" or "feature"."""
+        return tuple(stream for stream in self.streams if stream.view == view)
 
 
 def from_config(config, steps_per_epoch: int) -> Method:
-    """Returns the method of a validated config; epochs of the teacher's schedule become steps."""
-    method, teacher = config.method, config.teacher
-    same_name = {field.name: method[field.name] for field in dataclasses.fields(Method) if field.name in method}
-    same_name["selection"] = pseudo_labels.from_config(method)
-    same_name["ohem_min_kept"] = method.ohem_min_kept * method.ohem_group
+    """Returns the method of a configuration that `check` has accepted; epochs of the EMA schedule become steps."""
+    method, ema = config.method, config.ema
+    perturb = perturbations.PERTURBATIONS[method.strong_perturb]
+    dropout = perturbations.ChannelDropout(method.feature_dropout)
+    strong = [Stream(f"s{i + 1}", "strong", method.strong_weight, perturb) for i in range(method.strong_views)]
+    feature = [
+        Stream(f"fp{i + 1}", "feature", method.feature_weight, dropout, target="student")
+        for i in range(method.feature_views)
+    ]
+    contrasts = [
+        Contrast(name, (streams[0].name, streams[1].name), weight)
+        for name, streams, weight in (
+            ("image", strong, method.image_contrast_weight),
+            ("feature", feature, method.feature_contrast_weight),
+        )
+        if weight
+    ]
     return Method(
-        **same_name,
-        keep_rate=ema.decay,
-        warmup_steps=max(ema.warmup_steps, round(ema.warmup_epochs * steps_per_epoch)),
-        teacher_batch_stats_steps=round(ema.batch_stats_epochs * steps_per_epoch),
-        ignore=config.data.ignore,
+        streams=(*strong, *feature),
+        contrasts=tuple(contrasts),
+        teacher=method.teacher,
+        ema=_ema(ema, steps_per_epoch) if method.teacher == "ema" else None,
+        selection=pseudo_labels.SELECTIONS[method.selection](method),
+        labeled_loss=LABELED_LOSSES[method.labeled_loss](config),
+        perturb_labeled=method.perturb_labeled,
     )
+
+
+def _ema(ema, steps_per_epoch: int) -> Ema:
+    return Ema(
+        decay=ema.decay,
+        ramp=ema.ramp,
+        warmup_steps=max(ema.warmup_steps, round(ema.warmup_epochs * steps_per_epoch)),
+        batch_stats_steps=round(ema.batch_stats_epochs * steps_per_epoch),
+    )
+
+
+def check(config) -> None:
+    """Raises ConfigError if `config.method` names something unknown or combines what does not fit."""
+    method = config.method
+    for key, known in (
+        ("teacher", TEACHERS),
+        ("selection", pseudo_labels.SELECTIONS),
+        ("labeled_loss", LABELED_LOSSES),
+        ("strong_perturb", perturbations.PERTURBATIONS),
+    ):
+        check_choice(f"config.method.{key}", method[key], known)
+    if method.strong_views and method.teacher == "none":
+        raise ConfigError("config.method.teacher is 'none', but config.method.strong_views > 0 needs pseudo-labels")
+    if method.strong_perturb == "complementary" and method.strong_views % 2:
+        raise ConfigError(
+            f"config.method.strong_views is {method.strong_views}; strong_perturb='complementary' needs an even number"
+        )
+    for key, views in (("image_contrast_weight", "strong_views"), ("feature_contrast_weight", "feature_views")):
+        if method[key] and method[views] != 2:
+            raise ConfigError(f"config.method.{key} is {method[key]}, which needs config.method.{views}=2")

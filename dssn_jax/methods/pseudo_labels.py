@@ -1,4 +1,9 @@
-"""Which pixels of a pseudo-label map are trained on. Selections are static: method.md, "Loss"."""
+"""Selections: which pixels of a pseudo-label map are trained on, and with what weight.
+
+A selection is a frozen dataclass with `init(num_classes)`, which returns its state (a pytree, {} if it has none),
+`update(state, logits)`, which takes the logits [U, h, w, K] of the unmixed weak views once per step and returns the new
+state, and `__call__(probabilities, state)`, which maps [B, H, W, K] to a weight per pixel: float [B, H, W].
+"""
 
 import dataclasses
 
@@ -6,46 +11,57 @@ import jax
 import jax.numpy as jnp
 
 
+class _Stateless:
+    def init(self, num_classes: int) -> dict:
+        """Returns the empty state."""
+        del num_classes
+        return {}
+
+    def update(self, state: dict, logits: jax.Array) -> dict:
+        """Returns the state unchanged."""
+        del logits
+        return state
+
+
 @dataclasses.dataclass(frozen=True)
-class ClassAware:
-    """Class-aware selection (CPLG of DSSN): per image and class, the pixels near the class's largest probability."""
+class ClassAware(_Stateless):
+    """Class-aware selection (CPLG of DSSN; docs/method.md, Eq. 6).
+
+    Per image and class: gamma_c = ratio * m_c if m_c > floor, else m_c, where m_c is the largest p_c in the image
+    (padding included). A pixel is selected if p_c > gamma_c for any c.
+    """
 
     ratio: float = 0.96
     floor: float = 0.92
 
-    def __call__(self, probabilities: jax.Array) -> jax.Array:
-        """Probabilities [B, H, W, K] -> selected pixels bool [B, H, W].
-
-        gamma_c = ratio * m_c if m_c > floor else m_c, with m_c the largest p_c of the image (ignored pixels included);
-        a pixel is selected if p_c > gamma_c for some c.
-        """
+    def __call__(self, probabilities: jax.Array, state: dict) -> jax.Array:
+        """Maps probabilities [B, H, W, K] to weights 0 or 1, [B, H, W]."""
+        del state
         largest = probabilities.max((1, 2), keepdims=True)
         gamma = jnp.where(largest > self.floor, self.ratio * largest, largest)
-        return (probabilities > gamma).any(-1)
+        return (probabilities > gamma).any(-1).astype(probabilities.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class Threshold:
-    """Pixels whose largest probability is at least `threshold` (FixMatch, UniMatch); 0 selects every pixel."""
+class Threshold(_Stateless):
+    """Pixels with a confidence of at least `threshold` (FixMatch, UniMatch; docs/method.md, Eq. 7); 0 selects all."""
 
     threshold: float
 
-    def __call__(self, probabilities: jax.Array) -> jax.Array:
-        """Probabilities [B, H, W, K] -> selected pixels bool [B, H, W]."""
-        return probabilities.max(-1) >= self.threshold
+    def __call__(self, probabilities: jax.Array, state: dict) -> jax.Array:
+        """Maps probabilities [B, H, W, K] to weights 0 or 1, [B, H, W]."""
+        del state
+        return (probabilities.max(-1) >= self.threshold).astype(probabilities.dtype)
 
 
-SELECTIONS = ("class_aware", "threshold")
+# Name in config.method.selection -> constructor from config.method.
+SELECTIONS = {
+    "class_aware": lambda method: ClassAware(method.class_aware_ratio, method.class_aware_floor),
+    "threshold": lambda method: Threshold(method.threshold),
+}
 
 
-def from_config(method) -> ClassAware | Threshold:
-    """Returns the selection of `config.method`."""
-    if method.selection == "class_aware":
-        return ClassAware(method.class_aware_ratio, method.class_aware_floor)
-    return Threshold(method.threshold)
-
-
-def pseudo_label(logits: jax.Array, selection) -> tuple[jax.Array, jax.Array]:
-    """Logits [B, H, W, K] -> labels int32 [B, H, W] and selected pixels bool [B, H, W]; no gradient flows through."""
+def pseudo_label(logits: jax.Array, selection, state: dict) -> tuple[jax.Array, jax.Array]:
+    """Maps logits [B, H, W, K] to labels int32 [B, H, W] and weights float [B, H, W], without a gradient."""
     logits = jax.lax.stop_gradient(logits)
-    return logits.argmax(-1).astype(jnp.int32), selection(jax.nn.softmax(logits))
+    return logits.argmax(-1).astype(jnp.int32), selection(jax.nn.softmax(logits), state)

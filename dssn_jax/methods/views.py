@@ -1,72 +1,64 @@
-"""From the batch of uint8 images to the views that the networks see: normalized, with the CutMix partner pasted.
-
-The batch is described in `input_pipeline.pipeline`.
-"""
+"""From a batch of uint8 images to the views that the networks see: normalized, with the CutMix partner pasted in."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-
-class Mixing(NamedTuple):
-    """Where each strong view of an unlabeled image shows its CutMix partner: box masks bool [U, H, W], one a view."""
-
-    boxes: tuple[jax.Array, ...]
-
-    def __call__(self, view: int, image: jax.Array, partner: jax.Array) -> jax.Array:
-        """Pastes `partner` into `image` (both [U, H, W] or [U, H, W, C]) where the box of strong view `view` is."""
-        box = self.boxes[view]
-        return jnp.where(box[..., None] if image.ndim == 4 else box, partner, image)
+from input_pipeline.batch import Batch
 
 
 class Views(NamedTuple):
-    """What one training step reads: float images [N, H, W, 3], labels, masks. Parts that a method lacks are empty."""
+    """What one training step reads: float images [N, H, W, 3], labels and masks; a method leaves others empty."""
 
-    image_x: jax.Array
-    label_x: jax.Array  # integers [L, H, W]
-    image_u: jax.Array | None = None  # The weak view.
-    image_m: jax.Array | None = None  # The weak view of the CutMix partner.
-    strong: tuple[jax.Array, ...] = ()  # Mixed.
+    image_x: jax.Array  # Labeled images, L of them.
+    label_x: jax.Array  # Integers [L, H, W].
+    image_u: jax.Array | None = None  # Weak views of U unlabeled images.
+    image_m: jax.Array | None = None  # Weak views of their CutMix partners.
     valid_u: jax.Array | None = None  # bool [U, H, W], False where padded.
     valid_m: jax.Array | None = None
-    mixing: Mixing = Mixing(())
+    strong: tuple[jax.Array, ...] = ()  # Strong views, mixed.
+    boxes: tuple[jax.Array, ...] = ()  # CutMix boxes of the strong views, as masks bool [U, H, W].
 
 
-def normalize(image: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype=jnp.float32) -> jax.Array:
-    """uint8 RGB [..., 3] -> (image / 255 - mean) / std, in `dtype`."""
-    return (image.astype(dtype) / 255 - jnp.asarray(mean, dtype)) / jnp.asarray(std, dtype)
+def normalize(images: jax.Array, data, dtype=jnp.float32) -> jax.Array:
+    """Maps uint8 RGB [..., 3] to (image / 255 - mean) / std in `dtype`; mean and std are those of `config.data`."""
+    return (images.astype(dtype) / 255 - jnp.asarray(data.mean, dtype)) / jnp.asarray(data.std, dtype)
+
+
+def denormalize(images: jax.Array, data) -> jax.Array:
+    """Inverts `normalize`: float [..., 3] to uint8 RGB."""
+    levels = 255 * (images * jnp.asarray(data.std, images.dtype) + jnp.asarray(data.mean, images.dtype))
+    return jnp.clip(jnp.round(levels), 0, 255).astype(jnp.uint8)
 
 
 def box_mask(box: jax.Array, height: int, width: int) -> jax.Array:
-    """Boxes int32 [U, 4] as (y0, x0, y1, x1) -> bool [U, height, width], True inside; an empty box has no inside."""
+    """Maps boxes int32 [U, 4] as (y0, x0, y1, x1) to bool [U, height, width], True inside; empty boxes give no True."""
     y0, x0, y1, x1 = (box[:, i, None, None] for i in range(4))
     y, x = jnp.arange(height)[:, None], jnp.arange(width)
     return (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
 
 
-def mix(image_x, label_x, image_u, image_m, strong, strong_m, valid_u, valid_m, boxes) -> Views:
-    """Pastes the partner's strong views `strong_m` into `strong`: one box mask, bool [U, H, W], for each."""
-    mixing = Mixing(tuple(boxes))
-    mixed = tuple(mixing(view, *pair) for view, pair in enumerate(zip(strong, strong_m, strict=True)))
-    return Views(image_x, label_x, image_u, image_m, mixed, valid_u, valid_m, mixing)
+def mix(image: jax.Array, partner: jax.Array, box: jax.Array) -> jax.Array:
+    """Pastes `partner` into `image`, both [U, H, W] or [U, H, W, C], where `box` bool [U, H, W] is True (Eq. 11)."""
+    return jnp.where(box[..., None] if image.ndim == 4 else box, partner, image)
 
 
-def from_batch(batch: dict[str, jax.Array], mean: tuple[float, ...], std: tuple[float, ...], dtype) -> Views:
-    """Turns a batch of the input pipeline into views in `dtype`."""
-    images = {key: normalize(value, mean, std, dtype) for key, value in batch.items() if key.startswith("image_")}
-    if "image_u" not in images:
-        return Views(images["image_x"], batch["label_x"])
-    numbers = [i for i in (1, 2) if f"image_s{i}" in images]
-    size = batch["image_u"].shape[1:3]
-    return mix(
-        images["image_x"],
-        batch["label_x"],
-        images["image_u"],
-        images.get("image_m"),
-        [images[f"image_s{i}"] for i in numbers],
-        [images[f"image_m{i}"] for i in numbers],
-        batch["valid_u"],
-        batch.get("valid_m"),
-        [box_mask(batch[f"box{i}"], *size) for i in numbers],
-    )
+def from_batch(batch: Batch, strong: jax.Array | None, data, dtype) -> Views:
+    """Returns the views of a batch in `dtype`.
+
+    `strong` uint8 [U, V, 2, H, W, 3] has V strong views of each unlabeled image and of its CutMix partner, as
+    `strong_augment.strong_views` draws them; `data` is `config.data`.
+    """
+
+    def to_float(images: jax.Array | None) -> jax.Array | None:
+        return None if images is None else normalize(images, data, dtype)
+
+    views = Views(to_float(batch.image_x), batch.label_x, to_float(batch.image_u), to_float(batch.image_m))
+    views = views._replace(valid_u=batch.valid_u, valid_m=batch.valid_m)
+    if strong is None:
+        return views
+    count, size = strong.shape[1], strong.shape[3:5]
+    boxes = tuple(box_mask(batch.boxes[:, i], *size) for i in range(count))
+    mixed = tuple(mix(to_float(strong[:, i, 0]), to_float(strong[:, i, 1]), box) for i, box in enumerate(boxes))
+    return views._replace(strong=mixed, boxes=boxes)
