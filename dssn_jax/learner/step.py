@@ -1,5 +1,6 @@
 """One training step: gradients of the objective, update of the student, EMA of the teacher."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +31,8 @@ class Carry(NamedTuple):
     method_state: Any
 
 
-class TrainStep(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
     """Takes steps with an objective and an optimizer."""
 
     objective: Objective

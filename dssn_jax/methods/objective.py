@@ -1,5 +1,6 @@
 """The loss of one step: teacher logits, the student's streams, loss terms and their weighted sum."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,7 +35,8 @@ class StudentLogits(NamedTuple):
     streams: dict[str, jax.Array]  # [U, h, w, K] by name of the stream.
 
 
-class Objective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Objective:
     """A network trained by a method."""
 
     network: Network

@@ -216,7 +216,7 @@ def sharpness(levels: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def _blend(other: jax.Array | int, levels: jax.Array, factor: jax.Array) -> jax.Array:
-    """Pillow's `Image.blend`: other + factor (levels - other), truncated and clipped; `factor` is a multiple of _UNIT."""
+    """Pillow's `Image.blend`: other + factor (levels - other), truncated and clipped; `factor` in units of _UNIT."""
     other = jnp.asarray(other, jnp.int32)
     units = _per_sample(jnp.round(factor / _UNIT).astype(jnp.int32))
     mixed = other + ((units * (levels.astype(jnp.int32) - other)) >> _BITS)
