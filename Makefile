@@ -1,9 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
-# Python compiles what is imported when it is imported first; most of what is installed never is.
+# Modules are byte-compiled when they are first imported; most of what is installed never is.
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-all lint
 
 setup: $(VENV)/.installed
 
@@ -20,10 +20,16 @@ $(VENV)/.installed-dev: requirements.txt requirements-dev.txt | $(VENV)/bin/pyth
 
 # Trains the supervised baseline and DSSN on generated shapes with the same few labels; prints both mean IoUs.
 demo: setup
-	$(VENV)/bin/python -m benchmarks.demo
+	$(VENV)/bin/python -m experiments.demo
 
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Everything but the tests marked slow.
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.installed-dev
+	$(PYTEST)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

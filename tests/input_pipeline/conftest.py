@@ -4,25 +4,14 @@ import os
 
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
 from configs import defaults
 
 
-@pytest.fixture(scope="session", autouse=True)
-def parsed_flags():
-    """Grain's worker processes read absl flags."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-
-
 @pytest.fixture
 def config():
-    """The defaults with small sizes; the pixels of a source are kept: no scaling, no flip, no strong change.
-
-    Strong views are made on the host, where they can be looked at.
-    """
+    """Returns the defaults with small sizes and without scaling and flip, which keeps the pixels of a source."""
     config = defaults.get_config()
     config.data.classes = ("a", "b", "c")
     config.data.split = "small"
@@ -32,16 +21,14 @@ def config():
     config.data.labeled_batch = 2
     config.data.unlabeled_batch = 4
     config.data.threads = 2
-    config.views.device = False
-    config.views.jitter = config.views.gray = config.views.blur = 0.0
     return config
 
 
 @pytest.fixture
 def folder(tmp_path, config):
-    """A root with 3 labeled, 10 unlabeled and 2 validation images of one color each; (number, 7, 7) is image number.
+    """Returns a root of one-color images: image number n has the color (n, 7, 7) and the class n % 3.
 
-    Labeled are 0, 1, 2; unlabeled 0 to 9; validation 10 and 11. Masks are `number % 3` everywhere.
+    Images 0 to 2 are labeled, 0 to 9 unlabeled, 10 and 11 validate.
     """
     root = tmp_path / "root"
     for part in ("images", "masks", "splits/small"):
