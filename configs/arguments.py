@@ -1,29 +1,53 @@
-"""The argument string of a config file: `--config=configs/pascal.py:split=183,encoder=resnet50,method=unimatch`."""
+"""Arguments of a config file: `--config=configs/pascal.py:split=183,encoder=resnet50,method=unimatch`."""
 
-from configs import methods
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from configs import defaults, methods
 from configs.checks import ConfigError, check_choice, suggest
 
 
-def parse(argument: str | None, **defaults):
-    """Parses `key=value,key=value` into a dict over `defaults`, whose types the values take.
+def parse(argument: str | None, **default_values) -> dict:
+    """Parses `key=value,key=value` to a dict on top of `default_values`, whose types the values take.
 
-    Raises ConfigError for a key that is not in `defaults` or a value that is not of its type.
+    Raises ConfigError for a key without default, a value of another type, or an unknown method.
     """
-    values = dict(defaults)
+    values = dict(default_values)
     for item in filter(None, (argument or "").split(",")):
         key, equals, text = item.partition("=")
         if not equals:
             raise ConfigError(f"config argument {item!r} is not of the form key=value")
-        if key not in defaults:
-            raise ConfigError(f"unknown config argument {key!r}{suggest(key, defaults)}")
+        if key not in default_values:
+            raise ConfigError(f"unknown config argument {key!r}{suggest(key, default_values)}")
         try:
-            values[key] = type(defaults[key])(text)
+            values[key] = type(default_values[key])(text)
         except ValueError:
-            kind = type(defaults[key]).__name__
+            kind = type(default_values[key]).__name__
             raise ConfigError(f"config argument {key}={text!r} is not of type {kind}") from None
-    if "method" in values:
-        check_choice("method", values["method"], methods.METHODS)
+    check_choice("method", values["method"], methods.METHODS)
     return values
+
+
+def recipe(dataset: str, values: dict, classes: Sequence[str], splits: Sequence[str] = ()) -> ConfigDict:
+    """Returns the defaults with the arguments of a config file, for the data set's own settings to follow.
+
+    Args:
+      dataset: name of the data set, for the name of the run.
+      values: parsed arguments, with at least encoder, method and crop.
+      classes: class names.
+      splits: names of the published splits, if the argument split must be one of them.
+    """
+    if splits:
+        check_choice("split", values["split"], splits)
+    config = defaults.get_config()
+    config.name = describe(dataset, values)
+    config.data.split = values.get("split", "")
+    config.data.classes = tuple(classes)
+    config.data.crop = values["crop"]
+    config.model.encoder = values["encoder"]
+    methods.apply(config, values["method"])
+    return config
 
 
 def describe(dataset: str, values: dict) -> str:

@@ -5,8 +5,7 @@
 Arguments: split (1_512, 1_256, 1_128, 1_64, 1_32), encoder, method, crop.
 """
 
-from configs import arguments, defaults, methods
-from configs.checks import check_choice
+from configs import arguments
 
 SPLITS = ("1_512", "1_256", "1_128", "1_64", "1_32")
 CLASSES = (
@@ -23,16 +22,9 @@ CLASSES = (
 
 def get_config(argument: str | None = None):
     values = arguments.parse(argument, split="1_128", encoder="xception", method="dssn", crop=513)
-    check_choice("split", values["split"], SPLITS)
-    config = defaults.get_config()
-    config.name = arguments.describe("coco", values)
+    config = arguments.recipe("coco", values, CLASSES, SPLITS)
     config.data.splits = "splits/coco"
-    config.data.split = values["split"]
-    config.data.classes = CLASSES
-    config.data.crop = values["crop"]
-    config.model.encoder = values["encoder"]
     config.optimizer.lr = 0.004
     config.optimizer.lr_mults = (("decoder/", 10.0),)
     config.train.epochs = 30
-    methods.apply(config, values["method"])
     return config

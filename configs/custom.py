@@ -1,32 +1,32 @@
-"""Your own images: a folder of images, some masks, the names of the classes. docs/own_images.md is the guide.
+"""Your own data: a folder with images, some masks and the names of the classes. docs/custom_data.md is the guide.
 
     python main.py --config=configs/custom.py:root=/data/mine --mode=check
     python main.py --config=configs/custom.py:root=/data/mine --workdir=/runs/mine
 
-Arguments, each with its convention; paths are relative to root:
+Arguments and their defaults; paths are relative to root:
 
-    root        the folder
-    names       classes.txt: one class a line, in the order of the ids in the masks
-    labeled     images: images that have masks; a folder, or a list (.txt) of lines `image mask`
-    masks       masks: the mask of images/a/b.jpg is masks/a/b.png, or with mask_suffix=_mask masks/a/b_mask.png
+    root        (required) the folder
+    names       classes.txt: one class name per line, in the order of the ids in the masks
+    labeled     images: images with masks; a folder, or a list (.txt) of lines `image mask`
+    masks       masks: the mask of images/a/b.jpg is masks/a/b.png, or masks/a/b_mask.png with mask_suffix=_mask
     unlabeled   unlabeled, if there is such a folder: images without masks; a folder or a list
     unmasked    refuse: images without a mask in labeled are an error; unlabeled: they are unlabeled images
-    val         0.2: this part of the labeled images validates; or a folder (masks in val_masks) or a list
-    split       a split of ROOT/splits, as --mode=split makes them, instead of those above. Once there are splits, say
-                either split=NAME or labeled=images
-    label_map   a file that says which values of the masks are which class
-    ignore      values of the masks, besides 255, that are ignored: 0+254
+    val         0.2: fraction of the labeled images for validation; or a folder (masks in val_masks) or a list
+    split       a split in ROOT/splits, as made by --mode=split, instead of the above. If there are splits, set either
+                split=NAME or labeled=images
+    label_map   a file that maps mask values to classes
+    ignore      mask values to ignore besides 255, such as 0+254
 
 and encoder, method, pretrained, crop, steps. Crop, batch, number of steps, evaluation interval and learning rate are
-chosen by the images, the memory and the weights (dssn_jax/automatic.py); the log says why.
+chosen from the images, the memory and the weights (dssn_jax/auto_config.py); the log says why.
 """
 
 import os
 
-from configs import arguments, defaults, methods
+from configs import arguments
 from configs.checks import ConfigError, check_choice
-from input_pipeline import labels as class_names
 from input_pipeline import layout
+from input_pipeline.class_names import read_class_names
 from input_pipeline.errors import DataError
 
 _SPLITS = "splits"
@@ -45,38 +45,33 @@ def get_config(argument: str | None = None):
         raise ConfigError(f"configs/custom.py:root={values['root']}: no such folder; expected that of your images")
     _check_splits(root, values)
     check_choice("unmasked", values["unmasked"], layout.UNMASKED)
-    config = defaults.get_config()
+    config = arguments.recipe("custom", values, _class_names(os.path.join(root, values["names"])))
+    shown = {"root": values["root"], "split": values["split"] or "-"}
+    config.name = arguments.describe("custom", shown | {key: values[key] for key in ("encoder", "method")})
     config.data.root = values["root"]
-    config.data.classes = _class_names(os.path.join(root, values["names"]))
     config.data.label_map = values["label_map"]
     config.data.ignore_values = _ignored(values["ignore"])
     config.data.splits = _SPLITS
-    config.data.split = values["split"]
-    shown = {"root": values["root"], "split": config.data.split or "-"}
-    config.name = arguments.describe("custom", shown | {key: values[key] for key in ("encoder", "method")})
-    if not config.data.split:
+    if not values["split"]:
         config.data.folders.update({key: values[key] for key in config.data.folders})
         config.data.folders.labeled = values["labeled"] or "images"
         if not values["unlabeled"] and os.path.isdir(os.path.join(root, "unlabeled")):
             config.data.folders.unlabeled = "unlabeled"
     config.data.val_overlap = "refuse"
-    config.model.encoder = values["encoder"]
-    config.model.pretrained = values["pretrained"]
     config.data.labeled_batch = config.data.unlabeled_batch = 0
-    config.data.crop = values["crop"]
+    config.model.pretrained = values["pretrained"]
     config.optimizer.lr = 0.0
     config.train.epochs = 0
     config.train.steps = values["steps"]
-    if values["steps"]:  # The teacher is to follow within a quarter of a short run.
+    if values["steps"]:  # The teacher must follow the student within a quarter of a short run.
         config.ema.decay = 1 - 1 / min(250, max(1, values["steps"] / 4))
-    methods.apply(config, values["method"])
     return config
 
 
 def _class_names(path: str) -> tuple[str, ...]:
     try:
-        return class_names.read_class_names(path)
-    except DataError as error:  # A ValueError, which ml_collections turns into a traceback.
+        return read_class_names(path)
+    except DataError as error:
         raise ConfigError(f"{error} (configs/custom.py:names=FILE)") from None
 
 
@@ -88,12 +83,12 @@ def _ignored(text: str) -> tuple[int, ...]:
 
 
 def _check_splits(root: str, values: dict) -> None:
-    """Raises ConfigError if there are lists in ROOT/splits and nothing says whether they are meant, or the folders."""
+    """Raises ConfigError if ROOT/splits has splits and the arguments choose neither one of them nor the folders."""
     folder = os.path.join(root, _SPLITS)
     if values["split"] or values["labeled"] or not os.path.isdir(folder):
         return
     known = sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)))
     if known:
         raise ConfigError(
-            f"{folder} has splits: say split=NAME, one of {', '.join(known)}; or labeled=images, for the folders"
+            f"{folder} has splits: set split=NAME, one of {', '.join(known)}; or labeled=images, for the folders"
         )

@@ -1,9 +1,9 @@
-"""From files to batches: sources, transforms, pipelines. NumPy, Pillow and grain; never JAX.
+"""From files to batches, with NumPy, Pillow and Grain, without JAX.
 
-    sources = open_sources(config)                       # `sources.open`: checks lists and image headers.
-    dataset = train_dataset(sources, config)             # `pipeline`: dataset[step] is a batch.
+    sources = open_sources(config)                              # `sources.open`: checks lists and image headers.
+    dataset = train_dataset(sources, config)                    # `pipeline`: dataset[step] is a `batch.Batch`.
     for batch in train_iterator(dataset, config): ...
-    for batch in eval_groups(sources.val, ...): ...      # `eval_batches`: images of any size, padded.
+    for batch in eval_batches(sources.val, options): ...        # `eval_batches`: images of any size, padded.
 
-Every problem with the data is raised as a `DataError` that names the file.
+Every problem with the data is raised as an `errors.DataError` that names the file.
 """

@@ -1,6 +1,6 @@
-"""Images and masks: from the bytes of a file to arrays. A mode with no one meaning is refused by name.
+"""Decodes image and mask files to arrays; refuses modes whose values are ambiguous.
 
-An EXIF orientation is applied, to images and to masks, as viewers and annotation tools do.
+EXIF orientations are applied to images and to masks, as viewers and annotation tools do.
 """
 
 import contextlib
@@ -15,21 +15,21 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from input_pipeline.errors import DataError
 
-# What Pillow raises for a file that is not, or not wholly, an image.
+# Raised by Pillow for a file that is not an image, or a damaged one.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 _EXIF_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error)
 _IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-_COLOR_MODES = ("1", "L", "P", "RGB", "RGBA")  # Of masks whose colors are mapped to classes.
-_ID_MODES = ("1", "L", "P", "I;16", "I;16L", "I;16B", "I")  # Of masks of ids.
-MOST_IDS = 1 << 16  # Ids of a mask are below this.
+_COLOR_MODES = ("1", "L", "P", "RGB", "RGBA")  # Masks whose colors are mapped to classes.
+_ID_MODES = ("1", "L", "P", "I;16", "I;16L", "I;16B", "I")  # Masks of ids.
+MOST_IDS = 1 << 16  # Ids in a mask are smaller.
 
 
 class Encoded(NamedTuple):
-    """An encoded image or mask: the path of a file, the bytes of one, or a function that reads them."""
+    """An encoded image or mask: the path of a file, its bytes, or a function that reads them."""
 
     content: str | bytes | Callable[[], bytes]
-    where: str  # What messages call it.
-    listed: str = ""  # Who named it, for messages.
+    where: str  # Its name in messages.
+    listed: str = ""  # The list that names it, for messages.
 
 
 def read(file: Encoded) -> bytes:
@@ -43,19 +43,19 @@ def read(file: Encoded) -> bytes:
 
 
 def orientation(file: Encoded) -> int:
-    """Returns the EXIF orientation, 1 to 8; 1 is as stored, 5 to 8 exchange height and width."""
+    """Returns the EXIF orientation, 1 to 8; 1 is as stored, 5 to 8 swap height and width."""
     with _open(file) as opened:
         return _orientation(opened)
 
 
 def size(file: Encoded) -> tuple[int, int]:
-    """Returns (H, W), from the header, of an image or mask of any mode; raises DataError if it is none."""
+    """Returns (H, W) of an image or mask of any mode from the header; raises DataError if it is not an image."""
     with _open(file) as opened:
         return _size(opened)
 
 
 def image_size(file: Encoded) -> tuple[int, int]:
-    """Returns (H, W) of what `image` returns, from the header.
+    """Returns (H, W) of the result of `image`, from the header.
 
     Raises:
       DataError: not an image, or a mode that `image` refuses.
@@ -69,13 +69,13 @@ def image(file: Encoded) -> np.ndarray:
     """Decodes an image to uint8 [H, W, 3], RGB.
 
     Raises:
-      DataError: not an image, a damaged one, transparent pixels, or a mode whose brightness has no agreed range.
+      DataError: not an image, a damaged one, transparent pixels, or a mode whose range of values is ambiguous.
     """
     content = read(file)
     with _open(file._replace(content=content)) as opened:
         _check_image(opened, file.where)
         if opened.format == "JPEG" and opened.mode == "RGB" and _orientation(opened) == 1:
-            # libjpeg-turbo without Pillow around it takes two thirds of the time. What it refuses, Pillow may take.
+            # libjpeg-turbo takes two thirds of Pillow's time. Pillow may accept the files that it refuses.
             with contextlib.suppress(ValueError):
                 return simplejpeg.decode_jpeg(content, "RGB")
         oriented = _load(opened, file.where)
@@ -85,24 +85,24 @@ def image(file: Encoded) -> np.ndarray:
 
 
 def mask_size(file: Encoded, colors: bool) -> tuple[int, int]:
-    """Returns (H, W) of what `mask` returns, from the header; raises the same errors."""
+    """Returns (H, W) of the result of `mask`, from the header; raises the same errors."""
     with _open(file) as opened:
         _check_mask(opened, file.where, colors)
         return _size(opened)
 
 
 def mask(file: Encoded, colors: bool) -> np.ndarray:
-    """Decodes the values of a mask, before any is mapped to a class.
+    """Decodes the values of a mask, before they are mapped to classes.
 
     Args:
       file: the mask.
-      colors: whether its colors are meant. If not, its ids: gray values, or indices of a palette.
+      colors: whether to return colors; else ids, which are gray values or palette indices.
 
     Returns:
-      Ids, uint8 or int32 [H, W] below 65536; or colors, int32 [H, W], R * 65536 + G * 256 + B.
+      Ids, uint8 or int32 [H, W], smaller than 65536; or colors, int32 [H, W], R * 65536 + G * 256 + B.
 
     Raises:
-      DataError: not an image, a damaged one, a mode that holds no such values, or one that decoding would change.
+      DataError: not an image, a damaged one, a mode without such values, or one whose values decoding would change.
     """
     with _open(file._replace(content=read(file))) as opened:
         _check_mask(opened, file.where, colors)
@@ -117,46 +117,46 @@ def mask(file: Encoded, colors: bool) -> np.ndarray:
 
 
 def _open(file: Encoded) -> Image.Image:
-    """Opens it and reads the header."""
+    """Opens the file and reads the header."""
     with _named(file):
         return Image.open(file.content if isinstance(file.content, str) else io.BytesIO(read(file)))
 
 
 @contextlib.contextmanager
 def _named(file: Encoded):
-    """Turns errors of opening into DataError."""
+    """Converts errors of opening to DataError."""
     try:
         yield
     except FileNotFoundError:
         listed = f" (listed in {file.listed})" if file.listed else ""
         raise DataError(f"missing file {file.where}{listed}") from None
-    except UnidentifiedImageError:  # Whose text names an object in memory.
-        raise DataError(f"{file.where}: not an image that can be opened: of no known format") from None
+    except UnidentifiedImageError:  # Its text names an object in memory.
+        raise DataError(f"{file.where}: not an image that can be opened: unknown format") from None
     except _DECODE_ERRORS as error:
         raise DataError(f"{file.where}: not an image that can be opened: {error}") from None
 
 
 def _load(opened: Image.Image, where: str) -> Image.Image:
-    """Decodes, and turns as the EXIF orientation says."""
-    turned, known = _orientation(opened) != 1, "exif" in opened.info
+    """Decodes the pixels and applies the EXIF orientation."""
+    rotated, known = _orientation(opened) != 1, "exif" in opened.info
     try:
         opened.load()
     except _DECODE_ERRORS as error:
         raise DataError(f"{where}: damaged image, cannot be decoded: {error}") from None
     if not known and "exif" in opened.info:
-        raise DataError(f"{where}: PNG with EXIF data behind the pixels, where few programs look; save it anew")
-    return ImageOps.exif_transpose(opened) if turned else opened
+        raise DataError(f"{where}: PNG with EXIF data after the pixels, which few programs read; save it again")
+    return ImageOps.exif_transpose(opened) if rotated else opened
 
 
 def _orientation(opened: Image.Image) -> int:
     if opened.format == "TIFF":
-        return 1  # Pillow turns these itself: size and pixels are as they should be.
+        return 1  # Pillow applies it: size and pixels are oriented.
     try:
-        # Not opened.getexif(): of a PNG it decodes the whole file.
-        found = Image.Image.getexif(opened).get(ExifTags.Base.Orientation, 1)
+        # Not opened.getexif(), which decodes the whole file of a PNG.
+        value = Image.Image.getexif(opened).get(ExifTags.Base.Orientation, 1)
     except _EXIF_ERRORS:
-        return 1  # Nobody can read it.
-    return found if found in range(1, 9) else 1
+        return 1  # Unreadable for any program.
+    return value if value in range(1, 9) else 1
 
 
 def _size(opened: Image.Image) -> tuple[int, int]:
@@ -164,7 +164,7 @@ def _size(opened: Image.Image) -> tuple[int, int]:
 
 
 def _raw_mode(opened: Image.Image) -> str:
-    """How the file stores the pixels, in Pillow's words, such as "L;4" for 4-bit gray; "" if it does not tell."""
+    """Returns Pillow's name of the stored pixel format, such as "L;4" for 4-bit gray; "" if it has none."""
     arguments = opened.tile[0].args if opened.tile else ""
     first = arguments if isinstance(arguments, str) or not arguments else arguments[0]
     return first if isinstance(first, str) else ""
@@ -173,14 +173,14 @@ def _raw_mode(opened: Image.Image) -> str:
 def _check_image(opened: Image.Image, where: str) -> None:
     if opened.mode.startswith(("I", "F")):
         raise DataError(
-            f"{where}: image of mode {opened.mode!r} (16 or more bits a pixel, or floats); expected 8 bits a channel: "
-            "which value is white is not known, so scale it to 0..255 and save it as 8-bit gray"
+            f"{where}: image of mode {opened.mode!r} (16 or more bits per pixel, or floats); expected 8 bits per "
+            "channel: the value of white is unknown, so scale it to 0..255 and save it as 8-bit gray"
         )
     if opened.mode not in _IMAGE_MODES:
-        raise DataError(f"{where}: image of mode {opened.mode!r}; expected RGB or gray, 8 bits a channel")
+        raise DataError(f"{where}: image of mode {opened.mode!r}; expected RGB or gray, 8 bits per channel")
     if opened.mode == "CMYK" and opened.format == "JPEG" and "adobe" not in opened.info:
         raise DataError(
-            f"{where}: CMYK JPEG without Adobe's marker, so that it is not known whether it is inverted; save it as RGB"
+            f"{where}: CMYK JPEG without Adobe's marker, so that it may or may not be inverted; save it as RGB"
         )
 
 
@@ -189,26 +189,26 @@ def _check_opaque(oriented: Image.Image, where: str) -> None:
     if alpha.min() < 255:
         raise DataError(
             f"{where}: image of mode {oriented.mode!r} with transparency in {(alpha < 255).mean():.1%} of the pixels, "
-            "whose color is not known; save it as RGB without transparency"
+            "whose color is undefined; save it as RGB without transparency"
         )
 
 
 def _check_mask(opened: Image.Image, where: str, colors: bool) -> None:
     ids = "expected class ids in 8-bit or 16-bit gray, 1 bit, or a palette (PNG)"
     if opened.format in ("JPEG", "MPO"):
-        raise DataError(f"{where}: mask in JPEG, which changes values when it is saved; expected a PNG")
+        raise DataError(f"{where}: mask in JPEG, which changes values on saving; expected a PNG")
     if colors and opened.mode not in _COLOR_MODES:
         raise DataError(
-            f"{where}: mask of mode {opened.mode!r}; config.data.label_map expects colors, 8 bits a channel"
+            f"{where}: mask of mode {opened.mode!r}; config.data.label_map expects colors, 8 bits per channel"
         )
     if not colors and opened.mode in ("RGB", "RGBA"):
         raise DataError(
-            f"{where}: mask of mode {opened.mode!r}; {ids}. If its colors stand for classes, name in "
-            "config.data.label_map a file with lines `RED GREEN BLUE CLASS`"
+            f"{where}: mask of mode {opened.mode!r}; {ids}. If its colors stand for classes, set "
+            "config.data.label_map to a file with lines `RED GREEN BLUE CLASS`"
         )
     if not colors and opened.mode not in _ID_MODES:
         raise DataError(f"{where}: mask of mode {opened.mode!r}; {ids}")
-    # Pillow stretches 2- and 4-bit gray to 0..255, inverts "L;I" and shortens 16-bit colors: other values come out.
+    # Pillow changes values: it stretches 2- and 4-bit gray to 0..255, inverts "L;I" and truncates 16-bit colors.
     stored = _raw_mode(opened)
     if stored in ("L;2", "L;4"):
         raise DataError(f"{where}: mask of {stored[-1]}-bit gray; {ids}")

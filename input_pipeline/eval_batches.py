@@ -12,7 +12,7 @@ import numpy as np
 from input_pipeline.errors import DataError
 from input_pipeline.sources.open import Source
 
-_MOST_BUCKETS = 64  # That joining starts from; where images have more sizes, near ones begin together.
+_MOST_BUCKETS = 64  # Before joining; similar sizes share a bucket from the start if there are more.
 
 Size = tuple[int, int]  # Height and width, pixels.
 
@@ -64,7 +64,7 @@ class _Bucket(NamedTuple):
     members: tuple[Size, ...]
 
     def cost(self, batch: int) -> int:
-        """Pixels of the batches that its images fill."""
+        """Returns the pixels per channel of the batches that its images fill, padding included."""
         return math.ceil(self.images / batch) * self.height * self.width
 
     def join(self, other: "_Bucket") -> "_Bucket":
@@ -73,10 +73,10 @@ class _Bucket(NamedTuple):
 
 
 def choose_buckets(sizes: Sequence[Size], batch: int, count: int) -> dict[Size, Size]:
-    """Maps each size that occurs to the size that it is padded to: at most `count` of them.
+    """Maps each image size to its padded size, of which there are at most `count`.
 
-    Starting from a bucket a size, the two whose union adds the fewest pixels, in full batches, are joined until there
-    are at most `count`; then as long as that adds none.
+    Starting with one bucket per size, the two whose union adds the fewest pixels, counted in full batches, are joined
+    until at most `count` are left, and then as long as joining adds no pixels.
     """
     buckets = _first_buckets(sizes)
     while len(buckets) > 1:
@@ -91,7 +91,7 @@ def choose_buckets(sizes: Sequence[Size], batch: int, count: int) -> dict[Size, 
 
 
 def _first_buckets(sizes: Sequence[Size]) -> list[_Bucket]:
-    """A bucket a size, or a few near sizes where there are too many."""
+    """Returns one bucket per size, or per group of similar sizes if there are too many."""
     counts = collections.Counter(sizes)
     for multiple in (2**power for power in itertools.count()):
         buckets: dict[Size, _Bucket] = {}
@@ -101,7 +101,7 @@ def _first_buckets(sizes: Sequence[Size]) -> list[_Bucket]:
             buckets[key] = buckets[key].join(bucket) if key in buckets else bucket
         if len(buckets) <= _MOST_BUCKETS:
             return list(buckets.values())
-    raise AssertionError("unreachable: some multiple is larger than every size")
+    raise AssertionError("unreachable: some multiple exceeds every size")
 
 
 def eval_batches(
@@ -170,7 +170,7 @@ def _padded(records: list, rows: int, size: Size, options: EvalOptions) -> EvalB
 
 
 def _read_ahead(source: Source, plan: list, threads: int, ahead: int) -> Iterator[tuple]:
-    """Yields each entry of the plan (size, indices) with its records; a record that cannot be read is its DataError."""
+    """Yields each entry (size, indices) of the plan with its records, or DataErrors of those that cannot be read."""
 
     def read(index: int):
         try:
@@ -187,7 +187,7 @@ def _read_ahead(source: Source, plan: list, threads: int, ahead: int) -> Iterato
                 yield entry, [future.result() for future in pending.popleft()]
         finally:
             for future in itertools.chain.from_iterable(pending):
-                future.cancel()  # A consumer that stops early must not wait for what it will not see.
+                future.cancel()  # A consumer that stops early must not wait for pending images.
 
 
 def _least_padded(size: Size, options: EvalOptions) -> Size:

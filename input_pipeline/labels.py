@@ -1,4 +1,4 @@
-"""Labels: which values of a mask mean which class."""
+"""Masks to class ids: which value of a mask means which class."""
 
 import csv
 import functools
@@ -11,12 +11,11 @@ import numpy as np
 
 from input_pipeline import decode
 from input_pipeline.decode import Encoded
-from input_pipeline.errors import DataError, did_you_mean
+from input_pipeline.errors import DataError, did_you_mean, first_names
 
-IGNORE = "ignore"  # What a label map calls the ignored pixels.
+IGNORE = "ignore"  # The class of ignored pixels in a label map.
 _COLORS = 1 << 24
-_UNCOVERED = 256  # In tables, of values that mean nothing.
-_REPORTED = 10  # Values named in one message.
+_UNCOVERED = 256  # Entry of the lookup table for values without a class.
 
 
 class Labels:
@@ -24,8 +23,8 @@ class Labels:
 
     Attributes:
       classes: names, in the order of the ids.
-      ignore: value of ignored pixels in what `decode` returns.
-      colors: whether the values of masks are colors, which a label map told; else ids.
+      ignore: id of ignored pixels in the result of `decode`.
+      colors: whether the values of masks are colors, as in a label map of colors; else ids.
     """
 
     def __init__(
@@ -34,11 +33,11 @@ class Labels:
         """Reads the label map.
 
         Args:
-          classes: names.
-          ignore: value of ignored pixels, which no loss and no score counts.
-          ignore_values: further values of masks that are ignored; without a label map.
-          label_map: path of the file that says which value means which class, see `read_label_map`; "": values are
-            class ids, or `ignore`.
+          classes: names, in the order of the ids.
+          ignore: id of ignored pixels, excluded from losses and scores.
+          ignore_values: further mask values to ignore; only without a label map.
+          label_map: path of the file that maps values to classes, see `read_label_map`; "": values are class ids, or
+            `ignore`.
 
         Raises:
           DataError: values that do not fit, or a label map that cannot be used.
@@ -50,15 +49,15 @@ class Labels:
         if label_map:
             if ignore_values:
                 raise DataError(
-                    f"config.data.ignore_values is {tuple(ignore_values)} and config.data.label_map {label_map}; with "
-                    f"a map, ignored values stand there, as `VALUE {IGNORE}`"
+                    f"config.data.ignore_values is {tuple(ignore_values)} and config.data.label_map {label_map}; "
+                    f"expected ignored values in the map, as lines `VALUE {IGNORE}`"
                 )
-            self.colors, self._meaning = read_label_map(label_map, self.classes, ignore)
+            self.colors, self._id_of = read_label_map(label_map, self.classes, ignore)
             self._expected = f"those of the label map {label_map}"
         else:
             _check_ids(ignore_values)
-            self._meaning = {value: value for value in range(len(classes))}
-            self._meaning |= dict.fromkeys((*ignore_values, ignore), ignore)
+            self._id_of = {value: value for value in range(len(classes))}
+            self._id_of |= dict.fromkeys((*ignore_values, ignore), ignore)
             ignored = ", ".join(map(str, dict.fromkeys((ignore, *ignore_values))))
             self._expected = (
                 f"class ids 0..{len(classes) - 1} ({len(classes)} classes) or {ignored} (ignored); "
@@ -67,7 +66,7 @@ class Labels:
 
     @classmethod
     def from_config(cls, data) -> "Labels":
-        """Makes those of a `config.data`; a label map is looked up under `data.root`, then in the current folder."""
+        """Builds the labels of a `config.data`; looks for a label map under `data.root`, then in the current folder."""
         if not data.classes:
             raise DataError(
                 "config.data.classes is empty; expected the class names in the order of the ids in the masks"
@@ -82,54 +81,57 @@ class Labels:
         return self.to_ids(self.raw(mask), mask.where)
 
     def size(self, mask: Encoded) -> tuple[int, int]:
-        """Returns (H, W), from the header; raises DataError for a mask that `raw` refuses by its header."""
+        """Returns (H, W) from the header; raises DataError for a mask that `raw` refuses by its header."""
         return decode.mask_size(mask, self.colors)
 
     def raw(self, mask: Encoded) -> np.ndarray:
-        """Returns the values of a mask before they are mapped, integers [H, W]; see `decode.mask`."""
+        """Returns the values of a mask before the mapping, integers [H, W]; see `decode.mask`."""
         return decode.mask(mask, self.colors)
 
     def to_ids(self, raw: np.ndarray, where: str) -> np.ndarray:
-        """Maps the values that `raw` returned to class ids, uint8 [H, W].
+        """Maps the values from `raw` to class ids, uint8 [H, W].
 
         Raises:
-          DataError: values that no class covers.
+          DataError: values without a class; `where` names the mask.
         """
         ids = self._lookup(raw)
         if ids.max(initial=0) == _UNCOVERED:
-            values = ", ".join(map(self.text, self.uncovered(raw)[:_REPORTED]))
+            values = first_names(self.uncovered(raw), 10, self.text)
             raise DataError(f"{where}: mask values {values} found; expected {self._expected}")
         return ids.astype(np.uint8)
 
     def uncovered(self, raw: np.ndarray) -> list[int]:
-        """Returns the different values, of those that `raw` returned, that no class covers."""
+        """Returns the distinct values from `raw` that have no class."""
         return np.unique(raw[self._lookup(raw) == _UNCOVERED]).tolist()
 
     def text(self, value: int) -> str:
-        """Writes a value of a mask as a user would: an id, or red, green and blue."""
+        """Formats a mask value as users write it: an id, or (red, green, blue)."""
         return f"({value >> 16}, {value >> 8 & 255}, {value & 255})" if self.colors else str(value)
 
     def _lookup(self, raw: np.ndarray) -> np.ndarray:
-        """The class id of each value, or _UNCOVERED, uint16 [H, W]."""
-        return _table(_COLORS if self.colors else decode.MOST_IDS, tuple(self._meaning.items()))[raw]
+        """Returns the class id of each value, or _UNCOVERED, uint16 [H, W]."""
+        return _table(_COLORS if self.colors else decode.MOST_IDS, tuple(self._id_of.items()))[raw]
 
 
 @functools.lru_cache(maxsize=4)
-def _table(size: int, meaning: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """The class id of each value, uint16 [size]. Not in Labels: that of colors is large, and Labels are pickled."""
+def _table(size: int, id_of: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Returns the lookup table from values to class ids, uint16 [size].
+
+    It is not kept in Labels because that of colors is large and Labels are pickled.
+    """
     table = np.full(size, _UNCOVERED, np.uint16)
-    values, ids = np.array(meaning).T
+    values, ids = np.array(id_of).T
     table[values] = ids
     return table
 
 
 def read_label_map(path: str, classes: Sequence[str], ignore: int) -> tuple[bool, dict[int, int]]:
-    """Reads which value of a mask means which class.
+    """Reads a label map: the class of each mask value.
 
-    Text and CSV files have a line a value, `ID CLASS` or `RED GREEN BLUE CLASS`, columns separated by commas, tabs or
-    spaces. The first line may name the columns (id; red, green, blue or r, g, b; class or name), in any order. Lines
-    that begin with # are skipped. A JSON file holds an object {"ID" or "RED GREEN BLUE": CLASS}. A class is a name of
-    `classes`, an id, or "ignore"; several values may mean one class.
+    Text and CSV files have one line per value, `ID CLASS` or `RED GREEN BLUE CLASS`, with columns separated by commas,
+    tabs or spaces. The first line may name the columns (id; red, green, blue or r, g, b; class or name), in any order.
+    Lines that start with # are skipped. A JSON file holds an object {"ID" or "RED GREEN BLUE": CLASS}. A class is a
+    name of `classes`, an id, or "ignore"; several values may share a class.
 
     Returns:
       Whether the values are colors, and the class id of each value (colors as R * 65536 + G * 256 + B).
@@ -145,22 +147,22 @@ def read_label_map(path: str, classes: Sequence[str], ignore: int) -> tuple[bool
         raise DataError(f"missing label map {path} (config.data.label_map)") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a label map: {error}") from None
-    meaning, colors = {}, None
+    id_of, colors = {}, None
     for where, numbers, name in rows:
         _check_numbers(numbers, where)
         if colors not in (None, len(numbers) == 3):
             raise DataError(f"{where}: the label map mixes ids and colors")
         colors = len(numbers) == 3
         value = functools.reduce(lambda packed, number: packed << 8 | number, numbers)
-        known = _class_id(name, classes, ignore, where)
-        if meaning.setdefault(value, known) != known:
-            raise DataError(f"{where}: {' '.join(map(str, numbers))} means two classes in this label map")
-    if not meaning:
+        class_id = _class_id(name, classes, ignore, where)
+        if id_of.setdefault(value, class_id) != class_id:
+            raise DataError(f"{where}: {' '.join(map(str, numbers))} has two classes in this label map")
+    if not id_of:
         raise DataError(f"{path}: the label map is empty; expected lines `ID CLASS` or `RED GREEN BLUE CLASS`")
-    return bool(colors), meaning
+    return bool(colors), id_of
 
 
-_Row = tuple[str, list[int], str]  # Where it stands, the id or the three channels, the class.
+_Row = tuple[str, list[int], str]  # File and line, for messages; the id, or red, green and blue; the class.
 
 
 def _json_rows(text: str, path: str) -> list[_Row]:
@@ -204,7 +206,7 @@ def _columns(line: str) -> list[str]:
     for separator in (",", "\t"):
         if separator in line:
             columns = [column.strip() for column in next(csv.reader([line], delimiter=separator))]
-            # Lines like "64 128 64<tab>Animal" have both.
+            # Lines such as "64 128 64<tab>Animal" hold both separators.
             return [*columns[0].split(), *columns[1:]] if separator == "\t" else columns
     return line.split()
 
@@ -254,27 +256,3 @@ def _class_id(name: str, classes: Sequence[str], ignore: int, where: str) -> int
         f"{where}: no class {name!r}{did_you_mean(name, classes) or ';'} expected {', '.join(classes)} "
         f"(config.data.classes), an id below {len(classes)}, or {IGNORE}"
     )
-
-
-def read_class_names(path: str) -> tuple[str, ...]:
-    """Reads a file of one class name a line, in the order of the ids in the masks, from 0.
-
-    Raises:
-      DataError: no such file, or one that does not name 2 to 255 different classes.
-    """
-    expected = "expected the names of the classes, one a line, in the order of the ids in the masks, from 0"
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            names = [line.strip() for line in file.read().rstrip().splitlines()]
-    except FileNotFoundError:
-        raise DataError(f"missing file {path}; {expected}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}; {expected}") from None
-    if "" in names:  # Left out, it would shift the ids of the classes below it.
-        raise DataError(f"{path}:{names.index('') + 1}: an empty line; {expected}")
-    again = next((number for number, name in enumerate(names, 1) if name in names[: number - 1]), None)
-    if again:
-        raise DataError(f"{path}:{again}: {names[again - 1]!r} a second time; {expected}")
-    if not 2 <= len(names) <= 255:
-        raise DataError(f"{path}: {len(names)} names; {expected}: 2 to 255 of them")
-    return tuple(names)

@@ -105,8 +105,8 @@ def _to_batch(record: Record) -> Batch:
 
 def _labeled_records(source: Source, config: FrozenConfigDict, per_epoch: int, order_seed: int, view_seed: int):
     order = grain.MapDataset.range(per_epoch).shuffle(seed=order_seed)
-    # Successive epochs take successive stretches of the endlessly repeated list, so that no image is always among
-    # those that come once more than the others.
+    # Successive epochs take successive stretches of the endlessly repeated list, so that the images that occur once
+    # more than the others change.
     order = order.map_with_index(functools.partial(_tile, per_epoch, len(source)))
     return order.random_map(functools.partial(_labeled_record, source, config), seed=view_seed)
 
@@ -117,7 +117,7 @@ def _tile(per_epoch: int, images: int, position: int, drawn: int) -> int:
 
 def _labeled_record(source: Source, config: FrozenConfigDict, index: int, rng: np.random.Generator) -> Record:
     record = source[index]
-    image, label, _ = _weak_view(record["image"], record["label"], config.data, rng)
+    image, label, _ = weak_view(record["image"], record["label"], config.data, rng)
     return {"image_x": image, "label_x": label}
 
 
@@ -128,7 +128,7 @@ def _unlabeled_records(source: Source, config: FrozenConfigDict, order_seed: int
 
 
 def _partner_distance(images: int, config: FrozenConfigDict) -> int:
-    """Returns how many places further in the epoch's order the CutMix partner stands (cyclically); 0 is the image."""
+    """Returns the cyclic distance from an image to its CutMix partner in the order of the epoch; 0: to itself."""
     partner = config.views.mix_partner
     if partner not in MIX_PARTNERS:
         raise DataError(f"config.views.mix_partner is {partner!r}; known: {', '.join(MIX_PARTNERS)}")
@@ -136,7 +136,7 @@ def _partner_distance(images: int, config: FrozenConfigDict) -> int:
         return 0
     if images < 2:
         raise DataError("config.views.mix_partner is 'other', which needs at least 2 unlabeled images; found 1")
-    # The order is random, so any distance pairs at random; half the list keeps partners out of each other's batch.
+    # The order is random, so any distance pairs at random; half the list keeps partners out of the same batch.
     return images // 2
 
 
@@ -152,24 +152,20 @@ def _unlabeled_record(
     index, partner = pair
     image = source[index]["image"]
     record = {}
-    record["image_u"], _, record["valid_u"] = _weak_view(image, None, config.data, rng)
+    record["image_u"], _, record["valid_u"] = weak_view(image, None, config.data, rng)
     if config.method.strong_views:
         other = image if partner == index else source[partner]["image"]
-        record["image_m"], _, record["valid_m"] = _weak_view(other, None, config.data, rng)
+        record["image_m"], _, record["valid_m"] = weak_view(other, None, config.data, rng)
         boxes = [cutmix_box(config.data.crop, config.views, rng) for _ in range(config.method.strong_views)]
         record["boxes"] = np.stack(boxes)
     return record
 
 
-def _weak_view(image: np.ndarray, label: np.ndarray | None, data, rng: np.random.Generator):
-    return weak_view(image, label, data.crop, data.scale, data.flip, data.ignore, rng)
-
-
 class _Batches(grain.MapDataset):
     """The given rows of the consecutive full batches of a dataset, epoch by epoch.
 
-    The records of a batch are made at once by a pool of threads. Grain's own threads make one element each, here a
-    whole batch: to use all cores they would need as many batches in memory as there are threads.
+    A pool of threads makes the records of a batch in parallel. Each of Grain's own threads makes an element, here a
+    whole batch, so that using all cores would take as many batches in memory as there are threads.
     """
 
     def __init__(self, records: grain.MapDataset, batch: int, rows: slice, threads: int):
@@ -191,21 +187,21 @@ class _Batches(grain.MapDataset):
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Returns this process's threads for records. Not part of a dataset: datasets are pickled to workers."""
+    """Returns the threads of this process that make records; not in a dataset, because datasets are pickled."""
     return ThreadPoolExecutor(threads, thread_name_prefix="records")
 
 
 class TrainIterator(grain.DatasetIterator):
     """Iterates over the batches of `train_dataset`; its state is the number of the next step, {"step": int}.
 
-    A state fits any number of threads, workers and processes. `close` ends workers; without it they end when the
-    iterator is collected.
+    A state is valid for any number of threads, workers and processes. `close` ends the workers, which otherwise end
+    with the iterator.
     """
 
-    def __init__(self, dataset: grain.MapDataset, workers: int, buffer: int, step: int):
+    def __init__(self, dataset: grain.MapDataset, workers: int, buffer: int):
         super().__init__()
         self._dataset, self._workers, self._buffer = dataset, workers, buffer
-        self._step = step
+        self._step = 0
         self._batches: grain.DatasetIterator | None = None
 
     def __next__(self) -> Batch:
@@ -215,27 +211,27 @@ class TrainIterator(grain.DatasetIterator):
             self.start_prefetch()
             batch = next(self._batches)
         except BaseException:
-            self._stop()  # Grain's iterators are not usable after an error; the next call begins this step again.
+            self._stop()  # Grain's iterators are unusable after an error; the next call starts this step again.
             raise
         self._step += 1
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Returns {"step": number of the batch that comes next}."""
+        """Returns {"step": number of the next batch}."""
         return {"step": self._step}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from a state of `get_state`, of this or of another iterator over an equal dataset."""
+        """Continues from a state of this iterator, or of another one over an equal dataset."""
         self._stop()
         self._step = int(state["step"])
 
     def start_prefetch(self) -> None:
-        """Begins making batches, without waiting for the first."""
+        """Starts making batches, without waiting for the first."""
         if self._batches is None:
             options = grain.ReadOptions(num_threads=self._buffer, prefetch_buffer_size=self._buffer)
             batches = self._dataset[self._step :].to_iter_dataset(options)
             if self._workers:
-                # Grain gives batches to workers in turn, which keeps their order.
+                # Grain assigns batches to workers in turn, which keeps their order.
                 batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
             self._batches = iter(batches)
             self._batches.start_prefetch()
@@ -251,17 +247,16 @@ class TrainIterator(grain.DatasetIterator):
             batches.close()
 
 
-def train_iterator(dataset: grain.MapDataset, config: ConfigDict, start_step: int = 0) -> TrainIterator:
-    """Returns an iterator over the batches from `start_step` on, made ahead by threads or worker processes.
+def train_iterator(dataset: grain.MapDataset, config: ConfigDict) -> TrainIterator:
+    """Returns an iterator over batches that threads or worker processes make ahead.
 
     Args:
-      dataset: of `train_dataset`.
-      config: the whole configuration: `config.data.{workers,threads,buffer}`. With workers > 0 absl's flags must be
-        parsed, which `absl.app.run` does.
-      start_step: number of the first batch.
+      dataset: from `train_dataset`.
+      config: the whole configuration, of which `config.data.{workers,buffer}`. With workers > 0 absl's flags must be
+        parsed, as `absl.app.run` does.
 
     Returns:
-      An iterator of batches that `grain.checkpoint.CheckpointSave` and `CheckpointRestore` take. An error of a thread
-      or a worker, such as `DataError`, is raised by `next`.
+      An iterator that starts at step 0; `set_state` moves it. Its `next` raises the errors of threads and workers, such
+      as `DataError`. `grain.checkpoint` can save and restore it.
     """
-    return TrainIterator(dataset, config.data.workers, config.data.buffer, start_step)
+    return TrainIterator(dataset, config.data.workers, config.data.buffer)

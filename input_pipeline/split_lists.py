@@ -1,15 +1,15 @@
-"""Split lists: which images are labeled, which are not, and which validate. Text files, one `image mask` a line."""
+"""Split lists: text files of lines `image mask` that name the labeled, unlabeled and validation images."""
 
 import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from input_pipeline.errors import DataError, did_you_mean
+from input_pipeline.errors import DataError, did_you_mean, first_lines
 
+LIST_SUFFIX = ".txt"
 LABELED, UNLABELED, VAL = "labeled.txt", "unlabeled.txt", "val.txt"
-SPLIT_LISTS = (LABELED, UNLABELED)  # Those in the folder of a split; VAL is beside these folders.
-_REPORTED = 5  # Wrong lines named in one message.
+SPLIT_LISTS = (LABELED, UNLABELED)  # In the folder of a split; VAL is next to these folders.
 _BLANK = re.compile(r"\s")
 
 
@@ -22,7 +22,7 @@ class SplitLists(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A line of a list: paths as written, relative to the data root; `mask` is None where the line has none."""
+    """A line of a list: paths as written, relative to the data root; `mask` is None if the line has none."""
 
     image: str
     mask: str | None
@@ -33,24 +33,24 @@ def find_split(root: str, splits: str, split: str, needed: Sequence[str] = Split
 
     Args:
       root: the data root.
-      splits: folder of the splits: absolute, else under `root`, else under the current folder. The first of these that
-        has a folder `split` is taken; where only `val` is needed and none has it, the first that has a val.txt.
+      splits: folder of the splits: absolute, or relative to `root` or to the current folder. The first with a folder
+        `split` is taken or, if only `val` is needed and there is none, the first with a val.txt.
       split: name of the split.
       needed: names of the lists that must exist.
 
     Raises:
-      DataError: no such folder, naming the nearest and all existing splits; or a list is missing.
+      DataError: no such folder, with the nearest and all existing splits; or a missing list.
     """
     if os.path.isabs(os.path.expanduser(splits)):
         folders = [os.path.expanduser(splits)]
     else:
         folders = [os.path.join(root, splits), os.path.abspath(splits)]
-    having = [f for f in folders if split and os.path.isdir(os.path.join(f, split))]
+    candidates = [f for f in folders if split and os.path.isdir(os.path.join(f, split))]
     if tuple(needed) == ("val",):
-        having += [f for f in folders if os.path.isfile(os.path.join(f, VAL))]
-    if not having:
+        candidates += [f for f in folders if os.path.isfile(os.path.join(f, VAL))]
+    if not candidates:
         raise DataError(_unknown_split(folders, split))
-    folder = having[0]
+    folder = candidates[0]
     lists = SplitLists(
         os.path.join(folder, split, LABELED), os.path.join(folder, split, UNLABELED), os.path.join(folder, VAL)
     )
@@ -74,26 +74,25 @@ def read_list(path: str, labeled: bool) -> list[Entry]:
     """Returns the entries of a list; see `parse_list`. Raises DataError if anything is wrong with it."""
     entries, wrong = parse_list(path, labeled)
     if wrong:
-        more = f"\n... {len(wrong)} lines of {path}" if len(wrong) > _REPORTED else ""
-        raise DataError("\n".join(wrong[:_REPORTED]) + more)
+        raise DataError(first_lines(wrong, f"lines of {path}"))
     return entries
 
 
 def parse_list(path: str, labeled: bool) -> tuple[list[Entry], list[str]]:
-    """Reads a list of `image mask` lines; blank lines are skipped.
+    """Reads a list of `image mask` lines, skipping blank ones.
 
-    Columns are separated by blanks; in a line that holds a tab by tabs, so that names may hold blanks there.
+    Columns are separated by spaces or, in a line with a tab, by tabs, so that names may contain spaces.
 
     Args:
       path: the text file.
-      labeled: whether every line must name a mask; where not, a line may be an image alone.
+      labeled: whether every line must name a mask; if not, a line may hold an image alone.
 
     Returns:
-      The entries of the good lines, and what is wrong: the file is missing, is not text, is empty, or a line has a
+      The entries of the valid lines, and error messages: the file is missing, is not text, is empty, or a line has the
       wrong number of columns.
     """
     try:
-        # utf-8-sig: some editors begin a file with a byte order mark, which would become part of the first name.
+        # utf-8-sig: the byte order mark that some editors write would become part of the first name.
         with open(path, encoding="utf-8-sig") as file:
             lines = file.read().splitlines()
     except FileNotFoundError:
@@ -113,16 +112,16 @@ def parse_list(path: str, labeled: bool) -> tuple[list[Entry], list[str]]:
 
 
 def format_entry(entry: Entry) -> str:
-    """Writes the line of an entry, so that `parse_list` reads it back.
+    """Returns the line of an entry, which `parse_list` reads back.
 
     Raises:
-      DataError: a name that no line can hold.
+      DataError: a name that a line cannot hold.
     """
     names = [name for name in entry if name is not None]
     for name in names:
         if name != name.strip() or len(name.splitlines()) != 1 or "\t" in name or not name.isprintable():
             raise DataError(
-                f"{name!r}: a name that a list cannot hold: it begins or ends with a blank, or has a tab, a line break "
+                f"{name!r}: a name that a list cannot hold: it starts or ends with a space, or has a tab, a line break "
                 "or characters that are not UTF-8; rename the file"
             )
     if not any(map(_BLANK.search, names)):

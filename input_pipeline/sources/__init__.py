@@ -1,1 +1,1 @@
-"""Random-access sources of images."""
+"""Random-access sources of images and labels."""

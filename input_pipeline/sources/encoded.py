@@ -1,4 +1,4 @@
-"""Sources of encoded images and masks, whatever holds them."""
+"""Base of the sources that decode images and masks."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -7,23 +7,22 @@ import numpy as np
 
 from input_pipeline import decode
 from input_pipeline.decode import Encoded
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, first_lines
 from input_pipeline.labels import Labels
 
-_HEADER_THREADS = 32  # Reading a header is waiting for the disk or the network, not computing.
-_REPORTED = 5  # Bad files named in one message.
+_HEADER_THREADS = 32  # Reading a header waits for the disk or the network and computes little.
 
 
 class EncodedSource:
-    """Decodes the records of a subclass, which says what they are called (`name`) and where they are (`files`)."""
+    """Decodes records; a subclass defines their names (`name`) and their encoded files (`files`)."""
 
     def __init__(self, length: int, where: str, labels: Labels | None):
         """Opens nothing.
 
         Args:
           length: number of records.
-          where: what named them, for messages.
-          labels: decodes the masks; None: records have no label, and no mask is opened even where there is one.
+          where: the list or folder that names the records, for messages.
+          labels: decodes the masks; None for records without label, whose masks, if any, are not opened.
         """
         self._length, self.where, self.labels = length, where, labels
         self._sizes: Sequence[tuple[int, int]] | None = None
@@ -32,27 +31,27 @@ class EncodedSource:
         return self._length
 
     def name(self, index: int) -> str:
-        """Returns the path of the image, as the user wrote it."""
+        """Returns the path of the image as the user wrote it."""
         raise NotImplementedError
 
     def files(self, index: int) -> tuple[Encoded, Encoded | None]:
-        """Returns the image and, if records have labels, the mask; reads neither."""
+        """Returns the encoded image and, if records have labels, the mask; reads neither."""
         raise NotImplementedError
 
     def size(self, index: int) -> tuple[int, int]:
-        """Returns (H, W) of record `index`, from the headers, which are read once."""
+        """Returns (H, W) of record `index` from the headers, which are read once."""
         if self._sizes is None:
             self.check_headers()
         return tuple(int(side) for side in self._sizes[index])
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Decodes a record, at the size of the file.
+        """Decodes a record at its full size.
 
         Returns:
-          "image", uint8 [H, W, 3], and with labels "label", class ids uint8 [H, W].
+          {"image": uint8 [H, W, 3]}, and "label", class ids uint8 [H, W], if the source has labels.
 
         Raises:
-          DataError: a file is missing or damaged, image and mask differ in size, or the mask has values of no class.
+          DataError: a file is missing or damaged, image and mask differ in size, or the mask has values without class.
         """
         image_file, mask_file = self.files(index)
         image = decode.image(image_file)
@@ -63,20 +62,19 @@ class EncodedSource:
         return {"image": image, "label": label}
 
     def check_headers(self) -> None:
-        """Checks that every record is there and that sizes and modes fit, reading headers only.
+        """Checks from the headers alone that every record exists and that sizes and modes fit.
 
         Raises:
-          DataError: naming the first bad files and their number.
+          DataError: bad files; the message names the first ones and their number.
         """
         results = self._read_headers()
         errors = [result for result in results if isinstance(result, DataError)]
         if errors:
-            more = f"\n... {len(errors)} of the {len(self)} lines of {self.where}" if len(errors) > 1 else ""
-            raise DataError("\n".join(map(str, errors[:_REPORTED])) + more)
+            raise DataError(first_lines(errors, f"of the {len(self)} images of {self.where}"))
         self._sizes = np.array(results, np.int32)
 
     def _read_headers(self) -> list[tuple[int, int] | DataError]:
-        """The size of each record, or what is wrong with it."""
+        """Returns the size of each record, or its error."""
         with ThreadPoolExecutor(_HEADER_THREADS) as pool:
             return list(pool.map(self._read_header, range(len(self))))
 
@@ -92,15 +90,15 @@ class EncodedSource:
 
 
 def check_sizes(image: Encoded, size: tuple[int, ...], mask: Encoded, mask_size: tuple[int, ...]) -> None:
-    """Raises DataError when the sizes (H, W) of an image and its mask differ."""
+    """Raises DataError if the sizes (H, W) of an image and its mask differ."""
     if size == mask_size:
         return
-    turned = decode.orientation(image)
+    orientation = decode.orientation(image)
     hint = ""
-    if turned >= 5 and mask_size == size[::-1]:
+    if orientation >= 5 and mask_size == size[::-1]:
         hint = (
-            f". The mask fits the image as stored, before its EXIF orientation ({turned}) turns it: turn the mask, or "
-            "save the image anew, turned and without EXIF"
+            f". The mask fits the image as stored, before its EXIF orientation ({orientation}) is applied: rotate the "
+            "mask, or save the image again, rotated and without EXIF"
         )
     raise DataError(
         f"{mask.where}: mask of {mask_size[1]}x{mask_size[0]} pixels; expected {size[1]}x{size[0]}, the size of "

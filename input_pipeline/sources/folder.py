@@ -11,25 +11,26 @@ from input_pipeline.split_lists import Entry
 
 
 class FolderSource(EncodedSource):
-    """Images, and their masks, as files below a folder."""
+    """Image and mask files below a folder."""
 
     def __init__(self, root: str, entries: Sequence[Entry], where: str, labels: Labels | None):
         """Opens no file.
 
         Args:
           root: folder that the paths of the entries are relative to.
-          entries: what `split_lists.read_list` returned, or anybody else made.
-          where: who named them, for messages: the list.
+          entries: the images and masks.
+          where: the list or folder that names the entries, for messages.
           labels: see `EncodedSource`; if not None, every entry names a mask.
         """
         super().__init__(len(entries), where, labels)
         self.root, self.entries = root, list(entries)
 
     def name(self, index: int) -> str:
-        """Returns the image's path as it stands in the list."""
+        """Returns the path of the image as written in the list."""
         return self.entries[index].image
 
     def files(self, index: int) -> tuple[Encoded, Encoded | None]:
+        """See `EncodedSource`."""
         entry = self.entries[index]
         return self._file(entry.image), None if self.labels is None else self._file(entry.mask)
 
@@ -39,15 +40,15 @@ class FolderSource(EncodedSource):
 
 
 class ImagesSource(FolderSource):
-    """Images alone, for prediction: files that cannot be read are told, not raised.
+    """Images without masks, for prediction; unreadable files are collected instead of raised.
 
     Attributes:
-      errors: one DataError for each file that cannot be read.
-      readable: indices of the others.
+      errors: one DataError per unreadable file.
+      readable: indices of the other files.
     """
 
     def __init__(self, paths: Sequence[str], where: str):
-        """Reads the headers of the images at `paths`; `where` says in messages who named them."""
+        """Reads the headers of the images at `paths`; `where` names the list or folder, for messages."""
         super().__init__("", [Entry(path, None) for path in paths], where, None)
         headers = self._read_headers()
         self.errors = [header for header in headers if isinstance(header, DataError)]

@@ -1,6 +1,6 @@
-"""Random-access sources of images: a record is {"image": uint8 [H, W, 3] RGB, "label": uint8 [H, W]}.
+"""Opens the sources of a configuration: random access to records {"image": uint8 [H, W, 3] RGB, "label": uint8 [H, W]}.
 
-Sources are picklable (worker processes get a copy) and safe to read from many threads.
+Sources can be pickled (worker processes get a copy) and read from many threads.
 """
 
 import functools
@@ -12,35 +12,36 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from input_pipeline import layout
-from input_pipeline.errors import DataError
+from input_pipeline.class_names import SHAPES_CLASSES
+from input_pipeline.errors import DataError, first_lines
 from input_pipeline.labels import Labels
 from input_pipeline.sources import records
 from input_pipeline.sources import tfds as tfds_source
 from input_pipeline.sources.folder import FolderSource
 from input_pipeline.sources.records import RecordsSource
-from input_pipeline.sources.shapes import SHAPES_CLASSES, ShapesSource
+from input_pipeline.sources.shapes import ShapesSource
 from input_pipeline.sources.tfds import TfdsSource
 
 SOURCES = ("folder", "array_record", "tfds", "shapes")
 
 
 class Source(Protocol):
-    """What the pipelines read."""
+    """The interface of a source, for the pipelines."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns {"image": uint8 [H, W, 3], "label": uint8 [H, W]}; an unlabeled source has no "label"."""
+        """Returns {"image": uint8 [H, W, 3], "label": uint8 [H, W]}, without "label" from an unlabeled source."""
 
     def name(self, index: int) -> str:
-        """Returns the path of the image, as the user wrote it."""
+        """Returns the path of the image as the user wrote it."""
 
     def size(self, index: int) -> tuple[int, int]:
         """Returns (H, W) without decoding the image."""
 
 
 class Sources(NamedTuple):
-    """The three sources of a run. `unlabeled` is one pass of an epoch, whatever the method reads from it."""
+    """The three sources of a run. An epoch is one pass over `unlabeled`, also if the method does not read it."""
 
     labeled: Source
     unlabeled: Source
@@ -48,7 +49,7 @@ class Sources(NamedTuple):
 
 
 def digest(source: Source) -> str:
-    """Returns a digest of the names of the images and of their order, which is what batches depend on."""
+    """Returns a digest of the names of the images and their order, on which the batches depend."""
     names = hashlib.sha256()
     for index in range(len(source)):
         names.update(os.fsencode(source.name(index)) + b"\n")
@@ -68,11 +69,11 @@ def open_sources(config) -> Sources:
 
 
 def open_source(config, split: str) -> Source:
-    """Opens one of the sources of a run, which needs the lists, folders and files of that split alone.
+    """Opens one source of a run, without the lists, folders and files of the other splits.
 
     Args:
       config: the whole configuration.
-      split: "labeled" | "unlabeled" | "val".
+      split: a field of `Sources`: "labeled" | "unlabeled" | "val".
 
     Raises:
       DataError: as `open_sources`.
@@ -87,7 +88,7 @@ def _open(data, splits: Sequence[str]) -> list[Source]:
 
 
 def _open_listed(data, splits: Sequence[str]) -> list[Source]:
-    """Opens what lists, or folders, name: as files, or packed."""
+    """Opens the files, or the packed records, that lists or folders name."""
     root = layout.find_root(data)
     if data.source == "folder":
         make = functools.partial(FolderSource, root)
@@ -96,10 +97,10 @@ def _open_listed(data, splits: Sequence[str]) -> list[Source]:
         records.check_shards(root, index)
         make = functools.partial(RecordsSource, root, index)
     labels = Labels.from_config(data)
-    found = layout.find_layout(data, splits)
-    if found.defects:
-        raise DataError(layout.first_lines(found.defects))
-    sources = [make(*getattr(found, split), _labels_of(split, labels)) for split in splits]
+    images = layout.find_layout(data, splits)
+    if images.defects:
+        raise DataError(first_lines(images.defects))
+    sources = [make(*getattr(images, split), _labels_of(split, labels)) for split in splits]
     for source in sources:
         source.check_headers()
     return sources
@@ -112,11 +113,9 @@ def _labels_of(split: str, labels: Labels) -> Labels | None:
 def _open_tfds(data, splits: Sequence[str]) -> list[Source]:
     labels, keys = Labels.from_config(data), data.tfds
     dataset = tfds_source.open_dataset(keys.name, keys.data_dir)
-    sources = [
-        TfdsSource(dataset, keys[split], keys.image, keys.label, _labels_of(split, labels)) for split in splits
-    ]
+    sources = [TfdsSource(dataset, keys[split], keys.image, keys.label, _labels_of(split, labels)) for split in splits]
     for source in sources:
-        if source.labels is not None:  # Headers are in the records; without a mask there is nothing to compare.
+        if source.labels is not None:  # Headers are in the records: without a mask there is nothing to compare.
             source.check_headers()
     return sources
 

@@ -1,8 +1,8 @@
-"""Packed data sets: encoded images and masks in a few large ArrayRecord files, which `pack` writes.
+"""Packed data sets: encoded images and masks in a few large ArrayRecord files, written by `--mode=records`.
 
-FOLDER/index.json names each record and the size and SHA-256 of each shard; FOLDER/*.array_record are the shards. A
-record is the bytes of an image file; the next is those of its mask file, if it has one. Split lists name records by
-the paths of their images, as they name files.
+FOLDER/index.json lists the records and the size and SHA-256 of each shard; FOLDER/*.array_record are the shards. A
+record is the bytes of an image file, followed by a record with those of its mask file, if it has one. Split lists name
+records by the paths of their images, just as they name files.
 """
 
 import dataclasses
@@ -15,18 +15,17 @@ from typing import NamedTuple
 import grain
 
 from input_pipeline.decode import Encoded
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, first_names
 from input_pipeline.labels import Labels
 from input_pipeline.sources.encoded import EncodedSource, check_sizes
 from input_pipeline.split_lists import Entry
 
 INDEX, PROGRESS = "index.json", "progress"
 FORMAT = "dssn_jax records 1"
-_REPORTED = 5  # Names in one message.
 
 
 class Row(NamedTuple):
-    """Where an image and its mask lie, and what they are."""
+    """Location and sizes of an image and its mask."""
 
     image: str
     mask: str | None
@@ -48,7 +47,7 @@ class Shard(NamedTuple):
 
 
 class Index(NamedTuple):
-    """The content of index.json. `inputs` is a digest of the names and sizes of the files that were packed."""
+    """The content of index.json; `inputs` is a digest of the names and sizes of the packed files."""
 
     inputs: str
     shards: tuple[Shard, ...]
@@ -56,8 +55,8 @@ class Index(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _AllOf:
-    """A whole shard, as ArrayRecordDataSource takes it without opening it."""
+class WholeShard:
+    """A read instruction for all records of a shard, which ArrayRecordDataSource accepts without opening the file."""
 
     filename: str
     take: int
@@ -66,16 +65,16 @@ class _AllOf:
 
 
 class RecordsSource(EncodedSource):
-    """Records of a packed data set."""
+    """Images and masks of a packed data set."""
 
     def __init__(self, folder: str, index: Index, entries: Sequence[Entry], where: str, labels: Labels | None):
         """Opens no shard.
 
         Args:
-          folder: of the packed data set.
-          index: what `read_index` returned.
-          entries: the records of this source.
-          where: who named them, for messages: the list.
+          folder: folder of the packed data set.
+          index: its index, from `read_index`.
+          entries: images and masks of this source.
+          where: the list that names them, for messages.
           labels: see `EncodedSource`; if not None, every entry names a mask.
 
         Raises:
@@ -86,11 +85,14 @@ class RecordsSource(EncodedSource):
         self._starts = [sum(shard.records for shard in index.shards[:number]) for number in range(len(index.shards))]
         self._paths = [os.path.join(folder, shard.file) for shard in index.shards]
         self._records = grain.sources.ArrayRecordDataSource(
-            [_AllOf(path, shard.records, shard.records) for path, shard in zip(self._paths, index.shards, strict=True)]
+            [
+                WholeShard(path, shard.records, shard.records)
+                for path, shard in zip(self._paths, index.shards, strict=True)
+            ]
         )
 
     def name(self, index: int) -> str:
-        """Returns the image's path as it stands in the list."""
+        """Returns the path of the image as written in the list."""
         return self._rows[index].image
 
     def files(self, index: int) -> tuple[Encoded, Encoded | None]:
@@ -107,7 +109,7 @@ class RecordsSource(EncodedSource):
         what = f"{self._paths[shard]}: damaged, record {position} ({name})"
         try:
             content = self._records[self._starts[shard] + position]
-        except Exception as error:  # The library raises what its C++ code meets as several types.
+        except Exception as error:  # The C++ library raises several types.
             raise DataError(f"{what} cannot be read: {error}") from None
         if len(content) != size:
             raise DataError(f"{what} has {len(content)} bytes; expected {size}")
@@ -125,13 +127,13 @@ class RecordsSource(EncodedSource):
 
 
 def _rows(folder: str, index: Index, entries: Sequence[Entry], where: str, labeled: bool) -> list[Row]:
-    """The rows of entries; raises DataError for those that are not there."""
+    """Returns the rows of entries; raises DataError for entries that were not packed."""
     by_name = {row.image: row for row in index.rows}
     absent = [entry.image for entry in entries if entry.image not in by_name]
     if labeled:
         absent += [e.mask for e in entries if e.image in by_name and by_name[e.image].mask != e.mask]
     if absent:
-        names = ", ".join(absent[:_REPORTED]) + (", ..." if len(absent) > _REPORTED else "")
+        names = first_names(absent, 5)
         raise DataError(f"{where}: {len(absent)} images or masks are not in the packed data set {folder}: {names}")
     return [by_name[entry.image] for entry in entries]
 
@@ -140,19 +142,19 @@ def read_index(folder: str) -> Index:
     """Reads the index of a packed data set.
 
     Raises:
-      DataError: no packed data set, an unfinished one, or a damaged index.
+      DataError: no packed data set, an incomplete one, or a damaged index.
     """
     path = os.path.join(folder, INDEX)
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
         if content["format"] != FORMAT:
-            raise DataError(f"{path}: of format {content['format']!r}; expected {FORMAT!r}")
+            raise DataError(f"{path}: format {content['format']!r}; expected {FORMAT!r}")
         shards = tuple(Shard(*shard) for shard in content["shards"])
         return Index(content["inputs"], shards, tuple(map(row_from_json, content["rows"])))
     except FileNotFoundError:
         unfinished = os.path.isdir(os.path.join(folder, PROGRESS))
-        hint = "the conversion has not finished: give its command again" if unfinished else "--mode=records makes it"
+        hint = "packing has not finished: run its command again" if unfinished else "--mode=records makes it"
         raise DataError(f"missing file {path}, the index of a packed data set; {hint}") from None
     except DataError:
         raise
@@ -161,23 +163,23 @@ def read_index(folder: str) -> Index:
 
 
 def index_to_json(index: Index) -> dict:
-    """Returns what `read_index` reads."""
+    """Returns the content of index.json for `read_index`."""
     return {"format": FORMAT, "columns": Row._fields, **index._asdict()}
 
 
 def row_from_json(values: list) -> Row:
-    """Returns a row of the index, whose sizes are lists in JSON."""
-    *others, size, mask_size = values
-    return Row(*others, tuple(size), tuple(mask_size) if mask_size else None)
+    """Returns a row of the index from its JSON list, in which sizes are lists."""
+    *fields, size, mask_size = values
+    return Row(*fields, tuple(size), tuple(mask_size) if mask_size else None)
 
 
 def check_shards(folder: str, index: Index) -> None:
-    """Raises DataError if a shard is missing, or of another size than the index says."""
+    """Raises DataError if a shard is missing or its size differs from the index."""
     for shard in index.shards:
         path = os.path.join(folder, shard.file)
         try:
-            found = os.path.getsize(path)
+            size = os.path.getsize(path)
         except OSError:
             raise DataError(f"missing file {path}, a shard of a packed data set (listed in {INDEX})") from None
-        if found != shard.bytes:
-            raise DataError(f"{path}: {found} bytes; expected {shard.bytes}, as {INDEX} says: copy or pack it anew")
+        if size != shard.bytes:
+            raise DataError(f"{path}: {size} bytes; expected {shard.bytes} ({INDEX}): copy or pack it again")

@@ -1,7 +1,7 @@
-"""A generated data set: textured shapes on clutter. Exact masks, no files, any number of images.
+"""A generated data set: textured shapes on clutter, with exact masks, no files and any number of images.
 
-It is made so that a few labels do not settle it: light, textures and clutter blur a class's range of hues, shapes cover
-each other, and clutter takes any texture. Every image depends on (seed, part, index) alone.
+It is hard to learn from a few labels: light, textures and clutter blur the hues of a class, shapes occlude each other,
+and clutter has the same textures. An image depends on (seed, part, index) alone.
 """
 
 import colorsys
@@ -11,15 +11,14 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-SHAPES_CLASSES = ("background", "disk", "rectangle", "triangle", "ring", "cross")
-DISK, RECTANGLE, TRIANGLE, RING, CROSS = range(1, 6)
+DISK, RECTANGLE, TRIANGLE, RING, CROSS = range(1, 6)  # Ids in `class_names.SHAPES_CLASSES`; 0 is the background.
 PARTS = ("train", "val")
 _COMMON = (DISK, RECTANGLE, TRIANGLE, RING)
-# The rare class is in every tenth image, and small.
+# The rare class is small, and in every tenth image.
 _RARE_PERIOD, _RARE_OFFSET = 10, 3
-_RADIUS = (0.2, 0.34)  # Of the image side.
+_RADIUS = (0.2, 0.34)  # As a fraction of the image side.
 _RARE_RADIUS = (0.17, 0.22)
-# Hue in the middle of a class's range, in turns of the color circle; light, clutter and textures blur the ranges.
+# Center of the hues of a class, in turns of the color circle; light, clutter and textures blur them.
 _HUE_OF = {DISK: 0.0, RECTANGLE: 0.2, TRIANGLE: 0.4, RING: 0.6, CROSS: 0.8}
 _HUE_RANGE = 0.06
 
@@ -27,20 +26,20 @@ Grid = tuple[np.ndarray, np.ndarray]  # y and x of every pixel, float32 [size, s
 
 
 class ShapesSource:
-    """Generated images and labels; the interface of `sources.Source`.
+    """Generated images and labels; a `sources.open.Source`.
 
-    The common classes take turns as the topmost large shape (index mod 4) and the rare one is in the images whose
-    index is 3 modulo 10, so any 4 consecutive images hold the first and any 10 the second.
+    The common classes take turns as the topmost large shape (index mod 4) and the rare class is in the images whose
+    index is 3 modulo 10, so any 4 consecutive images contain the common classes and any 10 the rare one.
     """
 
     def __init__(self, size: int, count: int, seed: int, part: str, labeled: bool):
-        """Describes the data set; draws nothing.
+        """Draws nothing yet.
 
         Args:
           size: side of the square images, pixels.
           count: number of images.
-          seed: of the data set.
-          part: "train" | "val": different images under the same seed.
+          seed: seed of the data set.
+          part: "train" | "val": different images for the same seed.
           labeled: whether records have a "label".
         """
         self._size, self._count, self._seed = size, count, seed
@@ -85,7 +84,7 @@ def _draw(size: int, index: int, rng: np.random.Generator) -> tuple[np.ndarray, 
 
 
 def _local(y: np.ndarray, x: np.ndarray, size: int, margin: float, rng: np.random.Generator) -> Grid:
-    """Returns coordinates turned and centered at a random place at least 0.8 `margin` from the border."""
+    """Returns rotated coordinates with the origin at a random point at least 0.8 `margin` from the border."""
     cy, cx = rng.uniform(0.8 * margin, size - 0.8 * margin, size=2).tolist()
     sin, cos = _direction(rng)
     return (x - cx) * sin + (y - cy) * cos, (x - cx) * cos - (y - cy) * sin
@@ -97,7 +96,7 @@ def _direction(rng: np.random.Generator) -> tuple[float, float]:
 
 
 def _outline(shape: int, v: np.ndarray, u: np.ndarray, radius: float) -> np.ndarray:
-    """Returns where the shape of `radius` around the origin of (v, u) is: bool [size, size]."""
+    """Returns the mask of a shape of `radius` around the origin of (v, u), bool [size, size]."""
     if shape == DISK:
         return u * u + v * v <= radius * radius
     if shape == RING:
@@ -112,19 +111,19 @@ def _outline(shape: int, v: np.ndarray, u: np.ndarray, radius: float) -> np.ndar
 
 
 def _color(rng: np.random.Generator) -> np.ndarray:
-    """Returns any color, mostly a pale one: float32 [3] in 0..255."""
+    """Returns a random, mostly pale color, float32 [3] in 0..255."""
     return (rng.uniform(40, 215) + rng.uniform(-40, 40, 3)).astype(np.float32)
 
 
 def _class_color(shape: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns a vivid color of the class's range of hues: float32 [3] in 0..255."""
+    """Returns a vivid color with a hue of the class, float32 [3] in 0..255."""
     hue = (_HUE_OF[shape] + rng.uniform(-_HUE_RANGE, _HUE_RANGE)) % 1
     color = colorsys.hsv_to_rgb(hue, rng.uniform(0.45, 1), rng.uniform(0.45, 1))
     return 255 * np.array(color, np.float32)
 
 
 def _wave(y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns a plane wave in -1..1 with a period of 4 to 10 pixels and random direction and phase."""
+    """Returns a plane wave in -1..1 with a period of 4 to 10 pixels and a random direction and phase."""
     sin, cos = _direction(rng)
     return np.sin((sin * y + cos * x) * (2 * np.pi / rng.uniform(4, 10)) + rng.uniform(0, 2 * np.pi))
 
@@ -157,7 +156,7 @@ def _grain(y, x, rng):
 
 
 _TEXTURES: tuple[Callable, ...] = (_stripes, _checks, _ripples, _spots, _clouds, _grain)
-# Each class likes three of the six; any two classes share some, and clutter takes all.
+# A class has three of the six textures; any two classes share some, and clutter has all.
 _TEXTURES_OF = {
     DISK: (_spots, _clouds, _ripples),
     RECTANGLE: (_stripes, _checks, _clouds),
@@ -174,10 +173,10 @@ def _texture(
     rng: np.random.Generator,
     first: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Returns a two-colored texture of a random kind, float32 [size, size, 3]; `first` is one of its colors."""
+    """Returns a random texture of two colors, float32 [size, size, 3]; `first` is one of them."""
     amount = kinds[rng.integers(len(kinds))](y, x, rng)[..., None]
     first, second = _color(rng) if first is None else first, _color(rng)
-    second = first + rng.uniform(0.2, 0.5) * (second - first)  # From faint to clear.
+    second = first + rng.uniform(0.2, 0.5) * (second - first)  # Faint to strong contrast.
     return first + amount * (second - first)
 
 
@@ -186,7 +185,7 @@ def _paint(image: np.ndarray, inside: np.ndarray, texture: np.ndarray) -> None:
 
 
 def _background(y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns a cluttered background: clouds, textured half-planes, lines and small blobs."""
+    """Returns a background of clouds, textured half-planes, lines and small blobs, float32 [size, size, 3]."""
     size = len(x)
     image = _texture(y, x, (_clouds, _ripples), rng)
     for _ in range(rng.integers(3)):
@@ -202,31 +201,9 @@ def _background(y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.nd
 
 
 def _expose(image: np.ndarray, y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns uint8: `image` under slanting light, with sensor noise."""
+    """Returns `image` under light with a gradient, with sensor noise, uint8 [size, size, 3]."""
     sin, cos = _direction(rng)
     middle = (len(x) - 1) / 2
     light = rng.uniform(0.6, 1.2) + rng.uniform(0, 0.4) * (sin * (y - middle) + cos * (x - middle)) / len(x)
     noise = rng.standard_normal(image.shape, np.float32) * rng.uniform(2, 12)
     return np.clip(image * light[..., None] + noise, 0, 255).astype(np.uint8)
-
-
-def contact_sheet(source, count: int = 12, columns: int = 6) -> np.ndarray:
-    """Returns the first images of a labeled source of equal sizes above their labels, to look at.
-
-    Args:
-      source: a `sources.Source` with labels.
-      count: number of images.
-      columns: images side by side.
-
-    Returns:
-      uint8 [rows 2 H, columns W, 3]; labels in spread hues, class 0 black.
-    """
-    hues = np.array([0 if i == 0 else 1 + (i * 97) % 255 for i in range(256)], np.uint8)
-    tiles = []
-    for index in range(count):
-        record = source[index]
-        full = np.where(record["label"] > 0, 230, 0).astype(np.uint8)
-        colors = Image.fromarray(np.stack([hues[record["label"]], full, full], -1), "HSV").convert("RGB")
-        tiles.append(np.concatenate([record["image"], np.asarray(colors)]))
-    tiles += [np.zeros_like(tiles[0])] * (-count % columns)
-    return np.concatenate([np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)])

@@ -1,4 +1,4 @@
-"""Sources of TensorFlow Datasets, read without TensorFlow: encoded images and masks of a data set on disk."""
+"""Sources of TensorFlow Datasets on disk, read without TensorFlow."""
 
 import functools
 import os
@@ -10,16 +10,16 @@ from input_pipeline.sources.encoded import EncodedSource
 
 
 class TfdsSource(EncodedSource):
-    """A split of a data set, such as "train[:10%]"."""
+    """A TFDS split, such as "train[:10%]"."""
 
     def __init__(self, dataset, split: str, image: str, label: str, labels: Labels | None):
         """Opens no shard.
 
         Args:
-          dataset: what `open_dataset` returned.
-          split: in the words of TFDS.
-          image: key of the feature that is the image.
-          label: key of the feature that is the mask.
+          dataset: builder from `open_dataset`.
+          split: name of the split, in the syntax of TFDS.
+          image: key of the image feature.
+          label: key of the mask feature.
           labels: see `EncodedSource`.
 
         Raises:
@@ -27,7 +27,7 @@ class TfdsSource(EncodedSource):
         """
         import tensorflow_datasets as tfds
 
-        # All images, or those that nobody asked for would be decoded.
+        # For all image features: TFDS would decode those left out.
         features = sorted(dataset.info.features.items())
         images = [key for key, feature in features if isinstance(feature, tfds.features.Image)]
         decoders = {key: tfds.decode.SkipDecoding() for key in images}
@@ -51,10 +51,10 @@ class TfdsSource(EncodedSource):
         if not len(self):
             raise DataError(f"TFDS data set {dataset.info.full_name}: split {split!r} is empty")
         self._image, self._label, self._prefix = image, label, dataset.info.full_name
-        self._shards = [(os.path.basename(each.filename), each.skip, each.take) for each in instructions]
+        self._shards = [(os.path.basename(shard.filename), shard.skip, shard.take) for shard in instructions]
 
     def name(self, index: int) -> str:
-        """Returns the data set, the shard and the record's place in it, which are alike in overlapping splits."""
+        """Returns the data set, the shard and the position in it, which are equal in overlapping splits."""
         for shard, skip, take in self._shards:
             if index < take:
                 return f"{self._prefix}/{shard}/{skip + index}"
@@ -73,22 +73,22 @@ class TfdsSource(EncodedSource):
     def _read(self, index: int, key: str) -> bytes:
         try:
             return self._records[index][key]
-        except Exception as error:  # The libraries below raise what their C++ code meets as several types.
+        except Exception as error:  # The C++ libraries below raise several types.
             raise DataError(f"{self.name(index)}: damaged TFDS record: {error}") from None
 
 
 def open_dataset(name: str, data_dir: str):
-    """Opens a TFDS data set that is on disk; downloads nothing.
+    """Opens a TFDS data set on disk; downloads nothing.
 
     Args:
-      name: such as "oxford_iiit_pet" or "cityscapes/semantic_segmentation:1.0.0".
-      data_dir: folder of TFDS data sets; "": TFDS's own, $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      name: name, such as "oxford_iiit_pet" or "cityscapes/semantic_segmentation:1.0.0".
+      data_dir: folder of the data sets; "": the default of TFDS, $TFDS_DATA_DIR or ~/tensorflow_datasets.
 
     Returns:
-      A builder of TFDS.
+      A TFDS builder.
 
     Raises:
-      DataError: TFDS is not installed, or no such data set is there.
+      DataError: TFDS is not installed, or there is no such data set.
     """
     try:
         from tensorflow_datasets.core import constants, read_only_builder
@@ -102,17 +102,17 @@ def open_dataset(name: str, data_dir: str):
     try:
         return read_only_builder.builder_from_files(name, data_dir=folder)
     except ValueError:
-        there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        there = [each for each in there if each != "downloads" and os.path.isdir(os.path.join(folder, each))]
+        known = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        known = [entry for entry in known if entry != "downloads" and os.path.isdir(os.path.join(folder, entry))]
         base = name.split("/")[0].split(":")[0]
         raise DataError(
-            f"no TFDS data set {name!r} in {folder} (config.data.tfds.name and data_dir){_hint(base, there)}. It is "
-            f"not downloaded from here; `tfds build {name} --file_format=array_record --data_dir={folder}` makes it, "
-            "and may need TensorFlow"
+            f"no TFDS data set {name!r} in {folder} (config.data.tfds.name and data_dir){_hint(base, known)}. It is "
+            f"not downloaded; `tfds build {name} --file_format=array_record --data_dir={folder}` makes it, and may "
+            "need TensorFlow"
         ) from None
 
 
-def _hint(found: str, known) -> str:
+def _hint(name: str, known) -> str:
     known = list(known)
-    # "mask" is nearer to "segmentation_mask" than it looks.
-    return f"{did_you_mean(found, known, cutoff=0.4, part=True) or ';'} known: {', '.join(known) or 'none'}"
+    # `containing`: "mask" should suggest "segmentation_mask".
+    return f"{did_you_mean(name, known, cutoff=0.4, containing=True) or ';'} known: {', '.join(known) or 'none'}"

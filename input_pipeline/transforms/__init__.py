@@ -1,1 +1,1 @@
-"""Random transforms of one record."""
+"""Random transforms of a record."""

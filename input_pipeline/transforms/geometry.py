@@ -5,44 +5,36 @@ from PIL import Image
 
 
 def weak_view(
-    image: np.ndarray,
-    label: np.ndarray | None,
-    crop: int,
-    scale: tuple[float, float],
-    flip: float,
-    ignore: int,
-    rng: np.random.Generator,
+    image: np.ndarray, label: np.ndarray | None, data, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """Scales, pads, crops and flips at random.
+    """Randomly scales, crops and flips an image and its label, padding images smaller than the crop.
 
-    The long side becomes a whole number drawn uniformly from int(long * scale[0]) .. int(long * scale[1]), the other
-    side keeps the aspect; image bilinear, label nearest. What is smaller than the crop is padded at the right and at
-    the bottom.
+    The long side becomes an integer drawn uniformly from int(long * scale[0]) .. int(long * scale[1]) and the other
+    side keeps the aspect ratio; the image is resampled bilinearly, the label by nearest neighbor. Padding is at the
+    right and at the bottom, before the flip.
 
     Args:
       image: uint8 [H, W, 3].
       label: uint8 [H, W], or None.
-      crop: side of the result, pixels.
-      scale: least and greatest scale of the long side.
-      flip: probability of a horizontal flip.
-      ignore: label of the padding.
+      data: `config.data`, of which `crop`, `scale`, `flip` and `ignore`, the label of the padding.
       rng: the source of all randomness.
 
     Returns:
       image uint8 [crop, crop, 3] (padding 0), label uint8 [crop, crop] (padding `ignore`) or None, and valid bool
       [crop, crop], False on the padding.
     """
-    height, width = scaled_size(*image.shape[:2], scale, rng)
+    crop = data.crop
+    height, width = scaled_size(*image.shape[:2], data.scale, rng)
     top = int(rng.integers(max(height - crop, 0), endpoint=True))
     left = int(rng.integers(max(width - crop, 0), endpoint=True))
     window = (slice(top, min(top + crop, height)), slice(left, min(left + crop, width)))
-    step = -1 if rng.random() < flip else 1
+    step = -1 if rng.random() < data.flip else 1
 
     view = _pad(resize_window(image, (height, width), window), crop, 0)[:, ::step]
     valid = np.zeros((crop, crop), bool)
     valid[: window[0].stop - top, : window[1].stop - left] = True
     if label is not None:
-        label = _pad(nearest_window(label, (height, width), window), crop, ignore)[:, ::step]
+        label = _pad(nearest_window(label, (height, width), window), crop, data.ignore)[:, ::step]
         label = np.ascontiguousarray(label)
     return np.ascontiguousarray(view), label, np.ascontiguousarray(valid[:, ::step])
 
@@ -57,8 +49,8 @@ def scaled_size(height: int, width: int, scale: tuple[float, float], rng: np.ran
 def resize_window(image: np.ndarray, size: tuple[int, int], window: tuple[slice, slice]) -> np.ndarray:
     """Returns `window` (rows, columns) of `image` resized to `size` (height, width), bilinear with antialiasing.
 
-    Only the window is computed: Pillow takes the source box with fractions of a pixel and looks beyond its edges, so
-    the result is that of resizing everything and cropping, but for a rounding of a unit here and there.
+    Only the window is computed: Pillow accepts a source box in fractions of a pixel and filters across its edges, so
+    the result equals resizing the whole image and cropping, up to rounding by one gray level.
     """
     rows, columns = window
     y, x = image.shape[0] / size[0], image.shape[1] / size[1]
@@ -69,10 +61,10 @@ def resize_window(image: np.ndarray, size: tuple[int, int], window: tuple[slice,
 
 
 def nearest_window(label: np.ndarray, size: tuple[int, int], window: tuple[slice, slice]) -> np.ndarray:
-    """Returns `window` of `label` [H, W] resized to `size`: the pixel under the center, floor((i + 1/2) H / height)."""
+    """Returns `window` of `label` [H, W] resized to `size` by nearest neighbor, row floor((i + 1/2) H / height)."""
     rows, columns = (
-        (2 * np.arange(part.start, part.stop) + 1) * old // (2 * new)
-        for part, old, new in zip(window, label.shape, size, strict=True)
+        (2 * np.arange(span.start, span.stop) + 1) * old // (2 * new)
+        for span, old, new in zip(window, label.shape, size, strict=True)
     )
     return label[rows[:, None], columns]
 
