@@ -203,12 +203,15 @@ def _call(mode: Mode, values: flags.FlagValues) -> None:
     recorder.quiet_libraries()
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's global flags.
     distributed.initialize(*(values[name].value for name in ("coordinator", "processes", "process")))
-    recorder.log_to(None)
     given = {name: values[name].value for name in mode.flags if values[name].value is not None}
     given |= {name: given[name].split(",") for name in mode.lists}
     inputs = [given.pop(name) for name in mode.inputs]
     module, _, function = mode.entry.partition(":")
-    getattr(importlib.import_module(module), function)(*inputs, **given)
+    stop_logging = recorder.log_to()
+    try:
+        getattr(importlib.import_module(module), function)(*inputs, **given)
+    finally:
+        stop_logging()
 
 
 def cli() -> NoReturn:

@@ -1,0 +1,68 @@
+"""Every recipe is valid and has the published values; mistakes in arguments and keys name the nearest known one."""
+
+import importlib
+import pathlib
+
+import pytest
+
+from configs import arguments, checks, cityscapes, coco, defaults, methods, pascal
+from configs.checks import ConfigError, check_keys
+from dssn_jax.validate import validate_training
+from input_pipeline.batch import labeled_rows
+
+FILES = sorted(
+    file.stem
+    for file in pathlib.Path(checks.__file__).parent.glob("*.py")
+    if "\ndef get_config(argument" in file.read_text()
+)
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("name", [name for name in FILES if name != "custom"])  # Which needs a folder of images.
+def test_every_recipe_is_valid(name, method):
+    config = importlib.import_module(f"configs.{name}").get_config(f"method={method}")
+    validate_training(config, device_count=8)
+    assert config.method.name == method
+    assert labeled_rows(config) == (16 if method == "supervised" else 8)
+    assert set(config.to_dict()) == set(defaults.get_config().to_dict())
+
+
+def test_recipe_table():
+    """The table of recipes in docs/method.md."""
+    for module, classes, crop, epochs, lr, lr_mults, loss, encoder in (
+        (pascal, 21, 513, 100, 0.002, (("decoder/", 10.0),), "ce", "resnet101"),
+        (cityscapes, 19, 801, 240, 0.005, (), "ohem", "resnet101"),
+        (coco, 81, 513, 30, 0.004, (("decoder/", 10.0),), "ce", "xception"),
+    ):
+        config = module.get_config()
+        values = (len(config.data.classes), config.data.crop, config.train.epochs, config.optimizer.lr)
+        assert values == (classes, crop, epochs, lr)
+        assert (config.optimizer.lr_mults, config.method.labeled_loss) == (lr_mults, loss)
+        assert config.model.encoder == encoder
+        assert (config.data.labeled_batch, config.data.unlabeled_batch) == (8, 8)
+    assert pascal.get_config("split=1_2,crop=321").data.crop == 321
+    assert cityscapes.get_config().method.ohem_min_kept == 100000
+    assert cityscapes.get_config("method=unimatch").method.threshold == 0
+    assert pascal.get_config("method=unimatch").method.threshold == 0.95
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("splt=183", "unknown config argument 'splt'; did you mean 'split'"),
+        ("split", "not of the form key=value"),
+        ("crop=big", "crop='big' is not of type int"),
+        ("method=dsn", "unknown method 'dsn'; did you mean 'dssn'"),
+    ],
+)
+def test_argument_mistakes(text, message):
+    with pytest.raises(ConfigError, match=message):
+        arguments.parse(text, split="183", method="dssn", crop=513)
+
+
+def test_unknown_keys_name_the_nearest():
+    with pytest.raises(ConfigError, match="config.data.shapes has no 'sise'; did you mean 'size'"):
+        check_keys(["--config.data.shapes.sise=3"], defaults.get_config())
+    with pytest.raises(ConfigError, match="config.data.crop has no 'x'"):
+        check_keys(["--config.data.crop.x=3"], defaults.get_config())
+    check_keys(["--config.data.crop=3", "--other=1"], defaults.get_config())
