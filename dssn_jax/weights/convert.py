@@ -1,8 +1,4 @@
-"""Weights of PyTorch in and out: `--mode=convert`.
-
-From a file (.pth, .safetensors) or a work directory, to a file, or to a work directory that evaluation and training
-take.
-"""
+"""Converts weights between PyTorch files (.pth, .safetensors) and work directories: `--mode=convert`."""
 
 import json
 import os
@@ -11,160 +7,166 @@ import re
 import shutil
 import time
 
+import jax
 from etils import epath
+from ml_collections import ConfigDict
 
-from configs.checks import ConfigError
-from dssn_jax import validate as configuration
-from dssn_jax.evaluation import scores
-from dssn_jax.learner import optimizer
-from dssn_jax.learner import state as train_state
-from dssn_jax.weights import files as state_dict_files
-from dssn_jax.weights import pretrained
+from configs import defaults
+from configs.checks import ConfigError, check_choice
+from dssn_jax import sharding
+from dssn_jax.evaluation.metrics import new_scores
+from dssn_jax.learner import learner as learner_lib
+from dssn_jax.learner import state as state_lib
+from dssn_jax.learner.learner import Learner
+from dssn_jax.validate import validate_model, validate_training
+from dssn_jax.weights import files, names, pretrained
 from dssn_jax.weights.files import StateDictError
-from dssn_jax.weights.names import from_state_dict, shapes, to_state_dict, torch_name, with_counters
 from dssn_jax.weights.pretrained import Weights
-from dssn_jax.workdir import checkpoint, recorder
+from dssn_jax.workdir import recorder, restore
+from dssn_jax.workdir.checkpoint import Checkpointer
 from dssn_jax.workdir.recorder import logger
 
-# The names themselves are mapped in `dssn_jax.state_dicts`.
-__all__ = ["convert", "from_state_dict", "to_state_dict", "torch_name"]
+PARTS = ("network", "encoder")
 
 
 def convert(
     source: str,
-    target: str,
+    to: str,
+    *,
     config=None,
-    teacher: str | None = None,
+    checkpoint: str = "best",
     network: str = "student",
-    which: str = "best",
+    teacher: str | None = None,
     part: str = "network",
 ) -> None:
-    """Converts weights between files and work directories; writes the whole `target` or nothing.
+    """Converts weights between files and work directories; writes all of `to` or nothing.
 
     Args:
-      source: a file of a backbone or of a whole network, or a work directory.
-      target: a new file (.pth, .pt, .safetensors) or the new work directory (no suffix).
-      config: says the network, and is needed for a work directory. For files the network is told from the tensors.
-      teacher: for a work directory: a file of the teacher's network. Without it the teacher is a copy of the student.
-      network: student or teacher, of a source that is a work directory.
-      which: best, latest or a step, of a source that is a work directory.
-      part: network, or backbone: its tensors alone, under the names of a backbone's file.
+      source: a file of an encoder or of a full network, or a work directory.
+      to: the new file (.pth, .pt, .safetensors) or work directory (no suffix).
+      config: describes the network; required for a work directory. For files the default is to identify the network
+        from its tensors.
+      checkpoint: best, latest or a step, if `source` is a work directory.
+      network: student or teacher, if `source` is a work directory.
+      teacher: weights of the teacher, if `to` is a work directory; default: those of the student. Parameters that the
+        config freezes are always the student's.
+      part: network, or encoder: its tensors alone, under the names of an encoder file; if `to` is a file.
 
-    Raises StateDictError, CheckpointError or ConfigError for what cannot be converted.
+    Raises StateDictError, CheckpointError, WorkdirError or ConfigError for what cannot be converted.
     """
     started = time.monotonic()
-    recorder.log_to(None)
-    destination = pathlib.Path(target).expanduser().absolute()
-    to_file = destination.suffix in state_dict_files.SUFFIXES
-    _check_target(destination, to_file)
-    if to_file and teacher:
-        raise ConfigError("--teacher is for converting to a work directory; a file holds one network")
-    if not to_file and part != "network":
-        raise ConfigError("a work directory holds a whole network; --part=backbone is for converting to a file")
-    if config is not None:
-        configuration.validate(config, device_count=1)
-    if network != "student" and not epath.Path(source).expanduser().is_dir():
-        raise ConfigError(f"--network={network} is for work directories; {source} holds one network")
+    target = pathlib.Path(to).expanduser().absolute()
+    to_file = target.suffix in files.SUFFIXES
+    _check_target(target, to_file)
+    _check_options(source, to_file, config, network, teacher, part)
     try:
         if to_file:
-            _to_file(pretrained.read(source, network, which), destination, config, part)
+            _write_file(pretrained.read(source, checkpoint=checkpoint, network=network), target, config, part)
         else:
-            _to_workdir(source, network, which, teacher, destination, config)
+            _write_workdir(source, target, config, {"checkpoint": checkpoint, "network": network}, teacher)
     except OSError as error:
-        raise StateDictError(f"{target}: cannot be written: {error}") from None
-    logger.info("wrote %s in %.1f s", target, time.monotonic() - started)
+        raise StateDictError(f"{to}: cannot be written: {error}") from None
+    logger.info("wrote %s in %.1f s", to, time.monotonic() - started)
 
 
 def _check_target(target: pathlib.Path, is_file: bool) -> None:
     if not is_file and re.fullmatch(r"\.[A-Za-z]\w*", target.suffix):
-        raise StateDictError(
-            f"{target}: expected {', '.join(state_dict_files.SUFFIXES)} or, for a work directory, no suffix"
-        )
+        raise StateDictError(f"{target}: expected {', '.join(files.SUFFIXES)} or, for a work directory, no suffix")
     if target.exists() and (is_file or not target.is_dir() or any(target.iterdir())):
         raise StateDictError(f"{target}: exists already; nothing was written")
     if is_file:
-        state_dict_files.check_writable(target)
+        files.check_writable(target)
 
 
-def _to_file(weights: Weights, target: pathlib.Path, config, part: str) -> None:
-    expected = shapes(pretrained.abstract_variables(*_network_of(weights, config)))
-    if part == "backbone" or not weights.whole:
-        expected = {name: shape for name, shape in expected.items() if name.startswith("backbone.")}
-    tensors = weights.tensors
-    if part == "backbone":
-        tensors = {name: value for name, value in tensors.items() if name.startswith("backbone.")}
-    comparison = pretrained.check(weights._replace(tensors=tensors), expected)
-    logger.info("%s: %s", pretrained.describe(weights), pretrained.counts(comparison))
-    kept = {name: tensors[name] for name in expected}
-    if all(name.startswith("backbone.") for name in kept):
-        kept = {name.removeprefix("backbone."): value for name, value in kept.items()}
-    metadata = {key: " ".join(map(repr, value)) for key, value in weights.images._asdict().items()}
+def _check_options(source: str, to_file: bool, config, network: str, teacher: str | None, part: str) -> None:
+    check_choice("part", part, PARTS)
+    if to_file and teacher:
+        raise ConfigError("--teacher is for converting to a work directory; a file holds one network")
+    if not to_file and part != "network":
+        raise ConfigError("a work directory holds a full network; --part=encoder is for converting to a file")
+    if not to_file and config is None:
+        raise ConfigError("converting to a work directory needs --config, which defines the network and the classes")
+    if network != "student" and not epath.Path(source).expanduser().is_dir():
+        raise ConfigError(f"--network={network} is for work directories; {source} holds one network")
+    if config is not None and to_file:
+        validate_model(config)
+    elif not to_file:
+        validate_training(config, device_count=1)
+    if teacher and config.method.teacher != "ema":
+        raise ConfigError(f"--teacher is given, but the method {config.method.name!r} has no EMA teacher")
+
+
+def _write_file(weights: Weights, target: pathlib.Path, config, part: str) -> None:
+    expected = names.shapes(pretrained.abstract_variables(*_network_of(weights, config)))
+    if part == "encoder":
+        weights = weights._replace(tensors=names.encoder_part(weights.tensors))
+    if not weights.is_full_network:
+        expected = names.encoder_part(expected)
+    logger.info("%s: %s", weights, pretrained.counts(pretrained.check(weights, expected)))
+    tensors = {name: weights.tensors[name] for name in expected}
+    if not weights.is_full_network:
+        tensors = {name.removeprefix(names.ENCODER_PREFIX): value for name, value in tensors.items()}
+    metadata = {key: " ".join(map(repr, value)) for key, value in weights.normalization._asdict().items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    state_dict_files.write(target, with_counters(kept), metadata)
+    files.write(target, names.with_counters(tensors), metadata)
 
 
-def _network_of(weights: Weights, config):
-    """Returns (config.model, number of classes) of weights: as configured, as of their run, or as they look."""
+def _network_of(weights: Weights, config) -> tuple[ConfigDict, int]:
+    """Returns (config.model, number of classes) of `weights`, from `config`, their run or their tensors."""
     config = weights.config if config is None else config
     if config is not None:
         return config.model, len(config.data.classes)
-    model = pretrained.identify(weights)
-    if model is None:
-        raise StateDictError(f"{weights.path}: its tensors fit no network that is known here; --config=... says which")
+    keys = pretrained.identify(weights)
+    if keys is None:
+        raise StateDictError(f"{weights.path}: its tensors fit no known encoder; --config=... defines the network")
+    model = defaults.get_config().model
+    model.update(keys)
+    if "fuse.0.weight" in weights.tensors:
+        model.decoder_channels = len(weights.tensors["fuse.0.weight"])
     return model, pretrained.num_classes(weights)
 
 
-def _to_workdir(source: str, network: str, which: str, teacher: str | None, target: pathlib.Path, config) -> None:
-    if config is None:
-        raise ConfigError("converting to a work directory needs --config, which says the network and the classes")
-    has_teacher = config.method.teacher == "teacher"
-    if teacher and not has_teacher:
-        raise ConfigError(f"--teacher is given, but the method {config.method.name!r} has no teacher")
-    student_variables, notes = _whole_network(pretrained.read(source, network, which), config)
-    teacher_variables = student_variables if has_teacher else None
+def _write_workdir(source: str, target: pathlib.Path, config, selection: dict, teacher: str | None) -> None:
+    """Writes a work directory at step 0, as training from these weights would; `selection` are arguments of `read`."""
+    learner = learner_lib.build(config, sharding.make_mesh(jax.local_devices()[:1]))
+    like = learner.abstract_state()
+    student, metadata = _load(source, like.student, learner, **selection)
+    state = learner.train_step.init(student, state_lib.run_keys(config.seed)[1])
     if teacher:
-        teacher_variables, _ = _whole_network(pretrained.read(teacher, which=which), config)
-    elif has_teacher:
+        variables, _ = _load(teacher, like.networks()["teacher"], learner, checkpoint=selection["checkpoint"])
+        state = state.replace(teacher=state_lib.copy_of(variables, like=like.teacher))
+    elif learner.method.has_ema:
         logger.warning("no --teacher is given: the teacher is a copy of the student")
-    origin = {"from": str(source), "teacher": teacher and str(teacher), **notes}
-    _save(target, _state(student_variables, teacher_variables, config), json.loads(config.to_json()), origin)
+    # The only checkpoint is the best one until training evaluates another.
+    scores = new_scores(config.eval.metric) | {"best_step": 0}
+    origin = {"from": str(source), "teacher": teacher and str(teacher), **metadata}
+    _save(target, state, {"config": json.loads(config.to_json()), "scores": scores, "converted": origin})
 
 
-def _whole_network(weights: Weights, config) -> tuple[dict, dict]:
-    """Returns the variables of the network of `config`, and the notes; the tensors, often a mapped file, are let go."""
-    if not weights.whole:
+def _load(path: str, like: dict, learner: Learner, **selection: str) -> tuple[dict, dict]:
+    """Returns variables of a full network and their metadata; the tensors, often a mapped file, are released."""
+    weights = pretrained.read(path, **selection)
+    if not weights.is_full_network:
         raise StateDictError(
-            f"{weights.path}: a backbone alone; a work directory needs a whole network. To train from the backbone: "
-            f"--mode=train --config.model.pretrained={weights.path}"
+            f"{path}: an encoder alone; a work directory needs a full network. To train from the encoder: --mode=train "
+            f"--config.model.pretrained={path}"
         )
-    like = pretrained.abstract_variables(config.model, len(config.data.classes))
-    fitted = pretrained.fit(weights, like, config)
-    logger.info("%s", fitted.report)
-    return fitted.variables, weights.notes
+    loaded = pretrained.fill(weights, like, learner.config)
+    logger.info("%s", loaded.report)
+    return loaded.variables, weights.metadata
 
 
-def _state(student: dict, teacher: dict | None, config) -> train_state.TrainState:
-    """The state at step 0: fresh momentum."""
-    transformation, _ = optimizer.from_config(config.optimizer, steps=1)
-    _, rng = train_state.keys(config.seed)
-    state = train_state.create(student, transformation, rng, teacher=False)
-    if teacher is None:
-        return state
-    return state.replace(teacher_params=teacher["params"], teacher_batch_stats=teacher["batch_stats"])
-
-
-def _save(target: pathlib.Path, state: train_state.TrainState, config: dict, origin: dict) -> None:
-    """Writes a work directory with one checkpoint, beside its place, and moves it there."""
+def _save(target: pathlib.Path, state: state_lib.TrainState, meta: dict) -> None:
+    """Writes a work directory with one checkpoint under a temporary name, then renames it."""
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        saved = checkpoint.Checkpointer(part)
-        # The only checkpoint is the best one until training evaluates another.
-        meta = {"config": config, "scores": {**scores.new(), "best_step": 0}, "converted": origin}
+        saved = Checkpointer(part)
         saved.save(0, state, meta)
+        saved.wait()
         saved.close()
-        recorder.write_json(part / "config.json", config)
+        recorder.write_json(part / restore.CONFIG, meta["config"])
         os.rename(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Files of PyTorch state dicts: .pth (zip and legacy format) and .safetensors.
+"""Reads and writes files of state dicts: PyTorch's .pth (zip and legacy format) and .safetensors.
 
-Nothing in a file is ever run: pickles are read by PyTorch's `weights_only` unpickler. PyTorch is imported here alone,
+Code in a file is never run: pickles are read by PyTorch's `weights_only` unpickler. Only this module imports PyTorch,
 and only for .pth.
 """
 
@@ -11,31 +11,31 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 
-import ml_dtypes  # Also makes NumPy know bfloat16, which safetensors asks for by name.
+import ml_dtypes  # Also registers bfloat16 with NumPy, where safetensors looks it up by name.
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dssn_jax.workdir import files
+from dssn_jax.workdir.files import atomic_write
 from input_pipeline.errors import UserError
 
 TORCH_SUFFIXES = (".pth", ".pt")
-SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")  # Of files that are written.
-_NOTES = ("epoch", "previous_best")  # What the original's checkpoints tell beside the weights.
+SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")  # Formats that can be written.
+_METADATA = ("epoch", "previous_best")  # Numbers beside the weights in the original's checkpoints.
 
 
 class StateDictError(UserError):
-    """A file of weights that cannot be used: the message names it, what was found and what is expected."""
+    """A file of weights that cannot be used; the message names the file, the problem and what is expected."""
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
-    """Returns the tensors of a file by name, and what else it tells.
+    """Returns the tensors of a file by name, and its metadata.
 
-    A .safetensors file tells its metadata (str -> str). Any other file is taken for PyTorch's: a state dict, or one in
-    a dict under `model` or `state_dict`, which tells `epoch` and `previous_best` where it has them. Tensors of bfloat16
-    become float32, which holds the same numbers.
+    The metadata of a .safetensors file are str -> str. Any other file is read as PyTorch's: a state dict, or one under
+    `model` or `state_dict`, whose metadata are `epoch` and `previous_best` where present. Tensors in bfloat16 become
+    float32, which is exact.
 
-    Raises StateDictError for a file that is missing, damaged or of another kind, or whose pickle wants to run code.
+    Raises StateDictError for a file that is missing, damaged or of another kind, or whose pickle would run code.
     """
     if not path.is_file():
         raise StateDictError(f"{path}: no such file")
@@ -47,25 +47,25 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes a state dict, whole or not at all, in the format of the suffix (one of SUFFIXES).
+    """Writes a state dict atomically, in the format of the suffix (one of SUFFIXES).
 
-    `metadata` goes into .safetensors alone; a .pth is the bare state dict. Tensors of bfloat16 become float32.
-    Raises StateDictError where nothing can be written.
+    Only .safetensors files hold `metadata`; a .pth is the bare state dict. Tensors in bfloat16 become float32.
+    Raises StateDictError if the file cannot be written.
     """
-    tensors = {name: np.asarray(_wide(value), order="C") for name, value in tensors.items()}
+    tensors = {name: np.asarray(_widen(value), order="C") for name, value in tensors.items()}
     try:
-        with files.whole(path) as part:
+        with atomic_write(path) as part:
             if path.suffix == ".safetensors":
                 safetensors.numpy.save_file(tensors, part, {"format": "pt", **metadata})
             else:
                 torch = _import_torch(path)
                 torch.save({name: torch.from_numpy(value.copy()) for name, value in tensors.items()}, part)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # A folder or disk that takes no file.
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # A missing folder, a full disk.
         raise StateDictError(f"{path}: cannot be written: {error}") from None
 
 
 def check_writable(path: pathlib.Path) -> None:
-    """Raises StateDictError where `write` would, before any work is done."""
+    """Raises StateDictError if `write` would for lack of PyTorch."""
     if path.suffix in TORCH_SUFFIXES:
         _import_torch(path)
 
@@ -73,50 +73,50 @@ def check_writable(path: pathlib.Path) -> None:
 def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            return {name: _wide(file.get_tensor(name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (safetensors.SafetensorError, TypeError) as error:  # TypeError: numbers that NumPy does not know.
+            return {name: _widen(file.get_tensor(name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (safetensors.SafetensorError, TypeError) as error:  # TypeError: a dtype that NumPy does not have.
         raise StateDictError(f"{path}: not a safetensors file, or damaged or cut short ({error})") from None
 
 
 def _read_torch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
     torch = _import_torch(path)
     try:
-        # A warning of an unusual pickle protocol is followed by an error where it matters.
+        # An unusual pickle protocol causes a warning, and an error where it matters.
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(_numpy_scalars()):
-            # Mapped, so that the optimizer's state, which nobody reads here, takes no memory.
+            # Memory-mapped: the optimizer's state, which is not read, takes no memory.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except MemoryError:
         raise
     except Exception as error:  # A damaged file can raise anything.
         raise StateDictError(f"{path}: {_reason(error)}") from None
-    state_dict, notes = _unwrap(content)
+    state_dict, metadata = _unwrap(content)
     tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise StateDictError(f"{path}: no tensors in it; expected a state dict, or one under 'model' or 'state_dict'")
     try:
-        return {str(name): _to_numpy(torch, value) for name, value in tensors.items()}, notes
+        return {str(name): _to_numpy(torch, value) for name, value in tensors.items()}, metadata
     except (RuntimeError, TypeError) as error:  # Quantized and sparse tensors.
         raise StateDictError(f"{path}: a tensor is of a kind that cannot be read: {error}") from None
 
 
 def _reason(error: Exception) -> str:
-    """Says why PyTorch refused a file; what it would run, if that is why."""
-    wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    if wanted:
+    """Returns why PyTorch refused a file, with the name of the code that the file would run, if any."""
+    refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    if refused:
         return (
-            f"refused, nothing was run: its pickle asks for {wanted[1]}; only tensors, plain containers and NumPy "
+            f"refused, nothing was run: its pickle asks for {refused[1]}; only tensors, plain containers and NumPy "
             "scalars are read"
         )
     return "not a file of PyTorch weights, or damaged or cut short"
 
 
 def _unwrap(content) -> tuple[Mapping, dict]:
-    """Finds the state dict in what a file holds, and the notes beside it."""
+    """Returns the state dict in the content of a file, and the metadata beside it."""
     if not isinstance(content, Mapping):
         return {}, {}
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), Mapping):
-            return content[key], {note: float(content[note]) for note in _NOTES if _is_number(content.get(note))}
+            return content[key], {name: float(content[name]) for name in _METADATA if _is_number(content.get(name))}
     return content, {}
 
 
@@ -129,12 +129,12 @@ def _to_numpy(torch, tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _wide(value: np.ndarray) -> np.ndarray:
+def _widen(value: np.ndarray) -> np.ndarray:
     return value.astype(np.float32) if value.dtype == ml_dtypes.bfloat16 else value
 
 
 def _numpy_scalars() -> list:
-    """What the pickle of a NumPy scalar needs, under the names of NumPy 1 and 2. None of it runs code of the file."""
+    """Returns what the pickle of a NumPy scalar needs, as named by NumPy 1 and 2. None of it runs code of the file."""
     scalar = np.float64(0).__reduce__()[0]
     types = {type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "?")}
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")

@@ -1,7 +1,7 @@
-"""The names of the original's PyTorch state dicts, derived from ours.
+"""Names and layouts of PyTorch state dicts, derived from the paths of our variables.
 
-Modules carry the original's names, so one rule maps every variable: `layer1_0` is `layer1.0`, a `kernel` or `scale` is
-a `weight`, and batch statistics are `running_mean` and `running_var`.
+Modules carry PyTorch's names, so a few rules map every variable. `encoder/` becomes the prefix `backbone.` and
+`decoder/` none, as in the original's checkpoints; a module `layer1_0` is `layer1.0`; `RULES` map the rest.
 """
 
 import re
@@ -13,109 +13,145 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_COLLECTIONS = ("params", "batch_stats")
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+ENCODER_PREFIX = "backbone."
+_PREFIXES = {"encoder": ENCODER_PREFIX, "decoder": ""}
 _COUNTER = "num_batches_tracked"  # PyTorch's batch norm counts its batches; with a fixed momentum nothing reads it.
 
 
-def torch_name(path: tuple[str, ...]) -> str:
-    """Maps a variable's path, as ("backbone", "layer1_0", "conv1", "kernel"), to its state-dict name.
+class Rule(NamedTuple):
+    """Maps the end of a variable's path, such as "attn/kernel", to PyTorch's name and layout."""
 
-    >>> torch_name(("backbone", "layer1_0", "downsample_1", "var"))
+    pattern: str  # Regular expression for the last parts of a path, joined by "/".
+    replacement: str  # What PyTorch has in their place: a template, as of `re.sub`.
+    axes: Mapping[int, tuple[int, ...]] = {}  # Number of axes -> their order in PyTorch; default: as here.
+
+
+# The first rule that matches applies; without one, a variable keeps its name and layout, as `pos_embed` does. An
+# encoder or decoder with exceptions adds them at the top, each with a pattern that matches no other network.
+# (H, W, I, O) -> (O, I, H, W) is right for `nn.Conv`, and for `nn.ConvTranspose` with `transpose_kernel=True`.
+RULES = [
+    Rule("kernel", "weight", {2: (1, 0), 4: (3, 2, 0, 1)}),
+    Rule("scale|embedding", "weight"),
+    Rule("mean", "running_mean"),
+    Rule("var", "running_var"),
+]
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+    """Returns the state-dict name of the variable at `path`.
+
+    >>> torch_name(("encoder", "layer1_0", "downsample_1", "var"))
     'backbone.layer1.0.downsample.1.running_var'
     """
-    modules = [re.sub(r"_(\d+)$", r".\1", module) for module in path[:-1]]
-    return ".".join([*modules, _LEAVES[path[-1]]])
+    return _convert(path, 0)[0]
 
 
 def to_state_dict(variables: dict) -> dict[str, np.ndarray]:
-    """Turns {"params", "batch_stats"} into a PyTorch-style state dict; convolutions become (O, I, kh, kw)."""
+    """Returns variables {"params", ...} as a state dict in PyTorch's names and layouts."""
     state_dict = {}
-    for name, leaf in _named_leaves(variables):
-        value = np.asarray(leaf)
-        state_dict[name] = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value
+    for path, leaf in _leaves(variables):
+        name, axes = _convert(path, leaf.ndim)
+        state_dict[name] = np.asarray(leaf).transpose(axes)
     return state_dict
 
 
 def from_state_dict(state_dict: Mapping[str, np.ndarray], like: dict) -> dict:
     """Fills variables shaped `like` (arrays or `jax.ShapeDtypeStruct`s) from a state dict, in the dtypes of `like`.
 
-    Raises KeyError for a name that is missing and ValueError for a shape that differs, naming them.
+    Raises KeyError for a missing name and ValueError for a different shape; both name the tensor.
     """
 
     def fill(path: tuple[str, ...], leaf) -> jax.Array:
-        name = torch_name(path)
-        value = np.asarray(state_dict[name])
-        if value.shape != _torch_shape(leaf):
-            raise ValueError(f"{name} has shape {value.shape}, the model needs {_torch_shape(leaf)}")
+        name, axes = _convert(path[1:], leaf.ndim)
+        value, shape = np.asarray(state_dict[name]), _permuted(leaf.shape, axes)
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {value.shape}, the model needs {shape}")
         # A copy: the array must not share its memory with a mapped file.
-        return jnp.array(value.transpose(2, 3, 1, 0) if value.ndim == 4 else value, leaf.dtype)
+        return jnp.array(value.transpose(np.argsort(axes)), leaf.dtype)
 
-    return {collection: flax.traverse_util.path_aware_map(fill, like[collection]) for collection in _COLLECTIONS}
+    return flax.traverse_util.path_aware_map(fill, like)
 
 
 def shapes(like: dict) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the state dict of variables shaped `like` (arrays or `jax.ShapeDtypeStruct`s)."""
-    return {name: _torch_shape(leaf) for name, leaf in _named_leaves(like)}
+    """Returns names and shapes of the state dict of variables shaped `like` (arrays or `jax.ShapeDtypeStruct`s)."""
+    named = ((leaf, *_convert(path, leaf.ndim)) for path, leaf in _leaves(like))
+    return {name: _permuted(leaf.shape, axes) for leaf, name, axes in named}
 
 
 def with_counters(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Adds the `num_batches_tracked` (int64, 0) that `load_state_dict(strict=True)` asks for."""
+    """Adds the `num_batches_tracked` (int64, 0) that `load_state_dict(strict=True)` expects."""
     means = [name for name in state_dict if name.endswith(".running_mean")]
     counters = {name.removesuffix("running_mean") + _COUNTER: np.zeros((), np.int64) for name in means}
     return {**state_dict, **counters}
 
 
-def standardize(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Gives the tensors of a file the names of the whole network.
+def encoder_part(entries: Mapping) -> dict:
+    """Returns the entries of a state dict, or of `shapes`, that belong to the encoder; names are kept."""
+    return {name: value for name, value in entries.items() if name.startswith(ENCODER_PREFIX)}
 
-    Drops the prefix `module.` (of `DistributedDataParallel`) and the batch counters; tensors of a backbone alone, as
-    `conv1.weight`, get the prefix `backbone.`.
+
+def standardize(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the tensors of a file under the names of a full network.
+
+    Drops the prefix `module.` (of `DistributedDataParallel`) and the batch counters. Tensors of an encoder alone, such
+    as `conv1.weight`, get the prefix `backbone.`.
     """
     tensors = {name.removeprefix("module."): value for name, value in tensors.items() if not name.endswith(_COUNTER)}
-    if not any(name.startswith("backbone.") for name in tensors):
-        tensors = {f"backbone.{name}": value for name, value in tensors.items()}
+    if not encoder_part(tensors):
+        tensors = {ENCODER_PREFIX + name: value for name, value in tensors.items()}
     return tensors
 
 
 class Comparison(NamedTuple):
-    """How the tensors of a file fit a model: names, in order."""
+    """Result of comparing the tensors of a file with a model: names, in order."""
 
     matched: list[str]
-    missing: list[str]  # Of the model.
-    misshapen: list[str]  # Of another shape than the model's.
-    foreign: list[str]  # Inside a module of the model, but unknown to it: the file is of another network.
-    unused: list[str]  # Of modules that the model does not have, as `fc.*`.
+    missing: list[str]  # In the model only.
+    wrong_shape: list[str]  # In both, with different shapes.
+    unexpected: list[str]  # In a module of the model, which has no such variable: the file holds another network.
+    unused: list[str]  # In modules that the model does not have, such as `fc.*`.
 
     @property
     def fits(self) -> bool:
-        return not (self.missing or self.misshapen or self.foreign)
+        return not (self.missing or self.wrong_shape or self.unexpected)
 
 
 def compare(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> Comparison:
-    """Compares tensors with the names and shapes (as of `shapes`) that a model needs."""
-    present = [name for name in expected if name in tensors]
+    """Compares tensors with the names and shapes (see `shapes`) that a model needs."""
+    shared = [name for name in expected if name in tensors]
     others = [name for name in tensors if name not in expected]
     modules = {_module(name) for name in expected}
     return Comparison(
-        matched=[name for name in present if tensors[name].shape == expected[name]],
+        matched=[name for name in shared if tensors[name].shape == expected[name]],
         missing=[name for name in expected if name not in tensors],
-        misshapen=[name for name in present if tensors[name].shape != expected[name]],
-        foreign=[name for name in others if _module(name) in modules],
+        wrong_shape=[name for name in shared if tensors[name].shape != expected[name]],
+        unexpected=[name for name in others if _module(name) in modules],
         unused=[name for name in others if _module(name) not in modules],
     )
 
 
 def _module(name: str) -> str:
-    """`backbone.layer3` of `backbone.layer3.6.conv1.weight`, `fuse` of `fuse.0.weight`."""
-    return ".".join(name.split(".")[: 2 if name.startswith("backbone.") else 1])
+    """Returns `backbone.layer3` for `backbone.layer3.6.conv1.weight`, `fuse` for `fuse.0.weight`."""
+    return ".".join(name.split(".")[: 2 if name.startswith(ENCODER_PREFIX) else 1])
 
 
-def _named_leaves(variables: dict) -> Iterator[tuple[str, object]]:
-    for collection in _COLLECTIONS:
-        for path, leaf in flax.traverse_util.flatten_dict(variables[collection]).items():
-            yield torch_name(path), leaf
+def _leaves(variables: dict) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yields (path, leaf) for each variable of each collection; paths do not name the collection."""
+    for collection in variables.values():
+        yield from flax.traverse_util.flatten_dict(collection).items()
 
 
-def _torch_shape(leaf) -> tuple[int, ...]:
-    return tuple(leaf.shape[i] for i in (3, 2, 0, 1)) if len(leaf.shape) == 4 else tuple(leaf.shape)
+def _convert(path: tuple[str, ...], ndim: int) -> tuple[str, tuple[int, ...]]:
+    """Returns the state-dict name of the variable at `path`, and the order of its `ndim` axes in PyTorch."""
+    prefix, path = (_PREFIXES[path[0]], path[1:]) if path[0] in _PREFIXES else ("", path)
+    name, axes = "/".join(path), tuple(range(ndim))
+    for rule in RULES:
+        name, matches = re.subn(rf"(?<![^/])(?:{rule.pattern})$", rule.replacement, name)
+        if matches:
+            axes = rule.axes.get(ndim, axes)
+            break
+    return prefix + re.sub(r"_(\d+)/", r".\1.", name).replace("/", "."), axes
+
+
+def _permuted(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in axes)

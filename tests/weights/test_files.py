@@ -1,4 +1,4 @@
-"""Files of weights: what is written is read back, by PyTorch too; a bad file is named and never run."""
+"""Files of weights: reading returns what was written; a bad file is named and its code never run."""
 
 import os
 import pickle
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dssn_jax.weights import files as state_dict_files
+from dssn_jax.weights import files
 from dssn_jax.weights.files import StateDictError
 
 TENSORS = {
@@ -19,19 +19,19 @@ TENSORS = {
 }
 
 
-@pytest.mark.parametrize("suffix", state_dict_files.SUFFIXES)
+@pytest.mark.parametrize("suffix", files.SUFFIXES)
 def test_what_is_written_is_read_back(suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
     if suffix != ".safetensors":
         pytest.importorskip("torch")
-    state_dict_files.write(path, TENSORS, {"mean": "0.5"})
-    found, notes = state_dict_files.read(path)
+    files.write(path, TENSORS, {"mean": "0.5"})
+    tensors, metadata = files.read(path)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
-    assert found.keys() == TENSORS.keys()
+    assert tensors.keys() == TENSORS.keys()
     for name, value in TENSORS.items():
-        assert found[name].dtype == value.dtype and found[name].shape == value.shape
-        np.testing.assert_array_equal(found[name], value)
-    assert notes.get("mean") == ("0.5" if suffix == ".safetensors" else None)
+        assert tensors[name].dtype == value.dtype and tensors[name].shape == value.shape
+        np.testing.assert_array_equal(tensors[name], value)
+    assert metadata.get("mean") == ("0.5" if suffix == ".safetensors" else None)
 
 
 def test_bfloat16_becomes_float32_with_the_same_numbers(tmp_path):
@@ -39,11 +39,11 @@ def test_bfloat16_becomes_float32_with_the_same_numbers(tmp_path):
     exact = np.array([1.0, -0.0078125, 3.140625], np.float32)
     torch.save({"a": torch.tensor(exact).bfloat16(), "b": torch.tensor(exact).half()}, tmp_path / "a.pth")
     safetensors.numpy.save_file({"a": exact.astype(ml_dtypes.bfloat16)}, tmp_path / "a.safetensors")
-    state_dict_files.write(tmp_path / "b.pth", {"a": exact.astype(ml_dtypes.bfloat16)}, {})
+    files.write(tmp_path / "b.pth", {"a": exact.astype(ml_dtypes.bfloat16)}, {})
     for name in ("a.pth", "a.safetensors", "b.pth"):
-        found, _ = state_dict_files.read(tmp_path / name)
-        assert found["a"].dtype == np.float32
-        for value in found.values():
+        tensors, _ = files.read(tmp_path / name)
+        assert tensors["a"].dtype == np.float32
+        for value in tensors.values():
             np.testing.assert_array_equal(value.astype(np.float32), exact)
 
 
@@ -59,9 +59,9 @@ def test_checkpoints_with_numpy_scalars(legacy, module, tmp_path):
     if legacy:  # A zip archive has checksums and offsets, so its pickle cannot be edited in place.
         path.write_bytes(path.read_bytes().replace(b"numpy._core.multiarray", module))
         assert module in path.read_bytes()
-    found, notes = state_dict_files.read(path)
-    np.testing.assert_array_equal(found["module.a"], [0, 1, 2])
-    assert notes == {"epoch": 7, "previous_best": 76.5}
+    tensors, metadata = files.read(path)
+    np.testing.assert_array_equal(tensors["module.a"], [0, 1, 2])
+    assert metadata == {"epoch": 7, "previous_best": 76.5}
 
 
 class RunsCode:
@@ -119,7 +119,7 @@ REFUSED = {
 def test_bad_files_are_named_and_not_run(kind, tmp_path):
     path = spoiled(kind, tmp_path)
     with pytest.raises(StateDictError, match=REFUSED[kind]) as error:
-        state_dict_files.read(path)
+        files.read(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
     assert not (tmp_path / "was_run").exists()
 
@@ -134,13 +134,13 @@ def test_without_pytorch_only_pth_files_fail(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)  # `import torch` raises ImportError.
     (tmp_path / "a.pth").write_bytes(b"")
     for attempt in (
-        lambda: state_dict_files.read(tmp_path / "a.pth"),
-        lambda: state_dict_files.check_writable(tmp_path / "b.pth"),
+        lambda: files.read(tmp_path / "a.pth"),
+        lambda: files.check_writable(tmp_path / "b.pth"),
     ):
         with pytest.raises(StateDictError, match=r"[ab]\.pth: .*need PyTorch, which is not installed"):
             attempt()
-    state_dict_files.write(tmp_path / "a.safetensors", TENSORS, {})
-    assert state_dict_files.read(tmp_path / "a.safetensors")[0].keys() == TENSORS.keys()
+    files.write(tmp_path / "a.safetensors", TENSORS, {})
+    assert files.read(tmp_path / "a.safetensors")[0].keys() == TENSORS.keys()
 
 
 def test_a_write_that_fails_leaves_nothing(monkeypatch, tmp_path):
@@ -150,13 +150,13 @@ def test_a_write_that_fails_leaves_nothing(monkeypatch, tmp_path):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(StateDictError, match="a.safetensors: cannot be written: No space"):
-        state_dict_files.write(tmp_path / "a.safetensors", TENSORS, {})
+        files.write(tmp_path / "a.safetensors", TENSORS, {})
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("suffix", state_dict_files.SUFFIXES)
+@pytest.mark.parametrize("suffix", files.SUFFIXES)
 def test_a_target_that_takes_no_file_is_named(suffix, tmp_path):
     if suffix != ".safetensors":
         pytest.importorskip("torch")
     with pytest.raises(StateDictError, match=f"nowhere/a{suffix}: cannot be written"):
-        state_dict_files.write(tmp_path / f"nowhere/a{suffix}", TENSORS, {})
+        files.write(tmp_path / f"nowhere/a{suffix}", TENSORS, {})
