@@ -21,7 +21,7 @@ from configs import pascal
 from dssn_jax.evaluation import evaluate, metrics
 from dssn_jax.learner import learner as experiment
 from experiments import folder as files
-from input_pipeline.sources.shapes import SHAPES_CLASSES
+from input_pipeline.class_names import SHAPES_CLASSES
 
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # JAX reports each under this name.
 

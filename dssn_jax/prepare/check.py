@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from input_pipeline import decode, layout
 from input_pipeline.decode import Encoded
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, first_names
 from input_pipeline.labels import Labels
 from input_pipeline.sources.encoded import EncodedSource, check_sizes
 from input_pipeline.sources.folder import FolderSource
@@ -336,4 +336,4 @@ def _count(names: Sequence[str], noun: str) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    return layout.names_of(sorted(names))
+    return first_names(sorted(names), 5)

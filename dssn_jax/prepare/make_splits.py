@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from input_pipeline import layout, split_lists
 from input_pipeline.decode import Encoded
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, first_lines
 from input_pipeline.labels import Labels
 from input_pipeline.layout import Layout
 from input_pipeline.split_lists import LABELED, UNLABELED, VAL, Entry
@@ -57,7 +57,7 @@ def make_splits(data, subsets: Sequence[str], seed: int = 0, stratify: bool = Tr
     target = os.path.join(root, target or data.splits)
     found = layout.find_layout(data)
     if found.defects:
-        raise DataError(layout.first_lines(found.defects))
+        raise DataError(first_lines(found.defects))
     pool, unlabeled, val = _pools(root, found)
     fraction = None if data.split else layout.held_out_fraction(data.folders)
     present = {}
