@@ -1,13 +1,13 @@
-"""Values that a configuration leaves to the data and the devices: those that are 0. Each choice has its reason.
+"""Fills in configuration values that are left at 0, from the data and the devices, and says why.
 
-| key | where 0 | chosen by |
+| key | also needs | chosen value |
 |---|---|---|
-| data.crop | | the median of the short sides of labeled and unlabeled images, as 16 k + 1, at most 513 |
-| data.labeled_batch, data.unlabeled_batch | | the recipes' 8 + 8 (supervised: 16), or what fits the devices' memory |
-| train.steps | and train.epochs=0 | 100 passes over the unlabeled images, within 4000 to 40000 steps |
-| train.checkpoint_every | and train.epochs=0 | 20 a run |
-| train.eval_every | and train.epochs=0 | 20 a run, or as many as are a fifth of the work |
-| optimizer.lr (and lr_multi) | | whether the weights are pretrained: recipes of VOC and of CamVid |
+| data.crop | | median of the short sides of labeled and unlabeled images, as 16 k + 1, at most 513 |
+| data.labeled_batch, data.unlabeled_batch | | 8 + 8 as in the recipes, or what fits the memory of the devices |
+| train.steps | train.epochs=0 | 100 passes over the unlabeled images, within 4000 to 40000 steps |
+| train.checkpoint_every | train.epochs=0 | 20 times per run |
+| train.eval_every | train.epochs=0 | 20 times per run, or less often so that evaluation is a fifth of the work |
+| optimizer.lr (and lr_mults) | | by optimizer and whether weights are pretrained |
 """
 
 import math
@@ -20,27 +20,47 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from configs.checks import ConfigError
+from dssn_jax import models
+from input_pipeline.batch import labeled_rows
 from input_pipeline.sources.open import Source, Sources
 
-_BATCH = 8  # Labeled, and unlabeled, images a step in every published recipe.
-_MOST_CROP = 513  # That of the VOC recipe.
-_PASSES, _STEPS = 100, (4000, 40000)  # Of the VOC recipe; it has 130 000 steps. Fewer than 4000 end before SGD does.
-_EVALUATIONS, _EVALUATION_WORK = 20, 0.2  # In a run, at most; and the part of its work that they may be.
-_STEP_WORK = 7  # Forward passes that a DSSN step is worth, an image: student and teacher, views, and the way back.
-_PRETRAINED, _RANDOM = (0.002, 10.0), (0.02, 1.0)  # lr, lr_multi of configs/pascal.py and of configs/camvid.py.
-_USED = 0.85  # Part of the memory that is planned with: libraries need some, and plans differ between compilers.
+_BATCH = 8  # config.data.labeled_batch and unlabeled_batch of the published recipes.
+_MAX_CROP = 513  # That of the VOC recipe.
+_PASSES = 100  # Over the unlabeled images, as in the VOC recipe.
+_STEPS = (4000, 40000)  # Least and most; with fewer SGD does not converge. The VOC recipe has 130 000.
+_EVALUATIONS, _EVALUATION_SHARE = 20, 0.2  # Most evaluations per run, and the greatest share of its work.
+_STEP_COST = 7  # Cost of a DSSN step per image, in forward passes, backward pass included.
+_MEMORY_SHARE = 0.85  # Planned share of the memory: libraries need some, and compilers plan differently.
+
+
+class Rates(NamedTuple):
+    """A learning rate with the factors of groups of parameters, and where they come from."""
+
+    lr: float
+    lr_mults: tuple[tuple[str, float], ...]
+    origin: str
+
+
+# (optimizer.name, whether weights are pretrained) -> rates.
+_RATES = {
+    ("sgd", True): Rates(0.002, (("decoder/", 10.0),), "pretrained weights, as on VOC"),
+    ("sgd", False): Rates(0.02, (), "random weights, as on CamVid"),
+    ("adamw", True): Rates(6e-5, (("decoder/", 10.0),), "pretrained weights, as SegFormer (Xie et al., NeurIPS 2021)"),
+    ("adamw", False): Rates(1e-3, (), "random weights, the usual rate of Adam"),
+}
 
 
 class Memory(NamedTuple):
-    """What a training step needs on a device, bytes."""
+    """Device memory of a training step, in bytes."""
 
     state: int
     fixed: int
-    pixel: int  # For each pixel of each labeled or unlabeled image.
+    pixel: int  # Per pixel of each labeled or unlabeled image.
 
 
-# DSSN in float32, of the plan of the compiler for the CPU (`python -m benchmarks.memory`). Other methods, bfloat16 and
-# model.remat need less.
+# DSSN in float32, as planned by the compiler for the CPU (`python -m benchmarks.memory`). Other methods, bfloat16 and
+# model.remat need less. Encoders that are not in the table are taken for the most demanding one in it.
 MEMORY = {
     "resnet10w16": Memory(34 << 20, 13 << 20, 3226),
     "resnet18w16": Memory(38 << 20, 14 << 20, 3388),
@@ -49,98 +69,108 @@ MEMORY = {
     "resnet101": Memory(682 << 20, 300 << 20, 12997),
     "xception": Memory(628 << 20, 581 << 20, 17270),
 }
+_LARGEST = Memory(*(max(column) for column in zip(*MEMORY.values(), strict=True)))
 
 _ALWAYS = ("data.crop", "data.labeled_batch", "data.unlabeled_batch", "optimizer.lr")
 _WITHOUT_EPOCHS = ("train.steps", "train.eval_every", "train.checkpoint_every")
 
 
-def pending(config) -> list[str]:
-    """Returns the keys whose value is left to be chosen."""
+def unset_keys(config) -> list[str]:
+    """Returns the keys that are left at 0 for this module to choose."""
     keys = _ALWAYS if config.train.epochs else _ALWAYS + _WITHOUT_EPOCHS
     return [key for key in keys if _get(config, key) == 0]
 
 
-def adopt(config, other):
-    """Returns `config` with the values that `other`, of the same run, has for what is left to be chosen."""
+def copy_choices(config, other):
+    """Returns a copy of `config` whose unset keys have the values of `other`, a configuration of the same run."""
     config = config.copy_and_resolve_references()
-    for key in pending(config):
+    for key in unset_keys(config):
         section, name = key.split(".")
         config[section][name] = other[section][name]
         if key == "optimizer.lr":
-            config.optimizer.lr_multi = other.optimizer.lr_multi
+            config.optimizer.lr_mults = other.optimizer.lr_mults
     return config
 
 
-def choose(config, sources: Sources, devices: list[jax.Device]) -> tuple[object, list[str]]:
-    """Returns `config` with a value for each of `pending`, and a line for each that says why."""
-    keys, reasons = pending(config), []
+def fill_in(config, sources: Sources, devices: list[jax.Device]) -> tuple[object, list[str]]:
+    """Returns a copy of `config` with a value for each of `unset_keys`, and one line per key that says why."""
+    keys, reasons = unset_keys(config), []
     config = config.copy_and_resolve_references()
     if "data.crop" in keys:
         reasons.append(_choose_crop(config, sources))
     if "data.labeled_batch" in keys or "data.unlabeled_batch" in keys:
         reasons += _choose_batches(config, len(sources.unlabeled), len(devices), memory_of(devices))
     if "optimizer.lr" in keys:
-        reasons.append(_choose_learning_rate(config))
+        reasons.append(_choose_learning_rate(config.optimizer, bool(config.model.pretrained)))
     if any(key in keys for key in _WITHOUT_EPOCHS):
         reasons += _choose_steps(config, sources)
     return config, reasons
 
 
 def memory_of(devices: list[jax.Device]) -> int:
-    """Returns the bytes that a step may use on the smallest of `devices` (and on those of the other processes)."""
+    """Returns the bytes that a step may use on the smallest of `devices`, those of other processes included."""
     local = [device for device in devices if device.process_index == jax.process_index()]
     limits = [stats["bytes_limit"] for stats in (device.memory_stats() for device in local) if stats]
     smallest = min(limits) if limits else _free_memory() // len(local)
-    if jax.process_count() > 1:  # All must choose alike.
+    if jax.process_count() > 1:  # All processes must choose the same values.
         smallest = int(multihost_utils.process_allgather(np.int64(smallest >> 20)).min()) << 20
-    return int(_USED * smallest)
+    return int(_MEMORY_SHARE * smallest)
 
 
-def images_that_fit(backbone: str, crop: int, limit: int) -> int:
-    """Returns how many images, labeled and unlabeled together, a step may have on a device with `limit` bytes."""
-    memory = MEMORY[backbone]
+def images_that_fit(encoder: str, crop: int, limit: int) -> int:
+    """Returns how many images, labeled and unlabeled together, a step can have on a device with `limit` bytes."""
+    memory = MEMORY.get(encoder, _LARGEST)
     return max(0, (limit - memory.state - memory.fixed) // (memory.pixel * crop**2))
 
 
 def _choose_crop(config, sources: Sources) -> str:
-    sides = [min(source.size(index)) for source in sources[:2] for index in range(len(source))]
+    sides = [min(source.size(i)) for source in (sources.labeled, sources.unlabeled) for i in range(len(source))]
     median = statistics.median_low(sides)
-    config.data.crop = min(_MOST_CROP, 16 * max(1, round((median - 1) / 16)) + 1)
+    multiple = models.build(config.model, len(config.data.classes)).size_multiple
+    period, offset = (16, 1) if multiple == 1 else (multiple, 0)
+    greatest = _MAX_CROP - (_MAX_CROP - offset) % period
+    config.data.crop = min(greatest, period * max(1, round((median - offset) / period)) + offset)
+    rounding = "16 k + 1" if multiple == 1 else f"multiple of {multiple}"
     return (
         f"data.crop={config.data.crop}: the median short side of {len(sides)} training images is {median} pixels; the "
-        f"nearest 16 k + 1, at most {_MOST_CROP}"
+        f"nearest {rounding}, at most {greatest}"
     )
 
 
 def _choose_batches(config, unlabeled: int, devices: int, limit: int) -> list[str]:
-    data, parts = config.data, config.train.accumulation
-    multiple = devices * parts
-    supervised = not (config.method.strong_views or config.method.feature_views)
-    fit = images_that_fit(config.model.encoder, data.crop, limit) * multiple
-    most = {"labeled_batch": fit if supervised else fit // 2, "unlabeled_batch": fit // 2}
-    wanted = {"labeled_batch": _BATCH * (2 if supervised else 1), "unlabeled_batch": _BATCH}
+    data, micro_batches, factor = config.data, config.train.accumulation, config.method.labeled_batch_factor
+    uses_unlabeled = bool(config.method.strong_views or config.method.feature_views)
+    fit = images_that_fit(config.model.encoder, data.crop, limit) * devices * micro_batches
+    # A batch of labeled images is `factor` times data.labeled_batch.
+    most = {"labeled_batch": (fit // 2 if uses_unlabeled else fit) // factor, "unlabeled_batch": fit // 2}
+    factors = {"labeled_batch": factor, "unlabeled_batch": 1}
     reasons = []
-    for key in (key for key in wanted if data[key] == 0):
-        why = [f"the recipes' {wanted[key]}"]
-        batch = min(wanted[key], most[key])
-        if most[key] < wanted[key]:
-            why = [f"{most[key]} fit {limit / 2**30:.1f} GiB a device at crop {data.crop} with {config.model.encoder}"]
+    for key in (key for key in most if data[key] == 0):
+        multiple = devices * micro_batches // math.gcd(devices * micro_batches, factors[key])
+        batch, why = _BATCH, [f"the recipes' {_BATCH}"]
+        if most[key] < batch:
+            batch = most[key]
+            times = f" x {factors[key]}" if factors[key] > 1 else ""
+            gib, encoder = f"{limit / 2**30:.1f} GiB per device", config.model.encoder
+            why = [f"{batch}{times} fit {gib} at crop {data.crop} with {encoder}"]
         if key == "unlabeled_batch" and unlabeled < batch:
             batch, why = unlabeled, [f"there are {unlabeled} unlabeled images"]
         data[key] = max(1, batch // multiple) * multiple
         if data[key] != batch:
-            why.append(f"a multiple of {devices} devices" + (f" x {parts} parts" if parts > 1 else ""))
+            parts = f" x {micro_batches} micro-batches" if micro_batches > 1 else ""
+            why.append(f"a multiple of {devices} devices{parts}")
         if most[key] < data[key]:
             why.append("which may be too much: config.model.remat=True or a smaller config.data.crop needs less")
         reasons.append(f"data.{key}={data[key]}: {', '.join(why)}")
     return reasons
 
 
-def _choose_learning_rate(config) -> str:
-    optimizer, pretrained = config.optimizer, bool(config.model.pretrained)
-    optimizer.lr, optimizer.lr_multi = _PRETRAINED if pretrained else _RANDOM
-    which = "pretrained weights, as on VOC" if pretrained else "random weights, as on CamVid"
-    return f"optimizer.lr={optimizer.lr:g}, optimizer.lr_multi={optimizer.lr_multi:g}: {which}"
+def _choose_learning_rate(optimizer, pretrained: bool) -> str:
+    if (optimizer.name, pretrained) not in _RATES:
+        raise ConfigError(f"config.optimizer.lr is 0; expected a learning rate for optimizer.name={optimizer.name}")
+    rates = _RATES[optimizer.name, pretrained]
+    optimizer.lr, optimizer.lr_mults = rates.lr, rates.lr_mults
+    return f"optimizer.lr={rates.lr:g}, optimizer.lr_mults={rates.lr_mults}: {rates.origin}"
 
 
 def _choose_steps(config, sources: Sources) -> list[str]:
@@ -152,31 +182,31 @@ def _choose_steps(config, sources: Sources) -> list[str]:
         reasons.append(
             f"train.steps={train.steps}: {_PASSES} passes over {unlabeled} unlabeled images are {passes} steps{bound}"
         )
-    every, why = max(1, train.steps // _EVALUATIONS), f"{_EVALUATIONS} times in {train.steps} steps"
+    period, why = max(1, train.steps // _EVALUATIONS), f"{_EVALUATIONS} times in {train.steps} steps"
     if not train.checkpoint_every:
-        train.checkpoint_every = every
-        reasons.append(f"train.checkpoint_every={every}: {why}")
+        train.checkpoint_every = period
+        reasons.append(f"train.checkpoint_every={period}: {why}")
     if not train.eval_every:
-        evaluation = evaluation_steps(config, sources.val)
-        least = math.ceil(evaluation * (1 - _EVALUATION_WORK) / _EVALUATION_WORK)
-        if every < least:
-            every = min(least, train.steps)
-            why = f"an evaluation of {len(sources.val)} images is about the work of {evaluation:.0f} steps"
-        train.eval_every = every
-        reasons.append(f"train.eval_every={every}: {why}")
+        cost = evaluation_cost(config, sources.val)
+        least = math.ceil(cost * (1 - _EVALUATION_SHARE) / _EVALUATION_SHARE)
+        if period < least:
+            period = min(least, train.steps)
+            why = f"evaluating {len(sources.val)} images costs about as much as {cost:.0f} steps"
+        train.eval_every = period
+        reasons.append(f"train.eval_every={period}: {why}")
     return reasons
 
 
-def evaluation_steps(config, val: Source) -> float:
-    """Returns about how many training steps an evaluation of `val` is worth."""
+def evaluation_cost(config, val: Source) -> float:
+    """Returns the approximate cost of evaluating the images of `val`, in training steps."""
     pixels = sum(math.prod(val.size(index)) for index in range(len(val)))
-    networks = 2 if config.method.teacher == "teacher" else 1
-    step = (config.data.labeled_batch + config.data.unlabeled_batch) * config.data.crop**2 * _STEP_WORK
+    networks = 2 if config.method.teacher == "ema" else 1
+    step = (labeled_rows(config) + config.data.unlabeled_batch) * config.data.crop**2 * _STEP_COST
     return networks * pixels / step
 
 
 def _free_memory() -> int:
-    """Bytes of memory that this machine, or the container on it, has left."""
+    """Returns the free bytes of memory of this machine, or of the container that this process runs in."""
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo, group = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup/memory.max")
     if meminfo.exists():

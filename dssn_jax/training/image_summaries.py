@@ -1,75 +1,76 @@
-"""TensorBoard panels of what training sees and what the networks make of it."""
+"""Pictures of what training reads and what the networks predict, for TensorBoard and the report."""
 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dssn_jax import sharding
-from dssn_jax import visualize as pictures
-from dssn_jax.learner import learner as experiment
-from dssn_jax.learner import step as train_step
-from dssn_jax.methods import pseudo_labels, views
-from dssn_jax.methods import strong_augment as augment
+from dssn_jax import sharding, visualize
+from dssn_jax.evaluation.evaluate import Evaluator
+from dssn_jax.learner.learner import Learner
+from dssn_jax.learner.state import TrainState
+from dssn_jax.methods.objective import Objective
+from dssn_jax.methods.pseudo_labels import pseudo_label
+from dssn_jax.methods.views import denormalize
 from dssn_jax.models.resize import upsample
+from input_pipeline.batch import Batch
+from input_pipeline.sources.open import Source
 
 
-class Panels:
-    """Draws the first images of the training batch and of the validation images."""
+class ImageSummaries:
+    """Draws the first `rows` images of a training batch, and of the validation images."""
 
-    def __init__(self, parts: experiment.Experiment, rows: int):
-        """Takes the number of images of a panel."""
-        self._parts, self._rows = parts, rows
-        look = functools.partial(_look, parts=parts)
-        self._look = jax.jit(look, out_shardings=sharding.replicated(parts.mesh))
+    def __init__(self, learner: Learner, rows: int):
+        self._learner, self._rows = learner, rows
+        self._color = functools.partial(visualize.colorize, num_classes=len(learner.config.data.classes))
+        self._views = jax.jit(self._draw, out_shardings=sharding.replicated(learner.mesh))
 
-    def __call__(self, state, batch: dict, evaluator) -> dict[str, np.ndarray]:
-        """Returns pictures uint8 [H, W, 3] by name: labeled, unlabeled (if the method has views of it), validation."""
-        seen = self.seen(state, batch)
-        color = functools.partial(pictures.colorize, num_classes=len(self._parts.config.data.classes))
+    def views(self, state: TrainState, batch: Batch) -> dict:
+        """Returns what the step that led to `state` read of the first images of its batch, and their predictions.
+
+        Pictures uint8 [n, H, W, 3] and class maps [n, H, W]: image_x, label_x and prediction_x of labeled images. If
+        the method uses unlabeled ones, image_u (the weak view), pseudo_label, selected (bool, for the weak view) and
+        prediction_u, and under "strong" a list of the mixed strong views. Predictions are the student's.
+        """
+        return jax.tree.map(lambda array: np.asarray(array[: self._rows]), self._views(state, batch))
+
+    def panels(self, state: TrainState, batch: Batch) -> dict[str, np.ndarray]:
+        """Returns pictures of the training batch, uint8 [H, W, 3] with a row per image, by name."""
+        views, color = self.views(state, batch), self._color
         panels = {
-            "labeled/image-prediction-truth": pictures.panel(
-                seen["image_x"], color(seen["prediction_x"]), color(seen["label_x"])
+            "labeled/image-prediction-truth": visualize.panel(
+                views["image_x"], color(views["prediction_x"]), color(views["label_x"])
             )
         }
-        if "pseudo_label" in seen:
-            strong = [seen[name] for name in ("image_s1", "image_s2") if name in seen]
-            maps = [color(seen["pseudo_label"]), pictures.mask(seen["selected"]), color(seen["prediction_u"])]
-            names = "-".join(["weak", "strong1", "strong2"][: 1 + len(strong)])
-            panels[f"unlabeled/{names}-pseudo_label-selected-prediction"] = pictures.panel(
-                seen["image_u"], *strong, *maps
+        if "image_u" in views:
+            maps = [color(views["pseudo_label"]), visualize.mask(views["selected"]), color(views["prediction_u"])]
+            names = "-".join(["weak", *(f"strong{i + 1}" for i in range(len(views["strong"])))])
+            panels[f"unlabeled/{names}-pseudo_label-selected-prediction"] = visualize.panel(
+                views["image_u"], *views["strong"], *maps
             )
-        return panels | self._validation(state, evaluator, color)
+        return panels
 
-    def seen(self, state, batch: dict) -> dict[str, np.ndarray]:
-        """Returns what the step reads of the first images of a batch, and the class maps of them, by name."""
-        return {name: np.asarray(value[: self._rows]) for name, value in self._look(state, batch).items()}
-
-    def _validation(self, state, evaluator, color) -> dict[str, np.ndarray]:
+    def validation_panel(self, state: TrainState, evaluator: Evaluator, val: Source) -> dict[str, np.ndarray]:
+        """Returns a picture of validation images with the predictions of each network, as `panels` does."""
         networks, shown = state.networks(), slice(self._rows)
-        group = next(evaluator.groups(self._parts.sources.val, ahead=0))
-        maps = [color(evaluator.class_maps(variables, group)[shown]) for variables in networks.values()]
+        batch = next(evaluator.batches(val, ahead=0))
+        maps = [self._color(evaluator.class_maps(variables, batch)[shown]) for variables in networks.values()]
         name = "-".join(["validation/image", *networks, "truth"])
-        return {name: pictures.panel(group.images[shown], *maps, color(group.labels[shown]))}
+        return {name: visualize.panel(batch.images[shown], *maps, self._color(batch.labels[shown]))}
 
-
-def _look(state, batch: dict, parts: experiment.Experiment) -> dict[str, jax.Array]:
-    """What the step reads of a batch, as pictures and class maps; `selected` are the pixels of the weak view."""
-    model, method, data = parts.model, parts.method, parts.config.data
-    # `state` is that after the step: the strong views of the batch are those of the step before.
-    batch = augment.add_strong_views(batch, parts.recipe, state.rng, state.step - 1)
-    seen = views.from_batch(batch, data.mean, data.std, jnp.promote_types(model.dtype, jnp.float32))
-    found = {"image_x": batch["image_x"], "label_x": batch["label_x"]}
-    found["prediction_x"] = model.apply(state.student, seen.image_x).argmax(-1)
-    if not method.uses_unlabeled:
-        return found
-    labels, _ = train_step.label(state, seen, model, method)
-    logits = model.apply(state.student, seen.image_u)
-    weak = logits if labels.weak is None else upsample(labels.weak, *logits.shape[1:3])
-    label, selected = pseudo_labels.pseudo_label(weak, method.selection)
-    found |= {"image_u": batch["image_u"], "pseudo_label": label, "selected": selected & seen.valid_u}
-    found["prediction_u"] = logits.argmax(-1)
-    for i in range(method.strong_views):
-        found[f"image_s{i + 1}"] = seen.mixing(i, batch[f"image_s{i + 1}"], batch[f"image_m{i + 1}"])
-    return found
+    def _draw(self, state: TrainState, batch: Batch) -> dict:
+        learner = self._learner
+        network, method = learner.network, learner.method
+        views = learner.views(batch, state.rng, state.step - 1)  # Those of the step that led to `state`.
+        student, teacher = state.student, state.networks().get("teacher")
+        drawn = {"image_x": batch.image_x, "label_x": batch.label_x}
+        drawn["prediction_x"] = network.apply(student, views.image_x).argmax(-1)
+        if not method.uses_unlabeled:
+            return drawn
+        logits = network.apply(student, views.image_u)
+        teacher_logits, _ = Objective(network, method).teacher_logits(student, teacher, views, state.step)
+        weak = logits if teacher_logits.weak is None else upsample(teacher_logits.weak, *logits.shape[1:3])
+        label, weight = pseudo_label(weak, method.selection, state.method_state)
+        drawn |= {"image_u": batch.image_u, "pseudo_label": label, "selected": (weight > 0) & views.valid_u}
+        drawn["prediction_u"] = logits.argmax(-1)
+        return drawn | {"strong": [denormalize(image, learner.config.data) for image in views.strong]}

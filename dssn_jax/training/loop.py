@@ -1,33 +1,48 @@
-"""The training loop: steps, log lines, evaluations, checkpoints."""
+"""The training loop: steps, log lines, evaluations and checkpoints; `--mode=train`.
 
+A run is initialized in this order, so that bad input is refused before anything is written:
+
+1. Keys that the run in the work directory, if any, has chosen are inherited, and the configuration is validated.
+2. The data are opened; keys that are still unset are chosen from the data and the devices (`plan`).
+3. The learner is built: network, method, optimizer.
+4. For a new run, pretrained weights are read and fitted to the network.
+5. The work directory is created; the log starts.
+6. The latest checkpoint is restored, or refused if the run would not continue exactly. Without one, the state is
+   initialized at random and given the pretrained weights.
+7. config.json and run.json are written; threads and the signal handler start.
+"""
+
+import contextlib
 import json
 import math
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
 from etils import epath
 
 from configs import checks
-from dssn_jax import distributed, sharding
-from dssn_jax.evaluation import evaluate, scores
-from dssn_jax.learner import learner as experiment
-from dssn_jax.training import image_summaries as panels
+from dssn_jax import distributed
+from dssn_jax.evaluation import metrics
+from dssn_jax.evaluation.evaluate import Evaluator, log_progress
+from dssn_jax.training.image_summaries import ImageSummaries
+from dssn_jax.training.prefetch import DevicePrefetcher
+from dssn_jax.training.run import Run, batch_sizes, describe, plan, run_info
+from dssn_jax.training.timer import StepTimer
 from dssn_jax.weights import pretrained
-from dssn_jax.workdir import checkpoint, files, recorder
-from dssn_jax.workdir import restore as saved_run
+from dssn_jax.workdir import checkpoint, files, recorder, restore
 from dssn_jax.workdir.recorder import duration, logger
+from input_pipeline.batch import Batch
 from input_pipeline.errors import UserError
 from input_pipeline.pipeline import train_dataset, train_iterator
 from input_pipeline.sources.open import digest
 
-# Beginnings of the names of metrics, in the order of the log line.
-_LOGGED = ("loss", "contrast", "mask_ratio", "lr", "grad_norm")
+# Prefixes of the names of metrics, in the order of the log line.
+_LOG_ORDER = ("loss", "contrast", "mask_ratio", "lr", "grad_norm")
 
 _RANDOM_WEIGHTS = (
-    "random weights: published scores start from weights of ImageNet; without them, and with few labels, expect far "
-    "lower ones (config.model.pretrained; README, Pretrained weights)"
+    "random weights: published scores need weights pretrained on ImageNet; without them, and with few labels, expect "
+    "far lower ones (config.model.pretrained; docs/weights.md)"
 )
 
 
@@ -36,322 +51,220 @@ class DivergedError(UserError):
 
 
 def train(config, workdir: epath.PathLike, deadline: float = math.inf) -> dict:
-    """Trains what `config` describes in `workdir`, continuing from its latest checkpoint if there is one.
+    """Trains `config` in `workdir`, continuing from its latest checkpoint if there is one.
 
-    At `deadline` (of time.monotonic; for runs of one process) it saves and stops, as at SIGTERM: PreemptedError.
+    At `deadline` (of time.monotonic; only for runs of one process) it saves and stops as at SIGTERM: PreemptedError.
 
     Returns the summary, which is also written to `workdir/summary.json`. Raises ConfigError, DataError, CheckpointError
-    and StateDictError before anything is written when the input is bad, and DivergedError when the loss is not finite.
+    and StateDictError before anything is written if the input is bad, and DivergedError if the loss is not finite.
     """
     workdir = epath.Path(workdir)
-    # Before the work directory is made: bad input leaves nothing behind.
-    parts = experiment.build(saved_run.continued(config, workdir))
-    config, weights = parts.config, None
+    run = plan(restore.inherit_choices(config, workdir))
+    config, weights = run.learner.config, None
     if config.model.pretrained and not checkpoint.exists(workdir):
-        weights = pretrained.load(config, parts.abstract_state().student)
-    folder = files.Folder(workdir, continued=(recorder.LOG,))
-    recorder.log_to(folder.growing)
-    trainer = Trainer(parts, folder, weights, deadline)
-    del weights  # The state has its own copy; a second one would stay on the device for the whole run.
-    try:
-        return trainer.run()
-    finally:
-        trainer.close()
-        folder.close()
+        weights = pretrained.load(config, run.learner.abstract_state().student)
+    with contextlib.ExitStack() as stack:
+        folder = files.Folder(workdir, continued=(recorder.LOG, recorder.DEBUG_LOG))
+        stack.callback(folder.close)
+        stack.callback(recorder.log_to(folder.append_dir))
+        stack.callback(recorder.keep_library_warnings(folder.append_dir))
+        trainer = Trainer(run, folder, stack, weights, deadline)
+        del weights  # The state has its own copy; a second one would stay on the device for the whole run.
+        return trainer.train()
 
 
 class Trainer:
-    """A run in progress."""
+    """A run in progress; what it opens is closed by the stack that it is given."""
 
     def __init__(
         self,
-        parts: experiment.Experiment,
+        run: Run,
         workdir: files.Folder,
-        weights: pretrained.Fitted | None = None,
+        stack: contextlib.ExitStack,
+        weights: pretrained.LoadedWeights | None = None,
         deadline: float = math.inf,
     ):
-        """Continues the run in `workdir`, or begins with `weights` (None: random ones)."""
-        self._parts, self._workdir, config = parts, workdir.path, parts.config
-        self._saved = checkpoint.Checkpointer(workdir.path)
-        dataset = train_dataset(parts.sources, config, jax.process_index(), jax.process_count())
-        self._iterator = train_iterator(dataset, config)
-        self._scores = scores.new()
-        trained_on = {"labeled": parts.sources.labeled, "unlabeled": parts.sources.unlabeled}
-        self._records = {name: digest(source) for name, source in trained_on.items()}
+        """Continues the run in `workdir`, or starts it from `weights` (None: random ones)."""
+        self._run, self._learner, self._config = run, run.learner, run.learner.config
+        self._workdir, mesh = workdir.path, run.learner.mesh
+        self._evaluator = Evaluator(self._learner)
+        self._scores = metrics.new_scores(metrics.ranking(self._config))
+        self._records = {name: digest(getattr(run.sources, name)) for name in ("labeled", "unlabeled")}
+        self._checkpointer = checkpoint.Checkpointer(workdir.path, self._scores["metric"])
+        stack.callback(self._checkpointer.close)
         self.state = self._start(weights)
         self._step = int(self.state.step)
-        self._take_step = parts.compile_step()
-        self._evaluator = evaluate.Evaluator(parts.model, config, parts.mesh)
-        self._panels = panels.Panels(parts, config.train.pictures)
+        dataset = train_dataset(run.sources, self._config, jax.process_index(), jax.process_count())
+        batches = train_iterator(dataset, self._config)
+        stack.callback(batches.close)
+        batches.set_state({"step": self._step})
         self._recorder = recorder.Recorder(workdir, self._step)
-        self._feeder = Feeder(self._iterator, parts.mesh)
+        stack.callback(self._recorder.close)
+        self._prefetcher = DevicePrefetcher(batches, mesh)
+        stack.callback(self._prefetcher.close)
         self._preemption = distributed.Preemption(deadline)
+        stack.callback(self._preemption.close)
+        self._take_step = self._learner.make_train_step()
+        self._images = ImageSummaries(self._learner, self._config.train.pictures)
         self._pending: list[dict] = []  # Metrics of the steps since the last log line, on the device.
-        self._clock = Clock()
+        self._timer = StepTimer()
 
-    def _start(self, weights: pretrained.Fitted | None):
-        """Restores the latest checkpoint, or begins with `weights`."""
-        parts, step = self._parts, self._saved.latest_step()
-        config = json.loads(parts.config.to_json())
-        found = facts(parts)
-        for reason in parts.chosen:
+    def _start(self, weights: pretrained.LoadedWeights | None):
+        """Returns the state of the latest checkpoint, or a new one with `weights`."""
+        learner, step = self._learner, self._checkpointer.latest_step()
+        config, info = json.loads(self._config.to_json()), run_info(self._run)
+        for reason in self._run.chosen:
             logger.info("chosen: %s", reason)
-        logger.info(_description(config, found))
+        logger.info(describe(config, info))
         if step is None:
-            state = parts.initial_state(weights and weights.variables)
+            state = learner.init_state(weights and weights.variables)
             logger.info("starting from %s", weights.report if weights else _RANDOM_WEIGHTS)
         else:
-            state, meta = self._saved.restore(step, parts.abstract_state(), parts.config)
-            self._iterator.set_state({"step": step})
-            self._scores = meta["scores"]
-            if 0 < step < parts.steps and parts.config.train.resume == "exact":
+            state, meta = self._checkpointer.restore(step, learner.abstract_state(), self._config)
+            if 0 < step < self._run.length.steps and self._config.train.resume == "exact":
                 _check_continues(self._workdir, step, meta, self._meta())
+            self._scores = metrics.continue_scores(meta["scores"], self._scores["metric"])
             logger.info("continuing from step %d of %s", step, self._workdir)
             for change in checks.differences(meta["config"], config):
                 logger.info("changed since that checkpoint: %s", change)
-        recorder.write_json(self._workdir / "config.json", config)
-        recorder.write_json(self._workdir / recorder.RUN, found)
+        recorder.write_json(self._workdir / restore.CONFIG, config)
+        recorder.write_json(self._workdir / recorder.RUN, info)
         return state
 
-    def run(self) -> dict:
+    def train(self) -> dict:
         """Trains to the last step; returns the summary."""
-        while self._step < self._parts.steps:
-            batch, waited = self._feeder.take(running=self._pending[-2:])
-            self.state, metrics = self._take_step(self.state, batch)
-            self._pending.append(metrics)
+        steps = self._run.length.steps
+        while self._step < steps:
+            batch, waited = self._prefetcher.take(running=self._pending[-2:])
+            self.state, step_metrics = self._take_step(self.state, batch)
+            self._pending.append(step_metrics)
             self._step += 1
-            if self._step < self._parts.steps:
-                self._feeder.start()
-            self._clock.stepped(waited)
+            if self._step < steps:
+                self._prefetcher.start()
+            self._timer.count_step(waited)
             self._after_step(batch)
-            if self._preemption.reached(self._step) and self._step < self._parts.steps:
+            if self._preemption.reached(self._step) and self._step < steps:
                 self._stop()
-        self._saved.wait()
+        self._checkpointer.wait()
         return self._summarize()
 
     def _stop(self) -> None:
-        """Saves the state now, unless it just was, and ends the run."""
-        if self._saved.latest_step() != self._step:
+        """Saves the state, unless it just was, and ends the run."""
+        if self._checkpointer.latest_step() != self._step:
             self._log()
-            self._recorder.publish()
-            self._saved.save(self._step, self.state, self._meta())
-        self._saved.wait()
+            self._save()
+        self._checkpointer.wait()
         raise distributed.PreemptedError(
-            f"stopped by {self._preemption.cause()} after step {self._step} of {self._parts.steps}, which is saved in "
-            f"{self._workdir}; the same command continues"
+            f"stopped by {self._preemption.cause()} after step {self._step} of {self._run.length.steps}, which is "
+            f"saved in {self._workdir}; the same command continues"
         )
 
+    def _save(self, score: float | None = None) -> None:
+        self._recorder.sync()  # Before the checkpoint from which a killed run continues.
+        self._checkpointer.save(self._step, self.state, self._meta(), score)
+
     def _meta(self) -> dict:
-        """What a checkpoint holds beside the state."""
+        """Returns what a checkpoint holds beside the state."""
         return {
-            "config": json.loads(self._parts.config.to_json()),
-            "steps": self._parts.steps,
+            "config": json.loads(self._config.to_json()),
+            "steps": self._run.length.steps,
             "records": self._records,
             "scores": self._scores,
         }
 
-    def _due(self, key: str) -> bool:
-        """Whether the event of `config.train[key]` comes after this step; 0 means every epoch."""
-        every = self._parts.config.train[key] or self._parts.steps_per_epoch
-        return self._step % every == 0 or self._step == self._parts.steps
+    def _is_due(self, key: str) -> bool:
+        """Returns whether the event with the period `config.train[key]` (0: an epoch) follows this step."""
+        period = self._config.train[key] or self._run.length.steps_per_epoch
+        return self._step % period == 0 or self._step == self._run.length.steps
 
-    def _after_step(self, batch: dict) -> None:
-        evaluation = self._due("eval_every")
-        save = evaluation or self._due("checkpoint_every")
-        if self._step % self._parts.config.train.log_every == 0 or save or self._clock.steps == 1:
+    def _after_step(self, batch: Batch) -> None:
+        evaluate = self._is_due("eval_every")
+        save = evaluate or self._is_due("checkpoint_every")
+        if self._step % self._config.train.log_every == 0 or save or self._timer.steps == 1:
             self._log()
-        if evaluation:
-            self._evaluate(batch)
         if save:
-            miou = scores.last_miou(self._scores) if evaluation else None
-            self._recorder.publish()  # Before the checkpoint, after which a run that is killed goes on.
-            self._saved.save(self._step, self.state, self._meta(), miou)
-            self._clock.other_work_done()
+            self._save(self._evaluate(batch) if evaluate else None)
+            self._timer.count_other_work()
 
     def _log(self) -> None:
-        """Fetches the metrics of the steps since the last line, if any, checks and reports them."""
+        """Fetches, checks and logs the metrics of the steps since the last line, if any."""
         if not self._pending:
             return
         fetched, self._pending = jax.device_get(self._pending), []
-        for step, metrics in enumerate(fetched, self._step - len(fetched) + 1):
-            if not np.isfinite(metrics["loss"]):
+        for step, values in enumerate(fetched, self._step - len(fetched) + 1):
+            if not np.isfinite(values["loss"]):
                 raise DivergedError(
-                    f"the loss is not finite at step {step} ({_terms(metrics)}); a lower config.optimizer.lr may help. "
+                    f"the loss is not finite at step {step} ({_terms(values)}); a lower config.optimizer.lr may help. "
                     f"Checkpoints of earlier steps are in {self._workdir}"
                 )
-        means = {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}
+        means = {name: float(np.mean([values[name] for values in fetched])) for name in fetched[0]}
         means["lr"] = float(fetched[-1]["lr"])
-        per_step, waiting, left = self._clock.read(self._parts.steps - self._step)
-        rows = self._parts.config.data.labeled_batch
-        rows += self._parts.config.data.unlabeled_batch if self._parts.method.uses_unlabeled else 0
-        mious = [f"{name} {entry['miou']:.2f}" for name, entry in scores.last(self._scores).items()]
+        timing = self._timer.read(self._run.length.steps - self._step)
+        images_per_second = sum(batch_sizes(self._config).values()) / timing.seconds_per_step
         logger.info(
-            "step %d/%d epoch %.1f | %s | mIoU %s | %.1f images/s, waiting %.0f%% | %s left",
-            self._step, self._parts.steps, self._step / self._parts.steps_per_epoch, _terms(means),
-            " ".join(mious) or "-", rows / per_step, 100 * waiting, duration(left),
+            "step %d/%d epoch %.1f | %s | %s | %.1f images/s, waiting %.0f%% | %s left",
+            self._step, self._run.length.steps, self._step / self._run.length.steps_per_epoch, _terms(means),
+            self._score_text(metrics.last_scores(self._scores)), images_per_second, 100 * timing.waiting,
+            duration(timing.seconds_left),
         )  # fmt: skip
-        self._recorder.scalars(self._step, {**means, "images_per_second": rows / per_step, "waiting": waiting})
+        values = {**means, "images_per_second": images_per_second, "waiting": timing.waiting}
+        self._recorder.scalars(self._step, values)
 
-    def _evaluate(self, batch: dict) -> None:
-        config, networks, started = self._parts.config, self.state.networks(), time.monotonic()
-        val = self._parts.sources.val
-        confusions = self._evaluator(networks, self._evaluator.groups(val), evaluate.log_progress(len(val)))
-        found = {name: scores.of_confusion(counts, config.data.classes) for name, counts in confusions.items()}
-        scores.update(self._scores, self._step, found)
-        self._recorder.evaluation(self._step, found, confusions)
-        if config.train.pictures:
-            for name, picture in self._panels(self.state, batch, self._evaluator).items():
+    def _score_text(self, scores: dict[str, dict]) -> str:
+        """Formats the ranking metric of each network: "Mean IoU student 41.20 teacher 43.05"."""
+        name = self._scores["metric"]
+        values = " ".join(f"{network} {values[name]:.2f}" for network, values in scores.items())
+        return f"{metrics.METRICS[name].title} {values or '-'}"
+
+    def _evaluate(self, batch: Batch) -> float:
+        """Evaluates the networks and draws pictures; returns the score that ranks the checkpoint."""
+        networks, val, started = self.state.networks(), self._run.sources.val, time.monotonic()
+        confusions = self._evaluator(networks, self._evaluator.batches(val), log_progress(len(val)))
+        classes = self._config.data.classes
+        scores = {name: metrics.scores_of(confusion, classes) for name, confusion in confusions.items()}
+        score = metrics.update_scores(self._scores, self._step, scores)
+        self._recorder.evaluation(self._step, scores, confusions)
+        if self._config.train.pictures:
+            pictures = self._images.panels(self.state, batch)
+            pictures |= self._images.validation_panel(self.state, self._evaluator, val)
+            for name, picture in pictures.items():
                 self._recorder.picture(self._step, name, picture)
         logger.info(
-            "step %d: mIoU %s on %d images in %s; best %.2f at step %d",
-            self._step, ", ".join(f"{name} {entry['miou']:.2f}" for name, entry in found.items()), len(val),
-            duration(time.monotonic() - started), self._scores["best_miou"], self._scores["best_step"],
+            "step %d: %s on %d images in %s; best %.2f at step %d",
+            self._step, self._score_text(scores), len(val), duration(time.monotonic() - started),
+            self._scores["best_score"], self._scores["best_step"],
         )  # fmt: skip
+        return score
 
     def _summarize(self) -> dict:
-        parts = self._parts
-        summary = {"name": parts.config.name, "steps": self._step, "seconds": self._recorder.seconds, **self._scores}
+        seconds = self._recorder.seconds
+        summary = {"name": self._config.name, "steps": self._step, "seconds": seconds, **self._scores}
         recorder.write_json(self._workdir / "summary.json", summary)
-        last = scores.last(self._scores)
+        last = metrics.last_scores(self._scores)
         if last:
-            logger.info("IoU per class after step %d, per cent\n%s", self._step, recorder.class_table(last))
+            logger.info("scores after step %d, in percent\n%s", self._step, metrics.class_table(last))
         logger.info("finished %d steps; %s", self._step, self._workdir / "summary.json")
         return summary
 
-    def close(self) -> None:
-        """Ends threads and workers."""
-        self._preemption.close()
-        self._feeder.close()
-        self._iterator.close()
-        self._recorder.close()
-        self._saved.close()
-
 
 def _check_continues(workdir: epath.Path, step: int, saved: dict, current: dict) -> None:
-    """Raises ConfigError if a run that goes on from a checkpoint of `saved` meta would not go on as it would have."""
-    before = json.loads(saved_run.complete(saved["config"]).to_json())
+    """Raises ConfigError if a run would not continue exactly from the checkpoint with the meta data `saved`."""
+    before = json.loads(restore.with_defaults(saved["config"]).to_json())
     changes = checks.inexact_changes(before, current["config"])
-    if saved.get("steps", current["steps"]) != current["steps"]:
-        changes.append(
-            f"the run's length, which its learning rate follows: {saved['steps']} steps, now {current['steps']}"
-        )
-    for name, digest in current["records"].items():
-        if saved.get("records", current["records"])[name] != digest:
+    if saved["steps"] != current["steps"]:
+        lengths = f"{saved['steps']} steps, now {current['steps']}"
+        changes.append(f"the length of the run, which sets its learning rates: {lengths}")
+    for name, digests in current["records"].items():
+        if saved["records"][name] != digests:
             changes.append(f"the list of {name} images")
     if changes:
         raise checks.ConfigError(
-            f"{workdir} cannot be continued exactly from step {step}: changed since are {'; '.join(changes)}. Undo "
-            "that, take another --workdir, or go on all the same with --config.train.resume=changed"
+            f"{workdir} cannot be continued exactly from step {step}; changed since then: {'; '.join(changes)}. Undo "
+            "the changes, use another --workdir, or continue with them by --config.train.resume=changed"
         )
 
 
-class Feeder:
-    """Brings batches to the devices in the background: while a step computes on one, the next arrives."""
-
-    def __init__(self, iterator, mesh: jax.sharding.Mesh):
-        self._iterator, self._mesh = iterator, mesh
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feeder")
-        self._next: Future | None = None
-
-    def start(self) -> None:
-        """Begins to fetch the next batch."""
-        if self._next is None:
-            self._next = self._thread.submit(lambda: sharding.put_batch(next(self._iterator), self._mesh))
-
-    def take(self, running: list) -> tuple[dict[str, jax.Array], float]:
-        """Returns the next batch, and for how many seconds the devices had nothing to do but to wait for it.
-
-        `running` are results of the last two steps, at most. One step may still run when the next is enqueued, so that
-        the devices go from one to the other at once; two may not, or the host would run away from them.
-        """
-        self.start()
-        jax.block_until_ready(running[:-1])
-        waited = 0.0
-        if not self._next.done():
-            jax.block_until_ready(running)
-            idle = time.monotonic()
-            self._next.result()
-            waited = time.monotonic() - idle
-        batch, self._next = self._next.result(), None
-        return batch, waited
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
-
-class Clock:
-    """Measures the steps: speed, share of it spent waiting for data, and the time left.
-
-    The first step (which compiles), evaluations and checkpoints are no part of the speed; what evaluations and
-    checkpoints took so far is part of the time left.
-    """
-
-    def __init__(self):
-        self.steps = 0  # Taken by this process.
-        self._mark = time.monotonic()
-        self._waited, self._counted = 0.0, 0  # Since the last reading.
-        self._busy_seconds, self._busy_steps = 0.0, 0  # At the last readings.
-        self._other_seconds = 0.0
-
-    def stepped(self, waited: float) -> None:
-        """Counts a step for whose batch the devices waited so many seconds."""
-        self.steps += 1
-        self._counted += 1
-        self._waited += waited
-
-    def read(self, steps_left: int) -> tuple[float, float, float]:
-        """Returns (seconds a step, share waiting, seconds left) of the steps since the last reading."""
-        seconds, counted, waited = time.monotonic() - self._mark, self._counted, self._waited
-        self._mark, self._counted, self._waited = time.monotonic(), 0, 0.0
-        if self.steps > counted:  # Not the first step, which compiles.
-            self._busy_seconds += seconds
-            self._busy_steps += counted
-        per_step = seconds / max(counted, 1)
-        busy = self._busy_seconds / self._busy_steps if self._busy_steps else per_step
-        return per_step, waited / max(seconds, 1e-9), steps_left * (busy + self._other_seconds / max(self.steps, 1))
-
-    def other_work_done(self) -> None:
-        """Tells that the time since the last reading went into something else than steps."""
-        now = time.monotonic()
-        self._other_seconds += now - self._mark
-        self._mark = now
-
-
-def _terms(metrics: dict[str, float]) -> str:
-    """Writes "loss 1.234 loss_fp1 0.12 ..."; all of them, the total first."""
-    names = sorted(metrics, key=lambda name: ([not name.startswith(start) for start in _LOGGED], name))
-    return " ".join(f"{name} {float(metrics[name]):.4g}" for name in names)
-
-
-def facts(parts: experiment.Experiment) -> dict:
-    """What was built from the configuration, and where it runs: what `run.json` holds."""
-    weights, sources = parts.abstract_state().params, parts.sources
-    return {
-        "name": parts.config.name,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights)),
-        "images": {name: len(source) for name, source in sources._asdict().items()},
-        "steps": parts.steps,
-        "steps_per_epoch": parts.steps_per_epoch,
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
-        "devices_a_process": jax.local_device_count(),
-        "jax": jax.__version__,
-    }
-
-
-def _description(config: dict, found: dict) -> str:
-    """One line for the log, of a configuration as a dict and its `facts`."""
-    data, method, images = config["data"], config["method"], found["images"]
-    sizes, names = [data["labeled_batch"]], ["labeled"]
-    if method["strong_views"] + method["feature_views"]:
-        sizes, names = [*sizes, data["unlabeled_batch"]], [*names, "unlabeled"]
-    batch = " + ".join(f"{size} {name}" for size, name in zip(sizes, names, strict=True))
-    processes, devices, parts = found["processes"], found["devices_a_process"], config["train"]["accumulation"]
-    each = " + ".join(str(size // (processes * devices * parts)) for size in sizes)
-    batch += f" ({processes} processes x {devices} devices x {each} a device x {parts} accumulated)"
-    return (
-        f"{found['name'] or 'run'}: {config['model']['backbone']} with {found['parameters'] / 1e6:.1f} M parameters, "
-        f"{len(data['classes'])} classes; {images['labeled']} labeled, {images['unlabeled']} unlabeled, "
-        f"{images['val']} validation images; {found['steps']} steps of {batch} at crop {data['crop']} "
-        f"({found['steps_per_epoch']} an epoch); {found['devices']}"
-    )
+def _terms(values: dict[str, float]) -> str:
+    """Formats all metrics of a step, the total loss first: "loss 1.234 loss_fp1 0.12 ..."."""
+    names = sorted(values, key=lambda name: ([not name.startswith(prefix) for prefix in _LOG_ORDER], name))
+    return " ".join(f"{name} {float(values[name]):.4g}" for name in names)

@@ -1,4 +1,4 @@
-"""Files and folders, on a local disk or on a bucket (`gs://`): written whole or not at all, or growing."""
+"""Atomic files and append-only files, on a local disk or in an object store (`gs://`)."""
 
 import contextlib
 import os
@@ -11,19 +11,19 @@ from etils import epath
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is of an object store, such as gs://BUCKET/FOLDER."""
+    """Returns whether a path is in an object store, such as gs://BUCKET/FOLDER."""
     return "://" in os.fspath(path)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path from the root of the file system on; of an object store as it is."""
+    """Returns the absolute path; paths in an object store are unchanged."""
     return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(path))
 
 
 @contextlib.contextmanager
-def whole(path: epath.PathLike) -> Iterator[pathlib.Path]:
-    """Gives the path of a new local file, which becomes `path` at the end, or goes if an error is raised."""
-    if is_remote(path):  # Objects appear whole.
+def atomic_write(path: epath.PathLike) -> Iterator[pathlib.Path]:
+    """Yields the path of a temporary local file that replaces `path` on exit; on an exception `path` is unchanged."""
+    if is_remote(path):  # Object stores write a whole object or nothing.
         with tempfile.TemporaryDirectory() as folder:
             part = pathlib.Path(folder) / epath.Path(path).name
             yield part
@@ -38,45 +38,47 @@ def whole(path: epath.PathLike) -> Iterator[pathlib.Path]:
 
 
 class Folder:
-    """A folder of whole files, under `path`, and of files that are appended to, under `growing`.
+    """A work directory `path`, with a local folder `append_dir` for the files that are appended to.
 
-    On a local disk both are the same. Object stores cannot append: there, growing files lie on the local disk and
-    `publish` copies them.
+    On a local disk both are the same. Object stores cannot append: there, `append_dir` is a temporary folder that
+    `sync` copies to `path`.
     """
 
     def __init__(self, path: epath.PathLike, continued: tuple[str, ...] = ()):
-        """Makes the folder if it is not there. The growing files named `continued` go on from what it has of them."""
+        """Creates the folder if needed. Files named in `continued` are appended to if they exist in it already."""
         self.path = epath.Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except Exception as error:  # Object stores have errors of their own: no such bucket, no credentials.
-            raise OSError(f"{path}: this folder cannot be made: {error}") from None
-        self._published: dict[pathlib.Path, tuple[int, int]] = {}
+        except Exception as error:  # Object stores raise errors of their own: no such bucket, no credentials.
+            raise OSError(f"{path}: cannot create this folder: {error}") from None
+        self._synced: dict[pathlib.Path, tuple[int, int]] = {}
         if not is_remote(path):
-            self.growing = pathlib.Path(path)
+            self.append_dir = pathlib.Path(path)
             return
-        self.growing = pathlib.Path(tempfile.mkdtemp(prefix="growing_"))
+        self.append_dir = pathlib.Path(tempfile.mkdtemp(prefix="append_dir_"))
         for name in continued:
             if (self.path / name).exists():
-                (self.growing / name).write_bytes((self.path / name).read_bytes())
-                self._published[self.growing / name] = _state(self.growing / name)
+                (self.append_dir / name).write_bytes((self.path / name).read_bytes())
+                self._synced[self.append_dir / name] = _fingerprint(self.append_dir / name)
 
-    def publish(self) -> None:
-        """Copies the growing files that changed since the last time, whole, to the folder."""
+    def sync(self) -> None:
+        """Copies the files of `append_dir` that changed since the last call to the object store."""
         if not is_remote(self.path):
             return
-        for file in sorted(self.growing.rglob("*")):
-            if file.is_file() and self._published.get(file) != (state := _state(file)):
-                (self.path / file.relative_to(self.growing).as_posix()).write_bytes(file.read_bytes())
-                self._published[file] = state
+        for file in sorted(self.append_dir.rglob("*")):
+            if file.is_file() and self._synced.get(file) != (fingerprint := _fingerprint(file)):
+                (self.path / file.relative_to(self.append_dir).as_posix()).write_bytes(file.read_bytes())
+                self._synced[file] = fingerprint
 
     def close(self) -> None:
-        """Publishes, and removes the local copies."""
-        self.publish()
-        if is_remote(self.path):
-            shutil.rmtree(self.growing, ignore_errors=True)
+        """Syncs, and removes the temporary folder."""
+        try:
+            self.sync()
+        finally:
+            if is_remote(self.path):
+                shutil.rmtree(self.append_dir, ignore_errors=True)
 
 
-def _state(file: pathlib.Path) -> tuple[int, int]:
-    """Differs when the file has been written to."""
+def _fingerprint(file: pathlib.Path) -> tuple[int, int]:
+    """Returns the size and the time of modification, which change when the file is written to."""
     return file.stat().st_size, file.stat().st_mtime_ns

@@ -1,8 +1,9 @@
-"""What a run records while it goes: log lines, TensorBoard, and JSON files in the work directory.
+"""Records of a run: log lines, TensorBoard, and JSON files in the work directory.
 
-`metrics.jsonl` has a line for each log line and each evaluation: {"step", "seconds" (of training so far), ...}; those
-of evaluations hold "miou_NETWORK" and "iou_NETWORK" (a list in the order of the classes), per cent. `confusion.json`
-has the confusion matrices of the last evaluation, rows true classes: {"step", NETWORK: [K][K]}.
+`metrics.jsonl` has one line per log line and per evaluation: {"step", "seconds" (of training so far), ...}; those of
+evaluations hold, per network, each metric of the evaluation ("miou_student", ...) and the IoU of each class
+("iou_student", a list in the order of the classes), in percent. `confusion.json` has the confusion matrices of the last
+evaluation, rows true classes: {"step", NETWORK: [K][K]}.
 """
 
 import json
@@ -10,8 +11,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 
-import absl.logging
 import numpy as np
 import tensorboardX
 from etils import epath
@@ -20,24 +21,47 @@ from dssn_jax import distributed
 from dssn_jax.workdir import files
 
 LOG = "log.txt"
+DEBUG_LOG = "debug.txt"  # Warnings of libraries.
 METRICS = "metrics.jsonl"
 CONFUSION = "confusion.json"
-RUN = "run.json"  # What was built from the configuration, and where it runs; see `train.facts`.
+RUN = "run.json"  # `dssn_jax.training.loop.run_info`.
 
 logger = logging.getLogger("dssn")
+# Orbax and grain log to absl's logger, JAX to its own; the last is that of the module `warnings`.
+_LIBRARIES = ("absl", "jax", "gcsfs", "py.warnings")
 
 
 def quiet_libraries() -> None:
-    """Leaves out what libraries log and users cannot use."""
-    absl.logging.set_verbosity(absl.logging.FATAL)  # What is worth telling, they raise too.
-    for name in ("jax", "gcsfs"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """Keeps the log lines of libraries, and Python's warnings, off the screen; see `keep_library_warnings`."""
+    logging.captureWarnings(True)
+    for name in _LIBRARIES:
+        library = logging.getLogger(name)
+        library.handlers = [logging.NullHandler()]
+        library.propagate = False
 
 
-def log_to(folder: os.PathLike | None) -> None:
-    """Sends the log lines to standard output and, if `folder` is given, to `folder/log.txt`.
+def keep_library_warnings(folder: os.PathLike) -> Callable[[], None]:
+    """Appends warnings of libraries to `folder/debug.txt`, in the first process; returns a function that stops it."""
+    if not distributed.is_first():
+        return lambda: None
+    handler = logging.FileHandler(os.path.join(folder, DEBUG_LOG), delay=True)  # No warnings, no file.
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    for name in _LIBRARIES:
+        logging.getLogger(name).addHandler(handler)
 
-    Of several processes the first does; the others tell what goes wrong.
+    def stop() -> None:
+        for name in _LIBRARIES:
+            logging.getLogger(name).removeHandler(handler)
+        handler.close()
+
+    return stop
+
+
+def log_to(folder: os.PathLike | None = None) -> Callable[[], None]:
+    """Sends log lines to standard output and, if given, to `folder/log.txt`; returns a function that undoes it.
+
+    Only the first process logs; the others print warnings and errors.
     """
     handlers = [logging.StreamHandler(sys.stdout)]
     if not distributed.is_first():
@@ -46,65 +70,76 @@ def log_to(folder: os.PathLike | None) -> None:
         handlers.append(logging.FileHandler(os.path.join(folder, LOG)))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    for old in logger.handlers:
-        old.close()
-    logger.handlers = handlers
-    logger.propagate = False
+    before = logger.handlers, logger.propagate, logger.level
+    logger.handlers, logger.propagate = handlers, False
     logger.setLevel(logging.INFO)
+
+    def undo() -> None:
+        for handler in handlers:
+            handler.close()
+        logger.handlers, logger.propagate = before[:2]
+        logger.setLevel(before[2])
+
+    return undo
 
 
 def write_json(path: epath.Path, content: dict) -> None:
-    """Writes `content` whole or not at all; the first process does."""
+    """Writes `content` atomically; the first process does."""
     if not distributed.is_first():
         return
-    with files.whole(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text(json.dumps(content, indent=2) + "\n")
 
 
 class Recorder:
-    """Numbers by step in `metrics.jsonl` and TensorBoard, pictures in TensorBoard; the first process writes them."""
+    """Writes numbers by step to `metrics.jsonl` and TensorBoard, pictures to TensorBoard; the first process does."""
 
     def __init__(self, workdir: files.Folder, step: int):
         """Continues after `step`: what an interrupted run recorded later is dropped."""
-        self._workdir, self._path, self._confusion = workdir, workdir.growing / METRICS, workdir.path / CONFUSION
+        self._workdir, self._path, self._confusion = workdir, workdir.append_dir / METRICS, workdir.path / CONFUSION
         kept = [line for line in read_metrics(workdir.path) if line["step"] <= step]
         self._board = None
         if distributed.is_first():
-            with files.whole(self._path) as part:
+            with files.atomic_write(self._path) as part:
                 part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            self._board = tensorboardX.SummaryWriter(str(workdir.growing / "tensorboard"), purge_step=step + 1)
+            self._board = tensorboardX.SummaryWriter(str(workdir.append_dir / "tensorboard"), purge_step=step + 1)
         self._started = time.monotonic() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
 
     @property
     def seconds(self) -> float:
-        """How long the run trained until now, with the time before it was continued but without lost steps."""
+        """Training time so far, including the time before the run was continued but not that of lost steps."""
         return time.monotonic() - self._started
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Records numbers by name."""
         self._write(step, values)
         self._show(step, values)
 
     def evaluation(self, step: int, scores: dict[str, dict], confusions: dict[str, np.ndarray]) -> None:
-        """Records of each network (by name) its scores, as `scores.of_confusion` gives them, and confusion matrix."""
+        """Records the scores (`metrics.scores_of`) and the confusion matrix of each network, by its name."""
         numbers, lists = {}, {}
-        for name, found in scores.items():
-            numbers |= {f"{key}_{name}": value for key, value in found.items() if not isinstance(value, dict)}
-            lists |= {f"{key}_{name}": list(value.values()) for key, value in found.items() if isinstance(value, dict)}
+        for network, values in scores.items():
+            for name, value in values.items():
+                if isinstance(value, dict):
+                    lists[f"{name}_{network}"] = list(value.values())
+                else:
+                    numbers[f"{name}_{network}"] = value
         self._write(step, numbers | lists)
         self._show(step, numbers)
-        write_json(self._confusion, {"step": step, **{name: found.tolist() for name, found in confusions.items()}})
+        write_json(self._confusion, {"step": step, **{name: counts.tolist() for name, counts in confusions.items()}})
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Records a uint8 [H, W, 3] picture."""
         if self._board is not None:
             self._board.add_image(name, image, step, dataformats="HWC")
 
-    def publish(self) -> None:
-        """Brings everything recorded until now to the work directory, where that is on a bucket."""
+    def sync(self) -> None:
+        """Copies everything recorded so far to the work directory, if that is in an object store."""
         if self._board is not None:
-            self._workdir.publish()
+            self._workdir.sync()
 
     def close(self) -> None:
+        """Closes the TensorBoard file."""
         if self._board is not None:
             self._board.close()
 
@@ -123,7 +158,7 @@ class Recorder:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict]:
-    """The whole lines of `metrics.jsonl`, which may be missing or cut in its last line."""
+    """Returns the complete lines of `metrics.jsonl`; the file may be missing, or its last line cut short."""
     path = epath.Path(workdir) / METRICS
     if not path.exists():
         return []
@@ -131,20 +166,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict]:
 
 
 def duration(seconds: float) -> str:
-    """Writes seconds as h:mm:ss or m:ss."""
+    """Formats seconds as h:mm:ss or m:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def class_table(scores: dict[str, dict]) -> str:
-    """Tables the IoU of each class, their means and the pixel accuracy, a column for each network; per cent."""
-    names = list(scores)
-    rows = [(label, [scores[name]["iou"][label] for name in names]) for label in scores[names[0]]["iou"]]
-    for label, key in (("mean", "miou"), ("weighted mean", "frequency_weighted_iou"), ("pixels", "pixel_accuracy")):
-        if all(key in scores[name] for name in names):  # Runs of older versions have the mean alone.
-            rows.append((label, [scores[name][key] for name in names]))
-    width = max(len(label) for label, _ in rows)
-    lines = [" ".join([" " * width, *(f"{name:>9s}" for name in names)])]
-    lines += [" ".join([f"{label:{width}s}", *(f"{value:9.2f}" for value in values)]) for label, values in rows]
-    return "\n".join(lines)

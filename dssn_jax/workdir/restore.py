@@ -1,5 +1,6 @@
-"""What a work directory holds, read back without the command line that made it: the configuration, the networks."""
+"""Reads a work directory back without the command line that made it: its configuration and its networks."""
 
+import contextlib
 import json
 from typing import Any, NamedTuple
 
@@ -7,27 +8,52 @@ import jax
 from etils import epath
 
 from configs import checks, defaults
-from dssn_jax import auto_config as automatic
-from dssn_jax import models, sharding
-from dssn_jax import validate as configuration
-from dssn_jax.learner import learner as experiment
-from dssn_jax.workdir import checkpoint
+from dssn_jax import auto_config
+from dssn_jax.learner import learner as learner_lib
+from dssn_jax.learner.state import deployed
+from dssn_jax.validate import validate_model
+from dssn_jax.workdir.checkpoint import Checkpointer, exists
 from input_pipeline.errors import UserError
 
 CONFIG = "config.json"
 
 
 class WorkdirError(UserError):
-    """A folder that is not the work directory of a run, or is damaged: the message names it and what is expected."""
+    """A folder that is no work directory of a run, or is damaged; the message names it and what is expected."""
 
 
-class SavedNetworks(NamedTuple):
-    """The networks of a checkpoint."""
+class Restored(NamedTuple):
+    """The networks of a checkpoint, with the learner that applies them."""
 
-    config: Any
+    learner: Any  # `dssn_jax.learner.learner.Learner`; its config has the optimizer of the checkpoint.
     step: int
-    model: models.DeepLabV3Plus
-    variables: dict[str, dict]  # Of student, and of teacher if the method has one; for `model.apply`.
+    networks: dict[str, dict]  # Variables for `learner.network.apply`: student and, with EMA, teacher.
+    meta: dict  # See `dssn_jax.workdir.checkpoint`.
+
+
+def restore(
+    workdir: epath.PathLike, checkpoint: str | None = "best", *, config=None, mesh: jax.sharding.Mesh | None = None
+) -> Restored:
+    """Restores the networks of a checkpoint, replicated over `mesh`; needs no data and any number of devices.
+
+    Args:
+      workdir: of the run.
+      checkpoint: "latest", "best", a step, or None (best, or latest if nothing was evaluated yet).
+      config: describes the networks; None: the configuration in the work directory.
+      mesh: None: all devices.
+
+    Raises:
+      WorkdirError, CheckpointError or ConfigError.
+    """
+    config = read_config(workdir) if config is None else inherit_choices(config, workdir)
+    validate_model(config)
+    with contextlib.closing(Checkpointer(workdir, read_only=True)) as saved:
+        step = saved.resolve(checkpoint)
+        # Networks do not depend on the optimizer, but its state lies beside them.
+        config.optimizer = with_defaults(saved.meta(step)["config"]).optimizer
+        learner = learner_lib.build(config, mesh)
+        state, meta = saved.restore(step, learner.abstract_state(), config)
+    return Restored(learner, step, state.networks(), meta)
 
 
 def read_json(workdir: epath.PathLike, name: str) -> dict:
@@ -47,56 +73,35 @@ def read_json(workdir: epath.PathLike, name: str) -> dict:
 
 
 def read_config(workdir: epath.PathLike):
-    """Returns the configuration of a run; keys that are newer than the run have their defaults.
-
-    Raises WorkdirError.
-    """
+    """Returns the configuration of a run, with defaults for keys that are newer than the run; raises WorkdirError."""
     try:
-        return complete(read_json(workdir, CONFIG))
+        return with_defaults(read_json(workdir, CONFIG))
     except (TypeError, ValueError) as error:
         raise WorkdirError(f"{epath.Path(workdir) / CONFIG}: not a configuration of this program: {error}") from None
 
 
-def continued(config, workdir: epath.PathLike):
-    """Returns `config` with what was chosen for it by the run in `workdir`, if there is one: it keeps its choices.
-
-    Raises WorkdirError.
-    """
-    if not automatic.pending(config) or not checkpoint.exists(workdir):
-        return config
-    return automatic.adopt(config, read_config(workdir))
-
-
-def complete(saved: dict):
-    """Returns the configuration of one that was saved as JSON; keys that are newer than it have their defaults."""
+def with_defaults(saved: dict):
+    """Returns the configuration that was saved as JSON, with defaults for keys that are newer than it."""
     config = defaults.get_config()
-    config.update(saved)  # Lists become the tuples that they were.
+    config.update(saved)  # Lists become tuples again.
     return config
 
 
-def choose_network(workdir: epath.PathLike, networks: dict[str, dict], network: str | None) -> str:
-    """Returns the name of the network asked for, or of the teacher if there is one; raises ConfigError."""
-    network = network or list(networks)[-1]
-    checks.check_choice(f"network of {workdir}", network, networks)
-    return network
+def inherit_choices(config, workdir: epath.PathLike):
+    """Returns a copy of `config` whose unset keys have the values that the run in `workdir`, if any, chose for them.
 
-
-def restore_networks(
-    workdir: epath.PathLike, which: str, config=None, mesh: jax.sharding.Mesh | None = None
-) -> SavedNetworks:
-    """Restores the networks of a checkpoint ("latest", "best" or a step); the data are not needed.
-
-    They are those of `config` (default: that of the work directory), on every device of `mesh` (default: on one).
-
-    Raises WorkdirError, CheckpointError or ConfigError.
+    Raises WorkdirError.
     """
-    config = read_config(workdir) if config is None else continued(config, workdir)
-    mesh = sharding.make_mesh(jax.local_devices()[:1]) if mesh is None else mesh
-    configuration.validate(config, mesh.size)
-    saved = checkpoint.Checkpointer(workdir, read_only=True)
-    try:
-        step = saved.resolve(which)
-        state, _ = saved.restore(step, experiment.abstract_state(config, mesh), config)
-    finally:
-        saved.close()
-    return SavedNetworks(config, step, models.build(config.model, len(config.data.classes)), state.networks())
+    if not auto_config.unset_keys(config) or not exists(workdir):
+        return config.copy_and_resolve_references()
+    return auto_config.copy_choices(config, read_config(workdir))
+
+
+def pick_network(networks, name: str | None = None) -> str:
+    """Returns `name`, checked against the names of `networks`, or by default that of the deployed network.
+
+    Raises ConfigError.
+    """
+    name = name or deployed(networks)
+    checks.check_choice("network", name, networks)
+    return name

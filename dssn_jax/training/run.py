@@ -1,0 +1,80 @@
+"""What a run trains: the learner, the data and the length, from a configuration; writes nothing."""
+
+from typing import NamedTuple
+
+import jax
+
+from dssn_jax import auto_config
+from dssn_jax.learner import learner as learner_lib
+from dssn_jax.learner.learner import Learner
+from dssn_jax.validate import validate_training
+from input_pipeline.batch import labeled_rows
+from input_pipeline.pipeline import RunLength, run_length
+from input_pipeline.sources.open import Sources, open_sources
+
+
+class Run(NamedTuple):
+    """What is trained, on what and for how long."""
+
+    learner: Learner  # Its config has a value for every key.
+    sources: Sources
+    length: RunLength
+    chosen: list[str]  # Why auto-configuration chose the values that were unset.
+
+
+def plan(config) -> Run:
+    """Opens the data, fills in unset keys and builds the learner for all devices; writes nothing.
+
+    Raises ConfigError or DataError for what cannot be trained.
+    """
+    devices = jax.devices()
+    validate_training(config, len(devices))
+    sources = open_sources(config)
+    config, chosen = auto_config.fill_in(config, sources, devices)
+    validate_training(config, len(devices))  # Given and chosen values together.
+    length = run_length(sources, config)
+    return Run(learner_lib.build(config, length=length), sources, length, chosen)
+
+
+def batch_sizes(config) -> dict[str, int]:
+    """Returns the number of images per step over all processes: labeled and, if the method uses them, unlabeled."""
+    sizes = {"labeled": labeled_rows(config)}
+    if config.method.strong_views or config.method.feature_views:
+        sizes["unlabeled"] = config.data.unlabeled_batch
+    return sizes
+
+
+def run_info(run: Run) -> dict:
+    """Returns what was built from the configuration and where it runs, the content of `run.json`."""
+    params = run.learner.abstract_state().student["params"]
+    return {
+        "name": run.learner.config.name,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "images": {name: len(source) for name, source in run.sources._asdict().items()},
+        "batch": batch_sizes(run.learner.config),
+        "steps": run.length.steps,
+        "steps_per_epoch": run.length.steps_per_epoch,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "devices_per_process": jax.local_device_count(),
+        "jax": jax.__version__,
+    }
+
+
+def describe(config: dict, info: dict) -> str:
+    """Describes a run, given its configuration as a dict and its `run_info`, in one line."""
+    data, micro_batches = config["data"], config["train"]["accumulation"]
+    factor = config["method"]["labeled_batch_factor"]
+    texts = {name: f"{size} {name}" for name, size in info["batch"].items()}
+    if factor > 1:
+        texts["labeled"] += f" (data.labeled_batch {data['labeled_batch']} x {factor})"
+    processes, devices = info["processes"], info["devices_per_process"]
+    shares = " + ".join(str(size // (processes * devices * micro_batches)) for size in info["batch"].values())
+    layout = f"{processes} processes x {devices} devices x {shares} images per device"
+    layout += f" x {micro_batches} micro-batches" if micro_batches > 1 else ""
+    images = ", ".join(f"{count} {name}" for name, count in info["images"].items())
+    return (
+        f"{info['name'] or 'run'}: {config['model']['encoder']} with {info['parameters'] / 1e6:.1f} M parameters, "
+        f"{len(data['classes'])} classes; {images} images; {info['steps']} steps ({info['steps_per_epoch']} per epoch) "
+        f"of {' + '.join(texts.values())} images ({layout}) at crop {data['crop']}; {info['devices']}"
+    )
