@@ -1,3 +1,5 @@
+"""The training step: its terms, devices, determinism, teacher, accumulation, dtypes, frozen parameters."""
+
 import functools
 
 import jax
@@ -7,11 +9,10 @@ import optax
 import pytest
 
 from dssn_jax import sharding
-from dssn_jax.learner import learner as experiment
-from dssn_jax.learner import step as train_step
-from dssn_jax.methods import strong_augment as augment
-from dssn_jax.methods import views
-from input_pipeline.pipeline import train_dataset
+from dssn_jax.learner import learner as learners
+from dssn_jax.learner import step as steps
+from input_pipeline.pipeline import run_length, train_dataset
+from input_pipeline.sources.open import open_sources
 
 METHODS = ("supervised", "fixmatch", "unimatch", "dssn")
 TERMS = {
@@ -22,30 +23,29 @@ TERMS = {
 }
 
 
+def build(config, devices=1):
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    return learners.build(config, mesh, run_length(open_sources(config), config))
+
+
 def start(config, devices=1):
-    """Returns (experiment, state, jitted step) over so many devices."""
-    parts = experiment.build(config, jax.devices()[:devices])
-    return parts, parts.initial_state(), parts.compile_step()
+    """Returns (learner, state, jitted step) over so many devices."""
+    learner = build(config, devices)
+    return learner, learner.init_state(), learner.make_train_step()
 
 
-def batches(parts, count):
-    dataset = train_dataset(parts.sources, parts.config)
-    return [sharding.put_batch(dataset[i], parts.mesh) for i in range(count)]
+def batches(learner, count):
+    dataset = train_dataset(open_sources(learner.config), learner.config)
+    return [sharding.put_batch(dataset[i], learner.mesh) for i in range(count)]
 
 
-def look(parts, state, batch):
-    """What the step sees of a batch."""
-    batch = augment.add_strong_views(batch, parts.recipe, state.rng, state.step)
-    return views.from_batch(batch, parts.config.data.mean, parts.config.data.std, jnp.float32)
-
-
-def run(config, steps, devices=1):
-    parts, state, step = start(config, devices)
-    metrics = []
-    for batch in batches(parts, steps):
-        state, found = step(state, batch)
-        metrics.append(jax.device_get(found))
-    return jax.device_get(state), metrics
+def run(config, count, devices=1):
+    learner, state, step = start(config, devices)
+    history = []
+    for batch in batches(learner, count):
+        state, metrics = step(state, batch)
+        history.append(jax.device_get(metrics))
+    return jax.device_get(state), history
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -53,8 +53,8 @@ def test_each_method_has_its_terms_and_they_sum_up(tiny_config, method):
     config = tiny_config(method, method__threshold=0.0, method__selection="threshold")
     state, (first, second) = run(config, 2)
     weights = config.method
-    for found, strong in ((first, 0.0 if method == "dssn" else 1.0), (second, 1.0)):  # DSSN's teacher warms up.
-        metrics = {name: float(value) for name, value in found.items()}
+    for metrics, strong in ((first, 0.0 if method == "dssn" else 1.0), (second, 1.0)):  # DSSN's teacher warms up.
+        metrics = {name: float(value) for name, value in metrics.items()}
         assert {name for name in metrics if name.startswith(("loss_", "contrast_"))} == TERMS[method]
         total = metrics["loss_x"]
         total += strong * weights.strong_weight * sum(v for k, v in metrics.items() if k.startswith("loss_s"))
@@ -64,14 +64,16 @@ def test_each_method_has_its_terms_and_they_sum_up(tiny_config, method):
         assert metrics["loss"] == pytest.approx(total, rel=1e-5)
         if method != "supervised":
             assert metrics["mask_ratio"] == 1.0
-    assert (state.teacher_params is None) == (method != "dssn")
+    assert (state.teacher is None) == (method != "dssn")
 
 
 @pytest.fixture
 def exact_config(tiny_config):
-    """DSSN in float64, so that what differs between device counts is not rounding that training has amplified."""
+    """DSSN in float64, so that differences between device counts are not rounding that training has amplified."""
     with jax.enable_x64(True):
-        yield tiny_config(method__threshold=0.0, model__dtype="float64", model__param_dtype="float64")
+        yield tiny_config(
+            method__threshold=0.0, model__dtype="float64", model__param_dtype="float64", ema__batch_stats_epochs=1
+        )
 
 
 def test_one_and_four_devices_agree(exact_config):
@@ -81,162 +83,180 @@ def test_one_and_four_devices_agree(exact_config):
         assert set(one) == set(four)
         for name in one:
             np.testing.assert_allclose(one[name], four[name], rtol=1e-8, atol=1e-12, err_msg=name)
-    for one, four in zip(jax.tree.leaves(alone.params), jax.tree.leaves(shared.params), strict=True):
+    for one, four in zip(*map(jax.tree.leaves, (alone.student["params"], shared.student["params"])), strict=True):
         assert one.dtype == np.float64
         np.testing.assert_allclose(one, four, rtol=1e-6, atol=1e-10)
 
 
 def test_no_all_to_all_in_the_compiled_step(exact_config):
-    parts, state, step = start(exact_config, devices=4)
-    text = step.lower(state, batches(parts, 1)[0]).compile().as_text()
+    learner, state, step = start(exact_config, devices=4)
+    text = step.lower(state, batches(learner, 1)[0]).compile().as_text()
     assert "all-reduce" in text  # It is a program for several devices,
     assert "all-to-all" not in text  # which do not exchange images,
     # (in float64 XLA gathers the images for the gradient of the max pooling; in float32 and bfloat16 it does not)
     gathers = [line for line in text.splitlines() if " all-gather(" in line]
     assert all("select_and_scatter" in line for line in gathers)
     # and reduce little but often. A batch norm reduces its sums together: in the forward and the backward pass of both
-    # student forwards, and in the first teacher's forward. Parallel ones share a reduction; all gradients do, and the
-    # loss terms take a few.
-    norms = len(jax.tree.leaves(state.batch_stats)) // 2
+    # student forwards, and in the teacher's forward. Parallel ones share a reduction; all gradients do, and the loss
+    # terms take a few.
+    norms = len(jax.tree.leaves(state.student["batch_stats"])) // 2
     assert text.count(" all-reduce(") <= 5 * norms + 8
 
 
 def test_no_all_to_all_with_unequal_batches(tiny_config):
     """The labeled batch is twice the unlabeled one: rows are joined in groups."""
     options = {"method__strong_views": 0, "method__image_contrast_weight": 0.0}
-    parts, state, step = start(tiny_config(data__labeled_batch=8, **options), devices=4)
-    text = step.lower(state, batches(parts, 1)[0]).compile().as_text()
+    learner, state, step = start(tiny_config(data__labeled_batch=8, **options), devices=4)
+    text = step.lower(state, batches(learner, 1)[0]).compile().as_text()
     assert "all-reduce" in text and "all-to-all" not in text
 
 
 def test_same_seed_same_run(tiny_config):
-    parts, _, step = start(tiny_config())
-    seen = batches(parts, 3)
+    learner, _, step = start(tiny_config())
+    given = batches(learner, 3)
 
     def losses(seed):
-        state, found = start(tiny_config(seed=seed))[1], []
-        for batch in seen:
+        state, history = build(tiny_config(seed=seed)).init_state(), []
+        for batch in given:
             state, metrics = step(state, batch)
-            found.append(jax.device_get(metrics))
-        return jax.device_get(state), found
+            history.append(jax.device_get(metrics))
+        return jax.device_get(state), history
 
     first, second, other = losses(0), losses(0), losses(1)
     jax.tree.map(np.testing.assert_array_equal, first, second)
     assert other[1][0]["loss"] != first[1][0]["loss"]
-    again = batches(start(tiny_config())[0], 3)
-    jax.tree.map(np.testing.assert_array_equal, seen, again)
+    jax.tree.map(np.testing.assert_array_equal, given, batches(learner, 3))
+
+
+def test_keys_of_a_step_are_all_different():
+    """Those of strong views and of the dropout of each micro-batch, in three steps; no parent key is among them."""
+    rng, keys = jax.random.PRNGKey(0), []
+    for step in range(3):
+        parent = jax.random.fold_in(rng, step)
+        dropout = steps.stream_key(rng, step, steps.DROPOUT)
+        keys += [parent, dropout, steps.stream_key(rng, step, steps.VIEWS)]
+        keys += [jax.random.fold_in(dropout, micro_batch) for micro_batch in range(4)]
+    assert len({np.asarray(key).tobytes() for key in [rng, *keys]}) == len(keys) + 1
 
 
 @pytest.mark.parametrize("loss", ["ce", "ohem"])
 def test_a_batch_without_a_valid_pixel_is_harmless(tiny_config, loss):
-    parts, state, step = start(tiny_config("dssn" if loss == "ce" else "supervised", method__labeled_loss=loss))
-    batch = batches(parts, 1)[0]
-    batch["label_x"] = jnp.full_like(batch["label_x"], 255)
-    for key in {"valid_u", "valid_m"} & set(batch):
-        batch[key] = jnp.zeros_like(batch[key])
+    learner, state, step = start(tiny_config("dssn" if loss == "ce" else "supervised", method__labeled_loss=loss))
+    batch = batches(learner, 1)[0]
+    batch = batch._replace(label_x=jnp.full_like(batch.label_x, 255))
+    if batch.valid_u is not None:
+        batch = batch._replace(valid_u=jnp.zeros_like(batch.valid_u), valid_m=jnp.zeros_like(batch.valid_m))
     new_state, metrics = step(state, batch)
     for name, value in metrics.items():
         assert np.isfinite(value), name
     assert {float(value) for name, value in metrics.items() if name.startswith(("loss_", "mask_ratio"))} == {0.0}
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(new_state.params))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(new_state.student))
 
 
 def test_teacher_is_a_copy_after_warm_up_and_an_average_later(tiny_config):
-    parts, state, step = start(tiny_config(ema__decay=0.9))
-    first, second = batches(parts, 2)
+    learner, state, step = start(tiny_config(ema__decay=0.9))
+    first, second = batches(learner, 2)
     state, _ = step(state, first)
-    jax.tree.map(np.testing.assert_array_equal, state.teacher_params, state.params)
-    jax.tree.map(np.testing.assert_array_equal, state.teacher_batch_stats, state.batch_stats)
-    before = jax.device_get(state.teacher_params)
+    jax.tree.map(np.testing.assert_array_equal, state.teacher, state.student)
+    before = jax.device_get(state.teacher["params"])
     state, _ = step(state, second)
-    averages = jax.tree.map(lambda old, student: 0.9 * old + 0.1 * np.asarray(student), before, state.params)
+    averages = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * np.asarray(new), before, state.student["params"])
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
-    jax.tree.map(close, state.teacher_params, averages)
+    jax.tree.map(close, state.teacher["params"], averages)
 
 
-@pytest.mark.parametrize(("epochs", "moves"), [(0, False), (1, True)])
-def test_teacher_uses_batch_statistics_in_the_first_epochs_only(tiny_config, epochs, moves):
-    config = tiny_config(ema__batch_stats_epochs=epochs)
-    parts, state, _ = start(config)
-    seen = look(parts, state, batches(parts, 1)[0])
-    labels, stats = jax.jit(lambda state, seen: train_step.label(state, seen, parts.model, parts.method))(state, seen)
-    changed = any(
-        not np.array_equal(*leaves)
-        for leaves in zip(jax.tree.leaves(stats), jax.tree.leaves(state.teacher_batch_stats), strict=True)
+def test_frozen_encoder_has_no_gradient_no_momentum_and_no_second_copy(tiny_config):
+    learner, state, step = start(tiny_config(optimizer__freeze="encoder/"))
+    before = jax.device_get(state.student["params"])
+    assert list(state.teacher["params"]) == ["decoder"]
+    momentum = optax.tree_utils.tree_get(state.opt_state, "trace")
+    assert list(momentum) == ["decoder"]
+    for batch in batches(learner, 2):
+        state, metrics = step(state, batch)
+    jax.tree.map(np.testing.assert_array_equal, state.student["params"]["encoder"], before["encoder"])
+    assert np.any(
+        state.student["params"]["decoder"]["classifier"]["kernel"] != before["decoder"]["classifier"]["kernel"]
     )
-    assert changed == moves
-    if not moves:
-        expected = jax.jit(functools.partial(parts.model.apply, method="coarse"))(state.teacher, seen.image_u)
-        np.testing.assert_allclose(labels.weak, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_cutmix_box_pastes_images_and_valid_pixels():
-    image = jnp.zeros((2, 6, 8, 3))
-    boxes = [views.box_mask(jnp.array([[1, 2, 4, 7], [0, 0, 0, 0]]), 6, 8)]
-    valid = jnp.ones((2, 6, 8), bool)
-    seen = views.mix(None, None, image, image + 1, [image], [image + 1], valid, ~valid, boxes)
-    expected = np.zeros((2, 6, 8), bool)
-    expected[0, 1:4, 2:7] = True
-    np.testing.assert_array_equal(seen.strong[0][..., 0] == 1, expected)
-    np.testing.assert_array_equal(seen.mixing(0, seen.valid_u, seen.valid_m), ~expected)
-
-
-def test_normalize_by_hand():
-    image = np.array([[[0, 128, 255]]], np.uint8)
-    found = views.normalize(image, (0.5, 0.4, 0.3), (0.1, 0.2, 0.5))
-    np.testing.assert_allclose(found[0, 0], [-5, (128 / 255 - 0.4) / 0.2, 1.4], rtol=1e-5)
+    teacher = state.networks()["teacher"]
+    jax.tree.map(np.testing.assert_array_equal, teacher["params"]["encoder"], before["encoder"])
+    assert float(metrics["grad_norm"]) > 0
 
 
 def test_loss_falls_on_a_repeated_batch(tiny_config):
-    parts, state, step = start(tiny_config("unimatch", method__threshold=0.0))
-    batch = batches(parts, 1)[0]
-    values = []
-    for _ in range(parts.steps):
+    learner, state, step = start(tiny_config("unimatch", method__threshold=0.0))
+    batch, values = batches(learner, 1)[0], []
+    for _ in range(6):
         state, metrics = step(state, batch)
         values.append(float(metrics["loss_x"]))
     assert values[-1] < 0.8 * values[0]
-    assert optax.tree_utils.tree_get(state.opt_state, "count") == parts.steps
+    assert optax.tree_utils.tree_get(state.opt_state, "count") == 6
+
+
+def test_adamw_trains(tiny_config):
+    config = tiny_config("supervised", optimizer__name="adamw", optimizer__lr=0.003)
+    learner, state, step = start(config)
+    batch, values = batches(learner, 1)[0], []
+    for _ in range(6):
+        state, metrics = step(state, batch)
+        values.append(float(metrics["loss"]))
+    assert values[-1] < 0.9 * values[0]
 
 
 def test_accumulated_gradients_make_one_update_of_their_mean(tiny_config):
-    """Two parts of a batch of 4 on 2 devices: part 0 is the first row of each device, part 1 the second."""
-    config = tiny_config("supervised", train__accumulation=2)
-    parts, state, step = start(config, devices=2)
-    batch = batches(parts, 1)[0]
+    """Two micro-batches of a batch of 4 on 2 devices: the first has the first row of each device."""
+    config = tiny_config("supervised", train__accumulation=2, method__labeled_batch_factor=1)
+    learner, state, step = start(config, devices=2)
+    batch = batches(learner, 1)[0]
     before = jax.device_get(state)
-    images = np.asarray(views.normalize(batch["image_x"], config.data.mean, config.data.std))
-    labels = np.asarray(batch["label_x"])
+    images, labels = np.asarray(learner.normalize(batch.image_x)), np.asarray(batch.label_x)
     after, metrics = step(state, batch)
 
-    batch_stats, gradients, losses = before.batch_stats, [], []
+    batch_stats, gradients, losses = before.student["batch_stats"], [], []
     for rows in ([0, 2], [1, 3]):
 
         def loss_fn(params, batch_stats=batch_stats, rows=rows):
             variables = {"params": params, "batch_stats": batch_stats}
-            logits, updated = parts.model.apply(variables, images[rows], train=True, mutable=["batch_stats"])
+            logits, updated = learner.network.apply(variables, images[rows], train=True, mutable=["batch_stats"])
             valid = labels[rows] != 255
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, np.where(valid, labels[rows], 0))
-            return (each * valid).sum() / valid.sum(), updated["batch_stats"]
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, np.where(valid, labels[rows], 0))
+            return (losses * valid).sum() / valid.sum(), updated["batch_stats"]
 
-        (loss, batch_stats), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(before.params)
+        grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+        (loss, batch_stats), gradient = grad(before.student["params"])
         gradients.append(gradient)
         losses.append(loss)
     assert float(metrics["loss"]) == pytest.approx(float(np.mean(losses)), rel=1e-5)
     decay, lr = config.optimizer.weight_decay, config.optimizer.lr
-    for leaf, found, first, second in zip(
-        *map(jax.tree.leaves, (before.params, after.params, *gradients)), strict=True
-    ):
+    trees = (before.student["params"], after.student["params"], *gradients)
+    for leaf, updated, first, second in zip(*map(jax.tree.leaves, trees), strict=True):
         expected = leaf - lr * ((first + second) / 2 + decay * leaf)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    for found, expected in zip(*map(jax.tree.leaves, (after.batch_stats, batch_stats)), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(updated, expected, rtol=1e-4, atol=1e-5)
+    for ours, expected in zip(*map(jax.tree.leaves, (after.student["batch_stats"], batch_stats)), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dssn_accumulates_with_the_same_state_and_metrics(tiny_config):
-    """Traced, not run: the loop over parts demands that every statistic keeps its shape and dtype."""
-    found = []
+    """Traced, not run: the scan over micro-batches demands that every statistic keeps its shape and dtype."""
+    traced = []
     for accumulation in (1, 2):
-        parts = experiment.build(tiny_config("dssn", train__accumulation=accumulation), jax.devices()[:2])
-        batch = batches(parts, 1)[0]
-        found.append(jax.eval_shape(parts.compile_step(), parts.abstract_state(), batch))
-    assert found[0] == found[1] and TERMS["dssn"] <= set(found[1][1])
+        learner = build(tiny_config("dssn", train__accumulation=accumulation), devices=2)
+        traced.append(jax.eval_shape(learner.make_train_step(), learner.abstract_state(), batches(learner, 1)[0]))
+    assert traced[0] == traced[1] and TERMS["dssn"] <= set(traced[0][1])
+
+
+def test_bfloat16_steps_over_float32_parameters(tiny_config):
+    """The first loss is that of float32 up to rounding; parameters and statistics stay float32."""
+    _, (exact,) = run(tiny_config(), 1)
+    state, (rounded,) = run(tiny_config(model__dtype="bfloat16"), 1)
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.student, state.teacher))} == {np.dtype("float32")}
+    assert rounded["loss"].dtype == np.float32
+    assert float(rounded["loss_x"]) == pytest.approx(float(exact["loss_x"]), rel=0.02)
+
+
+def test_a_rematerialized_step_is_the_same(tiny_config):
+    """In float64, where the order of operations leaves no trace."""
+    with jax.enable_x64(True):
+        types = {"model__dtype": "float64", "model__param_dtype": "float64"}
+        plain, _ = run(tiny_config(**types), 1)
+        remat, _ = run(tiny_config(model__remat=True, **types), 1)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), plain.student, remat.student)

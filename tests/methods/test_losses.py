@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dssn_jax.methods import losses, pseudo_labels
+from dssn_jax.methods import losses
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 2, (4, 6, 5, 3)).astype(np.float32)
@@ -24,7 +24,7 @@ def true_class_probability(logits, labels):
 
 def test_cross_entropy_by_hand():
     p, valid = true_class_probability(LOGITS, LABELS)
-    assert losses.cross_entropy(LOGITS, LABELS) == pytest.approx(-np.log(p[valid]).mean(), rel=1e-5)
+    assert losses.CrossEntropy()(LOGITS, LABELS) == pytest.approx(-np.log(p[valid]).mean(), rel=1e-5)
 
 
 def ohem_by_hand(logits, labels, threshold, min_kept, group):
@@ -44,12 +44,12 @@ def ohem_by_hand(logits, labels, threshold, min_kept, group):
 @pytest.mark.parametrize("threshold", [0.05, 0.7])
 def test_ohem_by_hand(group, min_kept, threshold):
     expected = ohem_by_hand(LOGITS, LABELS, threshold, min_kept, group)
-    found = losses.ohem_cross_entropy(LOGITS, LABELS, threshold, min_kept, group)
+    found = losses.Ohem(threshold, min_kept, group)(LOGITS, LABELS)
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_kth_smallest_is_that_of_a_sort(dtype):
+def test_kth_smallest_agrees_with_a_sort(dtype):
     with jax.enable_x64(True):
         values = RNG.random((3, 500)).astype(dtype)
         values[1] = np.round(values[1], 2)  # Ties.
@@ -63,9 +63,9 @@ def test_kth_smallest_is_that_of_a_sort(dtype):
 @pytest.mark.parametrize(
     "loss",
     [
-        losses.cross_entropy,
-        lambda logits, labels: losses.ohem_cross_entropy(logits, labels, 0.7, 10, 2),
-        lambda logits, labels: losses.consistency(logits, labels, labels == 0, labels != 255),
+        losses.CrossEntropy(),
+        losses.Ohem(0.7, 10, 2),
+        lambda logits, labels: losses.consistency(logits, labels, 1.0 * (labels == 0), labels != 255),
     ],
 )
 def test_no_valid_pixel_gives_zero_and_no_gradient(loss):
@@ -74,11 +74,11 @@ def test_no_valid_pixel_gives_zero_and_no_gradient(loss):
     assert np.all(np.asarray(gradient) == 0)
 
 
-def test_consistency_divides_by_valid_not_by_selected():
-    p, _ = true_class_probability(LOGITS, LABELS)
-    selected, valid = RNG.random(LABELS.shape) < 0.3, LABELS != 255
-    expected = -np.log(p[selected & valid]).sum() / valid.sum()
-    assert losses.consistency(LOGITS, LABELS, selected, valid) == pytest.approx(expected, rel=1e-5)
+def test_consistency_weighs_pixels_and_divides_by_the_valid_ones():
+    p, valid = true_class_probability(LOGITS, LABELS)
+    weight = np.where(RNG.random(LABELS.shape) < 0.3, RNG.random(LABELS.shape), 0).astype(np.float32)
+    expected = -(weight * np.log(p))[valid].sum() / valid.sum()
+    assert losses.consistency(LOGITS, LABELS, weight, valid) == pytest.approx(expected, rel=1e-5)
 
 
 def test_contrast_compares_standardized_logits():
@@ -91,23 +91,3 @@ def test_contrast_compares_standardized_logits():
 def test_contrast_of_equal_logits_has_a_finite_gradient():
     value, gradient = jax.value_and_grad(losses.contrast)(jnp.zeros_like(LOGITS), jnp.asarray(LOGITS))
     assert np.isfinite(value) and np.all(np.isfinite(gradient))
-
-
-def test_class_aware_selection_by_hand():
-    p = probabilities(3 * LOGITS)
-    p[1] = probabilities(0.1 * LOGITS[1])  # Unsure everywhere: selects nothing.
-    expected = np.zeros(p.shape[:3], bool)
-    for image in range(len(p)):
-        for k in range(p.shape[-1]):
-            largest = p[image, ..., k].max()
-            gamma = 0.96 * largest if largest > 0.92 else largest
-            expected[image] |= p[image, ..., k] > gamma
-    found = pseudo_labels.ClassAware()(jnp.asarray(p))
-    np.testing.assert_array_equal(found, expected)
-    assert expected.any() and not expected[1].any()
-
-
-def test_threshold_selection():
-    p = jnp.asarray(probabilities(LOGITS))
-    np.testing.assert_array_equal(pseudo_labels.Threshold(0.8)(p), np.asarray(p).max(-1) >= 0.8)
-    assert pseudo_labels.Threshold(0.0)(p).all()

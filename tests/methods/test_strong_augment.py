@@ -1,4 +1,4 @@
-"""Strong views on the device against Pillow's on the host: each operation, the draws, and the views of both."""
+"""Strong views on the device against the Pillow oracle: each operation, the draws, and statistics of the views."""
 
 import itertools
 
@@ -10,16 +10,17 @@ from PIL import Image
 
 from configs import pascal
 from dssn_jax import sharding
-from dssn_jax.methods import strong_augment as augment
+from dssn_jax.methods import strong_augment
+from input_pipeline.batch import Batch
 from tests.reference import photometric
 
-OPERATIONS = {operation.__name__: operation for operation in (*augment.OPERATIONS, augment.gray)}
-RECIPE = augment.from_config(pascal.get_config().views)
+OPERATIONS = {**strong_augment.OPERATIONS, "gray": strong_augment.gray}
+AUGMENT = strong_augment.from_config(pascal.get_config().views)
 
 
 @pytest.fixture(scope="module")
 def images():
-    """A smooth image with noise, noise, one color, black and white, and two levels a channel: uint8 [5, 24, 32, 3]."""
+    """Smooth with noise, noise, one color, black and white, two levels per channel: uint8 [5, 24, 32, 3]."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:24, :32]
     smooth = np.stack([y * 8, x * 6, 180 - y * 3 - x], -1) + rng.integers(40, size=(24, 32, 3))
@@ -38,7 +39,7 @@ def by_pillow(name, image, parameter):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_are_pillows(images, name):
-    """To the level, but for those whose products Pillow cuts off in float: one level at a few pixels."""
+    """Exact, except where Pillow truncates float products: one level at a few pixels."""
     span = photometric.RANGES.get(name)
     apply = jax.jit(OPERATIONS[name])
     for fraction in (0.0, 0.13, 0.5, 0.77, 1.0):
@@ -65,20 +66,20 @@ def test_factors_of_the_jitter_are_pillows(images, name):
 def test_hue_of_all_colors():
     levels = np.arange(0, 256, 3, dtype=np.uint8)
     colors = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(86, -1, 3)
-    found = jax.jit(augment.hue)(colors[None], jnp.array([-0.37]))[0]
+    found = jax.jit(strong_augment.hue)(colors[None], jnp.array([-0.37]))[0]
     np.testing.assert_array_equal(found, photometric.hue(Image.fromarray(colors), -0.37))
 
 
 def test_both_histograms_count(images):
     channels = jnp.asarray(images.reshape(5, -1, 3))
     expected = [[np.bincount(channel, minlength=256) for channel in image.reshape(-1, 3).T] for image in images]
-    np.testing.assert_array_equal(augment._histogram_by_increments(channels), expected)
-    np.testing.assert_array_equal(augment._histogram_by_product(channels), expected)
+    np.testing.assert_array_equal(strong_augment._histogram_by_increments(channels), expected)
+    np.testing.assert_array_equal(strong_augment._histogram_by_product(channels), expected)
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    return jax.device_get(jax.jit(lambda key: augment.draw(key, 6000, RECIPE))(jax.random.PRNGKey(0)))
+    return jax.device_get(jax.jit(lambda key: strong_augment.draw(key, 6000, AUGMENT))(jax.random.PRNGKey(0)))
 
 
 def test_probabilities(drawn):
@@ -94,23 +95,23 @@ def assert_uniform(values, low, high):
     assert abs(values.var() - span**2 / 12) < 5 * span**2 / np.sqrt(180 * len(values))
 
 
-def test_jitter_is_drawn_as_on_the_host(drawn):
+def test_jitter_is_drawn_from_its_ranges(drawn):
     spans = dict(zip(("brightness", "contrast", "color", "hue"), 3 * [(0.5, 1.5)] + [(-0.25, 0.25)], strict=True))
-    for factor, operation in zip(drawn.factors.T, augment.JITTER, strict=True):
+    for factor, operation in zip(drawn.factors.T, strong_augment.JITTER, strict=True):
         assert_uniform(factor, *spans[operation.__name__])
     assert_uniform(drawn.sigma[drawn.sigma > 0], 0.1, 2.0)
     orders, counts = np.unique(drawn.order, axis=0, return_counts=True)
     assert len(orders) == 24 and abs(counts - 250).max() < 5 * np.sqrt(250)
 
 
-def test_operations_are_drawn_as_on_the_host(drawn):
-    """1 to 3 of 11, with replacement; `identity` also stands for none, so the number shows in the others."""
+def test_operations_are_drawn_from_their_ranges(drawn):
+    """1 to 3 of 11, with replacement; `identity` also stands for none, so the count shows in the others."""
     assert drawn.operations.shape == (6000, 3)
     for place, share in enumerate((1, 2 / 3, 1 / 3)):
         counts = np.bincount(drawn.operations[:, place], minlength=11)[1:]
         assert abs(counts - 6000 * share / 11).max() < 5 * np.sqrt(6000 * share / 11)
-    for index, operation in enumerate(augment.OPERATIONS):
-        span = photometric.RANGES[operation.__name__]
+    for index, name in enumerate(strong_augment.OPERATIONS):
+        span = photometric.RANGES[name]
         values = drawn.parameters[drawn.operations == index]
         if span and isinstance(span[0], int):
             assert set(values) <= set(range(span[0], span[1] + 1))
@@ -121,13 +122,13 @@ def test_operations_are_drawn_as_on_the_host(drawn):
             assert_uniform(values, *span)
 
 
-def test_views_of_both_paths_are_alike(images):
+def test_views_have_the_statistics_of_pillows(images):
     """Mean and spread, over views, of the mean level, of its contrast and of the distance of neighbors."""
     views, rng = pascal.get_config().views, np.random.default_rng(0)
     image = images[0]
     host = np.stack([photometric.strong_view(image, views, rng) for _ in range(800)])
     batch = jnp.broadcast_to(image, (800, *image.shape))
-    make = jax.jit(lambda key: augment.strong_views(batch, augment.draw(key, 800, RECIPE), RECIPE))
+    make = jax.jit(lambda key: strong_augment.apply(batch, strong_augment.draw(key, 800, AUGMENT), AUGMENT))
     device = np.asarray(make(jax.random.PRNGKey(1)))
     for statistic in (
         lambda view: view.mean((1, 2, 3)),
@@ -141,41 +142,45 @@ def test_views_of_both_paths_are_alike(images):
 
 
 def batch_of(images):
-    boxes = np.zeros((len(images), 4), np.int32)
-    return {"image_x": images, "image_u": images, "image_m": images[::-1].copy(), "box1": boxes, "box2": boxes}
+    boxes = np.zeros((len(images), 2, 4), np.int32)
+    labels, valid = np.zeros(images.shape[:3], np.uint8), np.ones(images.shape[:3], bool)
+    return Batch(images, labels, images, valid, images[::-1].copy(), valid, boxes)
 
 
 def test_views_do_not_depend_on_the_number_of_devices():
-    """And no device asks another for anything."""
+    """And no device communicates with another."""
     images = np.random.default_rng(0).integers(256, size=(8, 16, 16, 3), dtype=np.uint8)
-    found = []
+    key, views = jax.random.PRNGKey(3), []
     for devices in (1, 4):
         mesh = sharding.make_mesh(jax.devices()[:devices])
         batch = sharding.put_batch(batch_of(images), mesh)
-        add = jax.jit(lambda batch, rng, step: augment.add_strong_views(batch, RECIPE, rng, step))
-        add = add.lower(batch, jax.random.PRNGKey(3), jnp.int32(5)).compile()
-        text = add.as_text()
+        draw = jax.jit(lambda batch, key: strong_augment.strong_views(batch, AUGMENT, key)).lower(batch, key).compile()
+        text = draw.as_text()
         assert not any(name in text for name in ("all-to-all", "all-gather", "collective-permute", "all-reduce"))
-        found.append(jax.device_get(add(batch, jax.random.PRNGKey(3), jnp.int32(5))))
-    jax.tree.map(np.testing.assert_array_equal, *found)
-    added = set(found[0]) - set(batch)
-    assert added == {"image_s1", "image_s2", "image_m1", "image_m2"}
-    for one, other in itertools.combinations(added, 2):  # Each view has its own draws.
-        assert (found[0][one] != found[0][other]).any()
+        views.append(jax.device_get(draw(batch, key)))
+    np.testing.assert_array_equal(*views)
+    assert views[0].shape == (8, 2, 2, 16, 16, 3)
+    for one, other in itertools.combinations(views[0].reshape(8, 4, -1).swapaxes(0, 1), 2):
+        assert (one != other).any()  # Each view has its own draws.
 
 
-def test_a_deviation_of_whole_numbers_is_still_drawn_from_all():
+def test_views_keep_their_place():
+    """Without any augmentation, [:, v, 0] are the images and [:, v, 1] their partners."""
+    images = np.random.default_rng(0).integers(256, size=(4, 8, 8, 3), dtype=np.uint8)
+    batch, nothing = batch_of(images), strong_augment.StrongAugment(0, 0, 0, 0, 0, 0, 0, (0.1, 2.0), (0, 0))
+    views = strong_augment.strong_views(batch, nothing, jax.random.PRNGKey(0))
+    for i in range(2):
+        np.testing.assert_array_equal(views[:, i, 0], batch.image_u)
+        np.testing.assert_array_equal(views[:, i, 1], batch.image_m)
+
+
+def test_integer_bounds_of_the_blur_still_give_fractions():
     views = pascal.get_config().views
     views.blur_sigma = (1, 2)
-    sigma = augment.draw(jax.random.PRNGKey(0), 100, augment.from_config(views)).sigma
+    sigma = strong_augment.draw(jax.random.PRNGKey(0), 100, strong_augment.from_config(views)).sigma
     assert len(np.unique(sigma)) > 20
 
 
-def test_only_batches_that_lack_views_get_them(images):
-    batch = batch_of(images)
-    assert augment.add_strong_views(batch, None, jax.random.PRNGKey(0), 0) is batch
-    supervised = {"image_x": images}
-    assert augment.add_strong_views(supervised, RECIPE, jax.random.PRNGKey(0), 0) is supervised
-    views = pascal.get_config().views
-    views.device = False
-    assert augment.from_config(views) is None
+def test_a_batch_without_boxes_has_no_strong_views(images):
+    batch = Batch(images, np.zeros(images.shape[:3], np.uint8))
+    assert strong_augment.strong_views(batch, AUGMENT, jax.random.PRNGKey(0)) is None

@@ -1,0 +1,69 @@
+import jax.numpy as jnp
+import pytest
+
+from configs import defaults, methods
+from configs.checks import ConfigError
+from dssn_jax.methods import method
+from dssn_jax.methods.losses import CrossEntropy, Ohem
+from dssn_jax.methods.perturbations import ChannelDropout, ComplementaryDropout
+
+
+def config_of(name="dssn", **options):
+    config = defaults.get_config()
+    methods.apply(config, name)
+    config.method.update(options)
+    return config
+
+
+STRONG = [("s1", "strong", 0.25, "teacher"), ("s2", "strong", 0.25, "teacher")]
+CONTRASTS = [("image", ("s1", "s2"), 0.01), ("feature", ("fp1", "fp2"), 0.01)]
+
+
+@pytest.mark.parametrize(
+    ("name", "streams", "contrasts"),
+    [
+        ("supervised", [], []),
+        ("fixmatch", [("s1", "strong", 1.0, "teacher")], []),
+        ("unimatch", [*STRONG, ("fp1", "feature", 0.5, "student")], []),
+        ("dssn", [*STRONG, ("fp1", "feature", 0.25, "student"), ("fp2", "feature", 0.25, "student")], CONTRASTS),
+    ],
+)
+def test_named_methods_are_these_streams(name, streams, contrasts):
+    built = method.from_config(config_of(name), steps_per_epoch=10)
+    assert [(s.name, s.view, s.weight, s.target) for s in built.streams] == streams
+    assert [(c.name, c.streams, c.weight) for c in built.contrasts] == contrasts
+    assert {s.perturb for s in built.of_view("feature")} <= {ChannelDropout(0.5)}
+    assert built.has_ema == (name == "dssn") and built.uses_unlabeled == (name != "supervised")
+    assert built.labeled_loss == CrossEntropy(255)
+
+
+def test_complementary_pairs_ohem_and_epochs_become_steps():
+    config = config_of("unimatch", strong_perturb="complementary", teacher="ema", labeled_loss="ohem", ohem_min_kept=7)
+    config.ema.update({"warmup_epochs": 2, "batch_stats_epochs": 3})
+    built = method.from_config(config, steps_per_epoch=10)
+    assert built.of_view("strong")[1].perturb == ComplementaryDropout()
+    assert built.labeled_loss == Ohem(0.7, min_kept=14, group=2)
+    assert (built.ema.warmup_steps, built.ema.batch_stats_steps) == (20, 30)
+
+
+def test_ema_rates_by_hand():
+    plain, ramp = method.Ema(0.9, warmup_steps=2), method.Ema(0.9, ramp=True, warmup_steps=0)
+    assert [float(plain.rate(jnp.int32(step))) for step in range(4)] == pytest.approx([0, 0, 0.9, 0.9])
+    assert [float(ramp.rate(jnp.int32(step))) for step in (0, 1, 3, 99)] == pytest.approx([0, 0.5, 0.75, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": "emma"}, "did you mean 'ema'"),
+        ({"selection": "class_awar"}, "did you mean 'class_aware'"),
+        ({"labeled_loss": "mse"}, "known: ce, ohem"),
+        ({"teacher": "none"}, "config.method.strong_views > 0 needs pseudo-labels"),
+        ({"strong_views": 1, "image_contrast_weight": 0.0, "strong_perturb": "complementary"}, "an even number"),
+        ({"strong_views": 1}, "config.method.image_contrast_weight is 0.01, which needs config.method.strong_views=2"),
+        ({"feature_views": 3}, "needs config.method.feature_views=2"),
+    ],
+)
+def test_what_does_not_fit_is_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        method.check(config_of(**options))

@@ -1,0 +1,114 @@
+"""The student's and the teacher's forward passes of a method, against the network applied by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import methods
+from dssn_jax import models
+from dssn_jax.learner.learner import init_variables
+from dssn_jax.methods import method
+from dssn_jax.methods.objective import Objective
+from dssn_jax.methods.views import Views
+
+KEY = jax.random.PRNGKey(2)
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_config):
+    """Returns (function from method options to an objective, variables, views)."""
+    config = tiny_config()
+    network = models.build(config.model, len(config.data.classes))
+    variables = jax.jit(functools.partial(init_variables, network))(jax.random.PRNGKey(0))
+    image_x, image_u, image_m, *strong = jax.random.normal(jax.random.PRNGKey(1), (5, 2, 33, 33, 3))
+    views = Views(image_x, jnp.zeros((2, 33, 33), int), image_u, image_m, strong=tuple(strong))
+
+    def make(name="dssn", **options):
+        config = tiny_config(name, **options)
+        methods.apply(config, name)
+        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in options.items()})
+        return Objective(network, method.from_config(config, 10))
+
+    return make, variables, views
+
+
+def student(objective, variables, views, key=KEY):
+    return jax.jit(objective.student_logits)(variables, views, key)
+
+
+def test_streams_differ_by_their_dropout(setup):
+    make, variables, views = setup
+    logits, _ = student(make(), variables, views)
+    assert set(logits.streams) == {"s1", "s2", "fp1", "fp2"}
+    for one, other in (("fp1", "fp2"), ("s1", "s2")):
+        assert np.abs(logits.streams[one] - logits.streams[other]).max() > 1e-3
+    again, _ = student(make(), variables, views)
+    np.testing.assert_array_equal(again.streams["fp2"], logits.streams["fp2"])
+    other, _ = student(make(), variables, views, jax.random.PRNGKey(3))
+    assert np.abs(other.streams["fp1"] - logits.streams["fp1"]).max() > 1e-3
+    # Not perturbed, but the running statistics, which shift the sums of batch norm, differ.
+    np.testing.assert_allclose(other.streams["s1"], logits.streams["s1"], atol=1e-5)
+
+
+def test_without_dropout_a_feature_stream_is_the_weak_view(setup):
+    make, variables, views = setup
+    logits, _ = student(make(method__feature_dropout=0.0), variables, views)
+    for name in ("fp1", "fp2"):
+        np.testing.assert_allclose(logits.streams[name], logits.weak, rtol=1e-4, atol=1e-5)
+
+
+def test_views_of_labeled_images_matter_to_the_statistics_alone(setup):
+    """Without dropout, copies of all images leave the decoder's statistics; copies of the weak ones do not."""
+    make, variables, views = setup
+
+    def mean(name, **options):
+        options = {
+            "method__strong_views": 0,
+            "method__image_contrast_weight": 0.0,
+            "method__feature_dropout": 0.0,
+            **options,
+        }
+        _, updated = student(make(name, **options), variables, views)
+        return updated["batch_stats"]["decoder"]["reduce_1"]["mean"]
+
+    none = mean("unimatch", method__feature_views=0)
+    np.testing.assert_allclose(mean("dssn", method__perturb_labeled=True), none, rtol=1e-3, atol=1e-6)
+    assert not np.allclose(mean("dssn", method__perturb_labeled=False), none, rtol=1e-2)
+
+
+def test_complementary_streams_sum_to_twice_the_features(setup):
+    """The classifier's input is not linear in the features, so the sum is checked where the objective perturbs."""
+    make, variables, views = setup
+    objective = make("unimatch", method__strong_perturb="complementary", method__feature_views=0)
+    features = objective.network.apply(variables, views.strong[0], method="encode")
+    first, second = (objective._perturb(stream, features, KEY) for stream in objective.method.of_view("strong"))
+    for one, other, original in zip(first, second, features, strict=True):
+        np.testing.assert_allclose(one + other, 2 * original, rtol=1e-5, atol=1e-6)
+    logits, _ = student(objective, variables, views)
+    plain, _ = student(make("unimatch", method__feature_views=0), variables, views)
+    assert np.abs(logits.streams["s1"] - plain.streams["s1"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(("epochs", "moves"), [(0, False), (1, True)])
+def test_teacher_uses_batch_statistics_in_the_first_epochs_only(setup, epochs, moves):
+    make, variables, views = setup
+    objective = make(ema__batch_stats_epochs=epochs)
+    logits, teacher = jax.jit(objective.teacher_logits)(None, variables, views, jnp.int32(0))
+    pairs = zip(*map(jax.tree.leaves, (teacher["batch_stats"], variables["batch_stats"])), strict=True)
+    assert any(not np.array_equal(*pair) for pair in pairs) == moves
+    if not moves:
+        predict = jax.jit(functools.partial(objective.network.apply, method="low_res_logits"))
+        np.testing.assert_allclose(logits.weak, predict(variables, views.image_u), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(logits.partner, predict(variables, views.image_m), rtol=1e-4, atol=1e-5)
+
+
+def test_a_branch_that_cannot_run_is_not_compiled(setup):
+    make, variables, views = setup
+    with_branch, without = (
+        str(jax.make_jaxpr(make(ema__batch_stats_epochs=epochs).teacher_logits)(None, variables, views, 0))
+        for epochs in (1, 0)
+    )
+    assert "cond" in with_branch and "cond" not in without

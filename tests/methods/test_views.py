@@ -1,0 +1,27 @@
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dssn_jax.methods import views
+from input_pipeline.batch import Batch
+
+DATA = ConfigDict({"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.5)})
+
+
+def test_normalize_by_hand():
+    image = np.array([[[0, 128, 255]]], np.uint8)
+    normalized = views.normalize(image, DATA)
+    np.testing.assert_allclose(normalized[0, 0], [-5, (128 / 255 - 0.4) / 0.2, 1.4], rtol=1e-5)
+    np.testing.assert_array_equal(views.denormalize(normalized, DATA), image)
+
+
+def test_cutmix_box_pastes_images_and_valid_pixels():
+    image, partner = np.zeros((2, 6, 8, 3), np.uint8), np.full((2, 6, 8, 3), 255, np.uint8)
+    boxes, valid = np.array([[[1, 2, 4, 7]], [[0, 0, 0, 0]]], np.int32), np.ones((2, 6, 8), bool)
+    batch = Batch(image, valid, image, valid, partner, ~valid, boxes)
+    strong = np.stack([image, partner], 1)[:, None]
+    mixed = views.from_batch(batch, jnp.asarray(strong), DATA, jnp.float32)
+    expected = np.zeros((2, 6, 8), bool)
+    expected[0, 1:4, 2:7] = True
+    np.testing.assert_array_equal(np.asarray(mixed.strong[0][..., 0]) > 0, expected)
+    np.testing.assert_array_equal(views.mix(mixed.valid_u, mixed.valid_m, mixed.boxes[0]), ~expected)
