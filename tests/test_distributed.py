@@ -1,4 +1,4 @@
-"""Processes of one run: the same run as of one, and how they find each other."""
+"""Several processes of one run: the same run as of one process, how they find each other and how they stop."""
 
 import json
 import os
@@ -21,14 +21,14 @@ FOUR_DEVICES = f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"
 
 
 def start(workdir, xla_flags, *options):
-    """A process of 30 steps in float64 that evaluates 14 images, which fill no batch of 8, after ten and at the end."""
+    """Starts a run of 30 steps in float64 that evaluates every ten; its 14 images do not divide into batches of 8."""
     command = [
         sys.executable, "main.py", "--config=configs/shapes.py:method=supervised,encoder=resnet10w16,crop=17,steps=30",
-        f"--workdir={workdir}", "--config.model.decoder_channels=16", "--config.model.dtype=float64",
-        "--config.model.param_dtype=float64", "--config.data.shapes.size=32", "--config.data.shapes.unlabeled=16",
-        "--config.data.shapes.val=14", "--config.train.log_every=1", "--config.train.eval_every=10",
-        "--config.train.checkpoint_every=10",
-        "--config.train.pictures=0", "--config.eval.batch=8", "--config.data.labeled_batch=8", *options,
+        f"--workdir={workdir}", "--config.model.decoder_channels=16", "--config.model.aspp_dilations=(2,)",
+        "--config.model.dtype=float64", "--config.model.param_dtype=float64", "--config.data.shapes.size=32",
+        "--config.data.shapes.unlabeled=16", "--config.data.shapes.val=14", "--config.train.log_every=1",
+        "--config.train.eval_every=10", "--config.train.checkpoint_every=10", "--config.train.pictures=0",
+        "--config.eval.batch=8", "--config.data.labeled_batch=4", *options,
     ]  # fmt: skip
     environment = {**os.environ, "XLA_FLAGS": xla_flags, "JAX_ENABLE_X64": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -36,55 +36,55 @@ def start(workdir, xla_flags, *options):
 
 
 def finish(*processes, code=0):
-    """Waits for all; returns what they printed."""
+    """Waits for all processes, checks their exit codes and returns what they printed."""
     printed = [process.communicate()[0] for process in processes]
     for process, text in zip(processes, printed, strict=True):
         assert process.returncode == code, text[-2000:]
     return printed
 
 
-def test_two_processes_of_four_devices_and_then_one_of_one_train_and_evaluate_as_one_of_one(tmp_path):
-    """The second of the two processes is told to end in the middle; both save and stop, and one goes on alone."""
+@pytest.mark.slow
+def test_two_processes_of_four_devices_then_one_of_one_train_and_evaluate_as_one_of_one(tmp_path):
+    """One of two processes gets SIGTERM; both save and stop, and a single process resumes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     join = [f"--coordinator={coordinator}", "--processes=2"]
     finish(start(tmp_path / "one", ONE_DEVICE))
     two = [start(tmp_path / "two", FOUR_DEVICES, *join, f"--process={i}") for i in range(2)]
-    seen = next(line for line in two[0].stdout if "processes" in line)
-    assert "2 processes x 4 devices x 1 a device x 1 accumulated" in seen
+    assert any("2 processes x 4 devices x 1 image" in line for line in two[0].stdout)
     assert any("step 11/30" in line for line in two[0].stdout)
     two[1].send_signal(signal.SIGTERM)
     first, second = finish(*two, code=128 + signal.SIGTERM)
     step = re.search(r"stopped by SIGTERM after step (\d+) of 30, which is saved", first)[1]
-    assert f"SIGTERM after step {step} of 30" in second and " | loss" not in second  # The first process alone reports.
+    assert f"SIGTERM after step {step} of 30" in second and " | loss" not in second  # Only process 0 logs.
     (alone,) = finish(start(tmp_path / "two", ONE_DEVICE))
-    assert f"continuing from step {step} " in alone and "1 processes x 1 devices" in alone
+    assert f"continuing from step {step} " in alone and "1 process x 1 device" in alone
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     )
     assert [line["step"] for line in one] == [line["step"] for line in two]
     assert {line["step"] for line in two if "miou_student" in line} == {10, 20, 30}
-    free = {"seconds", "images_per_second", "waiting"}
-    for expected, found in zip(one, two, strict=True):
-        for name in expected.keys() - free:
-            assert found[name] == pytest.approx(expected[name], rel=1e-9), name
+    timing = {"seconds", "images_per_second", "waiting"}
+    for expected, values in zip(one, two, strict=True):
+        for name in expected.keys() - timing:
+            assert values[name] == pytest.approx(expected[name], rel=1e-9), name
 
 
 @pytest.mark.parametrize(
-    ("environment", "found"),
+    ("environment", "cluster"),
     [
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1"}, "SLURM"),
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
-        ({"SLURM_NTASKS": "4"}, None),  # The shell that a job was asked from.
+        ({"SLURM_NTASKS": "4"}, None),  # The shell that submitted a job.
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
         ({}, None),
     ],
 )
-def test_clusters_are_found(environment, found):
-    assert distributed.found_cluster({"JAX_PLATFORMS": "cpu", **environment}) == found
+def test_clusters_are_detected(environment, cluster):
+    assert distributed.detect_cluster({"JAX_PLATFORMS": "cpu", **environment}) == cluster
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_clusters_are_found(environment, found):
         (("localhost:1", 2, 2), "--process is 2; expected 0 to 1"),
     ],
 )
-def test_flags_that_lack_others_are_refused(flags, message):
+def test_incomplete_flags_are_refused(flags, message):
     with pytest.raises(ConfigError, match=message):
         distributed.initialize(*flags)
 
 
-def test_a_notice_is_taken_and_the_signal_given_back():
+def test_sigterm_is_received_and_its_handler_restored():
     before = signal.getsignal(signal.SIGTERM)
     preemption = distributed.Preemption()
     assert not preemption.reached(1)
@@ -110,11 +110,11 @@ def test_a_notice_is_taken_and_the_signal_given_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_deadline_is_a_notice_that_tells_its_cause():
+def test_a_deadline_stops_the_run_and_names_its_cause():
     early, late = distributed.Preemption(time.monotonic() + 60), distributed.Preemption(time.monotonic())
     assert not early.reached(1)
     assert late.reached(1) and late.cause() == "the time limit"
-    os.kill(os.getpid(), signal.SIGTERM)  # The one that began to listen last hears it.
+    os.kill(os.getpid(), signal.SIGTERM)  # The last listener receives it.
     assert late.cause() == "SIGTERM" and not early.reached(2)
     late.close()
     early.close()

@@ -1,193 +1,248 @@
-"""The command line: a mistake ends with one line that names the culprit, an exit code not 0 and nothing written."""
+"""The command line: every mode does its work; a mistake ends with one line that names it and with nothing written."""
 
+import importlib
+import inspect
+import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from configs import arguments, camvid, cityscapes, coco, defaults, methods, pascal
-from configs import shapes as shapes_config
-from configs.checks import ConfigError, check_keys
-from dssn_jax.training import loop as train
-from dssn_jax.validate import validate
-from input_pipeline.errors import DataError
+from configs import shapes
+from dssn_jax import commands, sharding
+from input_pipeline.sources.open import open_source
 from tests.conftest import ONE_DEVICE
 
 ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = "--config=configs/shapes.py:encoder=resnet10w16,crop=33,labeled=8,steps=2"
+# The network and the images of `tiny_config`, so that programs are in the compile cache.
+TINY = (
+    "--config.model.decoder_channels=16", "--config.model.aspp_dilations=(2,)", "--config.ema.batch_stats_epochs=0",
+    "--config.data.labeled_batch=4", "--config.data.unlabeled_batch=4", "--config.data.shapes.size=48",
+    "--config.data.shapes.unlabeled=16", "--config.data.shapes.val=6", "--config.train.pictures=0",
+)  # fmt: skip
 
 
-def run_main(*options):
-    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
-    return subprocess.run(
-        [sys.executable, "main.py", *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+@pytest.fixture(autouse=True)
+def in_checkout(monkeypatch):
+    """Config files are named relative to the current folder."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("mode", commands.MODES)
+def test_flags_of_a_mode_are_arguments_of_its_function(mode):
+    mode = commands.MODES[mode]
+    module, _, function = mode.entry.partition(":")
+    signature = inspect.signature(getattr(importlib.import_module(module), function))
+    options = dict.fromkeys(mode.required + mode.optional)
+    bound = signature.bind(*mode.inputs, **options)
+    assert all(signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in options)
+    for name in set(mode.inputs) - {"from"}:  # A keyword of Python; `workdirs` of the report are --workdir.
+        argument = next(key for key, value in bound.arguments.items() if value == name)
+        assert argument.removesuffix("s") == name.removesuffix("s")
+
+
+def test_help_lists_modes_and_flags(capsys):
+    assert commands.run(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    for name, mode in commands.MODES.items():
+        assert f"  {name:9s} {mode.help}\n" in text
+        for flag in mode.flags:
+            assert f"  --{flag}\n" in text or f"  --[no]{flag}\n" in text
 
 
 @pytest.mark.parametrize(
     ("options", "messages"),
     [
+        (["--mode=tran"], ["unknown --mode 'tran'", "'train'"]),
+        (["--chekpoint=best"], ["chekpoint", "checkpoint"]),
+        (["runs"], ["unexpected argument 'runs'"]),
         (["--config=configs/pascal.py:split=184"], ["unknown split '184'", "'183'"]),
         (["--config=configs/shapes.py:encoder=resnet5"], ["config.model.encoder 'resnet5'", "'resnet50'"]),
         (["--config=configs/shapes.py", "--config.data.croop=3"], ["'data.croop'", "'crop'"]),
+        (["--config=configs/shapes.py", "-config.data.croop", "3"], ["'data.croop'", "'crop'"]),
+        (["--config=configs/shapes.py", "--config.data.crop=big"], ["config.data.crop=big"]),
         (["--config=configs/shape.py"], ["'configs/shape.py' cannot be read", "'configs/shapes.py'"]),
+        (["--config=configs/arguments.py"], ["configs/arguments.py", "get_config"]),
         (["--config=configs/pascal.py", "--config.data.root=/nowhere"], ["/nowhere"]),
-        (["--config=configs/custom.py", "--mode=check"], ["configs/custom.py:root=FOLDER"]),
-        (["--config=configs/shapes.py", "--mode=eval"], ["checkpoints: no such folder"]),
+        (["--config=configs/custom.py"], ["configs/custom.py:root=FOLDER"]),
+        (["--config=configs/shapes.py", "--mode=eval"], ["run", "no such folder"]),
+        (["--config=configs/shapes.py", "--process=0"], ["need --coordinator"]),
         (["--mode=eval"], ["--mode=eval needs --config"]),
         (["--mode=predict", "--from=images"], ["--mode=predict needs --to"]),
-        (["--config=configs/shapes.py", "--mode=report"], ["it takes no --config"]),
+        (["--config=configs/shapes.py", "--mode=report"], ["--mode=report takes no --config", "train"]),
+        (["--config=configs/shapes.py", "--images=3"], ["--mode=train takes no --images", "report"]),
         (["--mode=report"], ["run: no such folder"]),
     ],
 )
-def test_mistakes_end_with_one_line(options, messages, tmp_path):
-    done = run_main(*options, f"--workdir={tmp_path / 'run'}")
-    assert done.returncode != 0
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+def test_a_mistake_ends_with_one_line(options, messages, tmp_path, capsys):
+    assert commands.run([*options, f"--workdir={tmp_path / 'run'}"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and printed.err.startswith("error: ") and not printed.out, printed
     for message in messages:
-        assert message in done.stderr
+        assert message in printed.err
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("dataset", [pascal, cityscapes, coco, camvid, shapes_config])
-@pytest.mark.parametrize("method", methods.METHODS)
-def test_every_recipe_is_valid(dataset, method):
-    config = dataset.get_config(f"method={method}")
-    validate(config, device_count=8)
-    assert config.method.name == method
-    assert config.data.labeled_batch == (16 if method == "supervised" else 8)
-    assert set(config.to_dict()) == set(defaults.get_config().to_dict())
-
-
-def test_recipe_table():
-    """The table of method.md, "Optimizer"."""
-    for module, classes, crop, epochs, lr, lr_multi, loss, backbone in (
-        (pascal, 21, 513, 100, 0.002, 10, "ce", "resnet101"),
-        (cityscapes, 19, 801, 240, 0.005, 1, "ohem", "resnet101"),
-        (coco, 81, 513, 30, 0.004, 10, "ce", "xception"),
-    ):
-        config = module.get_config()
-        found = (len(config.data.classes), config.data.crop, config.train.epochs, config.optimizer.lr)
-        assert found == (classes, crop, epochs, lr)
-        assert (config.optimizer.lr_multi, config.method.labeled_loss) == (lr_multi, loss)
-        assert config.model.encoder == backbone
-        assert (config.data.labeled_batch, config.data.unlabeled_batch) == (8, 8)
-    assert pascal.get_config("split=1_2,crop=321").data.crop == 321
-    assert cityscapes.get_config().method.ohem_min_kept == 100000
-    assert cityscapes.get_config("method=unimatch").method.threshold == 0
-    assert pascal.get_config("method=unimatch").method.threshold == 0.95
+def run_main(*options):
+    command = [sys.executable, "-X", "importtime", "main.py", *options]
+    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("options", "code", "message"),
     [
-        ("splt=183", "unknown config argument 'splt'; did you mean 'split'"),
-        ("split", "not of the form key=value"),
-        ("crop=big", "crop='big' is not of type int"),
-        ("method=dsn", "unknown method 'dsn'; did you mean 'dssn'"),
+        (["--help"], 0, "modes:"),
+        (["--config=configs/shapes.py", "--config.data.croop=3"], 1, "error: unknown config key 'data.croop'"),
     ],
 )
-def test_argument_mistakes(text, message):
-    with pytest.raises(ConfigError, match=message):
-        arguments.parse(text, split="183", method="dssn", crop=513)
+def test_help_and_typos_are_answered_without_jax(options, code, message):
+    done = run_main(*options)
+    assert done.returncode == code and message in done.stdout + done.stderr
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "ml_collections" in imported and not imported & {"jax", "grain", "orbax", "flax", "tensorflow", "PIL"}
 
 
-def test_unknown_keys_name_the_nearest():
-    with pytest.raises(ConfigError, match="config.data.shapes has no 'sise'; did you mean 'size'"):
-        check_keys(["--config.data.shapes.sise=3"], defaults.get_config())
-    with pytest.raises(ConfigError, match="config.data.crop has no 'x'"):
-        check_keys(["--config.data.crop.x=3"], defaults.get_config())
-    check_keys(["--config.data.crop=3", "--other=1"], defaults.get_config())
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Returns the work directory of a run of two steps over four devices."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert commands.run([CONFIG, *TINY, f"--workdir={folder}"]) == 0
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"data__crop": -1}, "config.data.crop is -1"),
-        ({"data__labeled_batch": 6}, "labeled_batch is 6; expected a multiple of 4 devices"),
-        ({"data__unlabeled_batch": 2}, "unlabeled_batch is 2; expected a multiple of 4 devices"),
-        ({"model__output_stride": 32}, "output_stride 32"),
-        ({"model__dtype": "float64"}, "JAX_ENABLE_X64"),
-        ({"method__teacher": "none"}, "nobody labels"),
-        ({"method__feature_views": 1}, "needs config.method.feature_views=2"),
-        ({"data__scale": (0.0, 1.0)}, "config.data.scale"),
-        ({"method__labeled_loss": "ohem", "method__ohem_group": 3}, "multiple of config.method.ohem_group"),
-        ({"views__mix_partner": "others"}, "did you mean 'other'"),
-        ({"data__unlabeled_batch": 20}, "16 unlabeled images are fewer than one batch of 20"),
-        ({"data__shapes__labeled": 17}, "labeled 17, unlabeled 16"),
-    ],
-)
-def test_values_that_cannot_run(tiny_config, options, message, tmp_path):
-    with pytest.raises((ConfigError, DataError), match=message):
-        train.train(tiny_config(**options), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def scores(workdir):
+    return json.loads((workdir / "eval_2.json").read_text())
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A data set of eight 40x50 images with masks of 3 classes, and its configuration."""
-    rng = np.random.default_rng(0)
-    root = tmp_path / "root"
-    for name in ("images", "masks", "splits/few"):
-        (root / name).mkdir(parents=True)
-    lines = []
-    for i in range(8):
-        Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(root / f"images/{i}.jpg")
-        Image.fromarray(rng.integers(0, 3, (40, 50), np.uint8)).save(root / f"masks/{i}.png")
-        lines.append(f"images/{i}.jpg masks/{i}.png\n")
-    (root / "splits/few/labeled.txt").write_text("".join(lines[:4]))
-    (root / "splits/few/unlabeled.txt").write_text("".join(lines))
-    (root / "splits/val.txt").write_text("".join(lines[:2]))
+def evaluate(workdir, *options):
+    """Evaluates from the command line; returns what it wrote."""
+    command = ["--mode=eval", CONFIG, *TINY, f"--workdir={workdir}", "--checkpoint=latest", *options]
+    assert commands.run(command) == 0
+    return scores(workdir)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Returns a folder with the validation images of the shapes and a list of them, and no list of other images."""
+    root = tmp_path_factory.mktemp("shapes")
+    config = shapes.get_config()
+    config.data.shapes.update({"size": 48, "unlabeled": 16, "val": 6})
+    val = open_source(config, "val")
+    (root / "splits").mkdir()
+    for index in range(len(val)):
+        for name, array in val[index].items():
+            Image.fromarray(array).save(root / f"{name}{index}.png")
+    (root / "splits/val.txt").write_text("".join(f"image{i}.png label{i}.png\n" for i in range(len(val))))
     return root
 
 
-def configure(tiny_config, root, **options):
-    data = {"data__source": "folder", "data__root": str(root), "data__split": "few", "data__classes": ("a", "b", "c")}
-    return tiny_config("supervised", **data, **{"train__steps": 1, "train__pictures": 0} | options)
+def test_train_and_eval(workdir, capsys):
+    evaluated = evaluate(workdir)
+    assert "error" not in capsys.readouterr().err
+    summary = json.loads((workdir / "summary.json").read_text())
+    for network in ("student", "teacher"):
+        assert evaluated[network]["miou"] == pytest.approx(summary[network]["last"]["miou"])
 
 
-def test_trains_on_a_folder(tiny_config, folder, tmp_path):
-    summary = train.train(configure(tiny_config, folder), tmp_path / "run")
-    assert set(summary["student"]["last"]["iou"]) == {"a", "b", "c"}
+def test_eval_needs_only_the_list_of_validation_images(workdir, folder):
+    expected = evaluate(workdir)
+    source = ("--config.data.source=folder", f"--config.data.root={folder}")
+    assert evaluate(workdir, *source)["teacher"] == expected["teacher"]
 
 
-def spoil_list(root):
-    (root / "splits/few/labeled.txt").write_text("images/0.jpg masks/0.png\nimages/1.jpg\n")
+def test_eval_and_predict_on_a_number_of_devices_that_divides_no_batch(workdir, folder, tmp_path, monkeypatch):
+    """A run of batch 4 on 4 devices, used on 3."""
+    expected, make_mesh = evaluate(workdir), sharding.make_mesh
+    predictions = []
+    for devices in (4, 3):
+        monkeypatch.setattr(
+            sharding, "make_mesh", lambda of=None, count=devices: make_mesh(of or jax.devices()[:count])
+        )
+        assert evaluate(workdir) == expected
+        to = tmp_path / str(devices)
+        assert commands.run(["--mode=predict", f"--workdir={workdir}", f"--from={folder}", f"--to={to}"]) == 0
+        predictions.append({path.name: np.asarray(Image.open(path)) for path in (to / "class_ids").glob("*.png")})
+    np.testing.assert_equal(*predictions)
+    assert len(predictions[0]) == 12  # Images and masks: every picture in the folder.
 
 
-def spoil_image(root):
-    (root / "images/2.jpg").write_bytes((root / "images/2.jpg").read_bytes()[:400])
+def test_predict(workdir, folder, tmp_path, capsys):
+    options = ["--mode=predict", f"--workdir={workdir}", f"--from={folder / 'image0.png'}", f"--to={tmp_path}"]
+    assert commands.run([*options, "--checkpoint=latest", "--network=student", "--confidence"]) == 0
+    assert "student of step 2" in capsys.readouterr().out
+    written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
+    assert written == {"class_ids/image0.png", "overlays/image0.jpg", "confidence/image0.png"}
 
 
-def spoil_mask(root):
-    Image.fromarray(np.full((40, 50), 200, np.uint8)).save(root / "masks/0.png")
+def test_report(workdir, tmp_path):
+    options = [f"--workdir={workdir},{workdir}", f"--to={tmp_path / 'page.html'}", "--images=0"]
+    assert commands.run(["--mode=report", *options]) == 0
+    assert (tmp_path / "page.html").read_text().startswith("<!")
 
 
-def spoil_size(root):
-    Image.fromarray(np.zeros((40, 49), np.uint8)).save(root / "masks/3.png")
+def test_export(workdir, tmp_path):
+    to = tmp_path / "network.stablehlo"
+    assert commands.run(["--mode=export", f"--workdir={workdir}", f"--to={to}", "--size=32x48"]) == 0
+    images = np.zeros((1, 32, 48, 3), np.uint8)
+    class_ids, _ = jax.export.deserialize(bytearray(to.read_bytes())).call(images)
+    assert class_ids.shape == (1, 32, 48)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "messages"),
-    [
-        (spoil_list, [r"labeled\.txt:2"]),
-        (lambda root: (root / "splits/few/labeled.txt").write_text("\n"), [r"labeled\.txt"]),
-        (lambda root: (root / "images/1.jpg").unlink(), [r"images/1\.jpg"]),
-        (spoil_image, [r"images/2\.jpg"]),
-        (spoil_mask, [r"masks/0\.png", "200", "3 classes"]),
-        (spoil_size, [r"masks/3\.png", "49", "50"]),
-        (lambda root: (root / "splits/few").rename(root / "splits/some"), ["few", "some"]),
-    ],
-)
-def test_bad_data_is_named(tiny_config, folder, spoil, messages, tmp_path):
-    spoil(folder)
-    config = configure(tiny_config, folder, train__steps=4)
-    with pytest.raises(DataError) as error:
-        train.train(config, tmp_path / "run")
-    for message in messages:
-        assert re.search(message, str(error.value)), str(error.value)
-    assert not (tmp_path / "run" / "summary.json").exists()
+def test_convert_to_a_file_and_back(workdir, tmp_path):
+    for network in ("student", "teacher"):
+        options = [f"--from={workdir}", f"--to={tmp_path / network}.safetensors", f"--network={network}"]
+        assert commands.run(["--mode=convert", "--checkpoint=latest", *options]) == 0
+    options = [f"--from={tmp_path / 'student.safetensors'}", f"--teacher={tmp_path / 'teacher.safetensors'}"]
+    assert commands.run(["--mode=convert", CONFIG, *TINY, *options, f"--to={tmp_path / 'run'}"]) == 0
+    command = ["--mode=eval", CONFIG, *TINY, f"--workdir={tmp_path / 'run'}", "--checkpoint=latest"]
+    assert commands.run(command) == 0
+    (written,) = (tmp_path / "run").glob("eval_*.json")
+    expected = evaluate(workdir)
+    assert {name: json.loads(written.read_text())[name] for name in ("student", "teacher")} == {
+        name: expected[name] for name in ("student", "teacher")
+    }
+
+
+@pytest.fixture
+def own_images(tmp_path):
+    """Returns a folder of eight images with masks of two classes."""
+    root = tmp_path / "mine"
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (root / name).mkdir(parents=True)
+    (root / "classes.txt").write_text("ground\nwater\n")
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 255, (40, 48, 3), np.uint8)).save(root / f"images/{i}.png")
+        Image.fromarray(rng.integers(0, 2, (40, 48), np.uint8)).save(root / f"masks/{i}.png")
+    return root
+
+
+def test_check(own_images, tmp_path, capsys):
+    options = ["--mode=check", f"--config=configs/custom.py:root={own_images}", f"--to={tmp_path / 'check.json'}"]
+    assert commands.run(options) == 0
+    assert json.loads((tmp_path / "check.json").read_text())["to_fix"] == 0
+    Image.fromarray(np.full((40, 48), 7, np.uint8)).save(own_images / "masks/3.png")
+    assert commands.run(options) == 1
+    printed = capsys.readouterr()
+    assert "masks/3.png" in printed.out and "1 to fix" in printed.err
+
+
+def test_split_and_records(own_images, tmp_path):
+    config = f"--config=configs/custom.py:root={own_images}"
+    assert commands.run(["--mode=split", config, "--subsets=2,4", "--nostratify"]) == 0
+    lists = {size: (own_images / f"splits/{size}/labeled.txt").read_text().splitlines() for size in (2, 4)}
+    assert [len(lines) for lines in lists.values()] == [2, 4] and set(lists[2]) < set(lists[4])
+    assert commands.run(["--mode=records", f"{config},split=2", f"--to={tmp_path / 'packed'}"]) == 0
+    assert (tmp_path / "packed/index.json").is_file()
+    command = ["--mode=check", f"{config},split=2", "--config.data.source=array_record"]
+    assert commands.run([*command, f"--config.data.root={tmp_path / 'packed'}"]) == 0
