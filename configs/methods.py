@@ -31,6 +31,7 @@ METHODS = {
 
 
 def apply(config: ConfigDict, name: str) -> None:
-    """Fills `config.method` with the method `name`."""
+    """Fills `config.method`, and those keys of `config.ema` that an entry has under "ema", for the method `name`."""
     config.method.name = name
-    config.method.update(METHODS[name])
+    config.ema.update(METHODS[name].get("ema", {}))
+    config.method.update({key: value for key, value in METHODS[name].items() if key != "ema"})
