@@ -1,4 +1,4 @@
-"""Small data sets of own images for the tests: random images, masks of given classes."""
+"""Small data sets in the conventions of configs/custom.py: random images, masks of given classes."""
 
 import numpy as np
 from PIL import Image
@@ -7,7 +7,7 @@ CLASSES = ("a", "b", "c")
 
 
 def make_root(root, masks: dict[str, tuple[int, ...]], images=(), unlabeled=(), size: int = 8):
-    """Writes ROOT/images and ROOT/masks with a mask of the given ids for each name, further images, and classes.txt."""
+    """Writes images with masks of the given ids (by name), images without masks, unlabeled images and classes.txt."""
     for name in ("images", "masks", *(["unlabeled"] if unlabeled else [])):
         (root / name).mkdir(parents=True, exist_ok=True)
     (root / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
@@ -25,6 +25,6 @@ def save_image(path, seed: int, size: int = 8) -> None:
 
 
 def save_mask(path, ids, size: int = 8) -> None:
-    """A mask whose rows have the ids in turn."""
+    """Saves a mask whose rows cycle through the ids."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.repeat(np.resize(np.array(ids, np.uint8), size)[:, None], size, axis=1)).save(path)

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from input_pipeline.errors import DataError
-from input_pipeline.eval_batches import choose_buckets, eval_groups
-from input_pipeline.sources.open import open_sources
+from input_pipeline.eval_batches import EvalOptions, choose_buckets, eval_batches
+from input_pipeline.sources.open import open_source
 
 
 class SizedSource:
-    """Images whose values are their number, in three sizes by turns; counts what is read."""
+    """Images whose values are their index, in three alternating sizes; records the reads."""
 
     sizes = ((6, 8), (5, 5), (6, 7))
 
@@ -35,37 +35,61 @@ class SizedSource:
 
 
 @pytest.mark.parametrize(("buckets", "shapes"), [(1, {(6, 8)}), (2, {(6, 8), (5, 5)}), (3, {(6, 8), (5, 5), (6, 7)})])
-def test_every_image_comes_once_at_its_place(buckets, shapes):
+def test_every_image_is_in_one_row_with_its_label(buckets, shapes):
     source = SizedSource(20)
-    groups = list(eval_groups(source, batch=2, buckets=buckets, threads=3))
-    assert {group.images.shape[1:3] for group in groups} == shapes
-    assert sorted(source.reads) == sorted(index for group in groups for index in group.indices) == list(range(20))
-    for group in groups:
-        assert group.names == tuple(f"{index}.png" for index in group.indices)
-        for row, (height, width) in enumerate(group.sizes):
-            inside = np.zeros(group.labels.shape[1:], bool)
-            inside[:height, :width] = True
-            index = group.indices[row] if row < len(group.indices) else 0
-            assert (height, width) == (source.size(index) if row < len(group.indices) else (0, 0))
-            np.testing.assert_array_equal(group.images[row], np.where(inside[..., None], index, 0).repeat(3, -1))
-            np.testing.assert_array_equal(group.labels[row], np.where(inside, index + 100, 255))
+    batches = list(eval_batches(source, EvalOptions(batch=2, buckets=buckets, threads=3)))
+    assert {batch.images.shape[1:3] for batch in batches} == shapes
+    assert sorted(source.reads) == sorted(index for batch in batches for index in batch.indices) == list(range(20))
+    for batch in batches:
+        _assert_rows_hold_their_images(batch, source)
 
 
-def test_processes_share_each_group():
-    whole = list(eval_groups(SizedSource(20), batch=4, buckets=2))
-    parts = [list(eval_groups(SizedSource(20), 4, buckets=2, process_index=i, process_count=2)) for i in range(2)]
-    assert len(whole) == len(parts[0]) == len(parts[1])
-    for group, first, second in zip(whole, *parts, strict=True):
-        assert group.indices == first.indices + second.indices
+def _assert_rows_hold_their_images(batch, source):
+    for row, (height, width) in enumerate(batch.sizes):
+        inside = np.zeros(batch.labels.shape[1:], bool)
+        inside[:height, :width] = True
+        index = batch.indices[row] if row < len(batch.indices) else 0
+        assert (height, width) == (source.size(index) if row < len(batch.indices) else (0, 0))
+        np.testing.assert_array_equal(batch.images[row], np.where(inside[..., None], index, 0).repeat(3, -1))
+        np.testing.assert_array_equal(batch.labels[row], np.where(inside, index + 100, 255))
+
+
+@pytest.mark.parametrize(
+    ("multiple", "buckets", "shapes"), [(4, 3, {(8, 8)}), (7, 3, {(7, 14), (7, 7)}), (7, 1, {(7, 14)})]
+)
+def test_padded_sizes_are_multiples(multiple, buckets, shapes):
+    source = SizedSource(20)
+    batches = list(eval_batches(source, EvalOptions(batch=2, buckets=buckets, size_multiple=multiple)))
+    assert {batch.images.shape[1:3] for batch in batches} == shapes
+    assert sorted(index for batch in batches for index in batch.indices) == list(range(20))
+    for batch in batches:
+        _assert_rows_hold_their_images(batch, source)
+
+
+def test_processes_share_each_batch():
+    options = EvalOptions(batch=4, buckets=2)
+    whole = list(eval_batches(SizedSource(20), options))
+    shares = [
+        list(eval_batches(SizedSource(20), options._replace(process_index=index, process_count=2))) for index in (0, 1)
+    ]
+    assert len(whole) == len(shares[0]) == len(shares[1])
+    for batch, first, second in zip(whole, *shares, strict=True):
+        assert batch.indices == first.indices + second.indices
         for name in ("images", "labels", "sizes"):
             joined = np.concatenate([getattr(first, name), getattr(second, name)])
-            np.testing.assert_array_equal(getattr(group, name), joined)
+            np.testing.assert_array_equal(getattr(batch, name), joined)
 
 
-def test_center_crop():
-    group = next(eval_groups(SizedSource(3), batch=3, buckets=1, crop=6))
-    assert group.images.shape == (3, 6, 6, 3)
-    np.testing.assert_array_equal(group.sizes, [(6, 6), (5, 5), (6, 6)])
+@pytest.mark.parametrize(("multiple", "padded"), [(1, 6), (4, 8)])
+def test_center_crop(multiple, padded):
+    batch = next(eval_batches(SizedSource(3), EvalOptions(batch=3, buckets=1, crop=6, size_multiple=multiple)))
+    assert batch.images.shape == (3, padded, padded, 3)
+    np.testing.assert_array_equal(batch.sizes, [(6, 6), (5, 5), (6, 6)])
+
+
+def test_chosen_indices():
+    batches = list(eval_batches(SizedSource(20), EvalOptions(batch=4, buckets=1), indices=(7, 3)))
+    assert [batch.indices for batch in batches] == [(7, 3)]
 
 
 def test_buckets_join_what_adds_the_fewest_pixels():
@@ -89,24 +113,25 @@ def test_buckets_of_thousands_of_sizes():
 
 def test_reads_a_bounded_number_ahead():
     source = SizedSource(300)
-    groups = eval_groups(source, batch=4, threads=3, ahead=2)
-    next(groups)
+    batches = eval_batches(source, EvalOptions(batch=4, threads=3), ahead=2)
+    next(batches)
     time.sleep(0.3)
-    groups.close()
+    batches.close()
     assert 4 <= len(source.reads) <= 4 * 3
 
 
-def test_errors_are_raised_or_told():
+def test_errors_are_raised_or_reported():
+    options = EvalOptions(batch=4)
     with pytest.raises(DataError, match=r"7\.png"):
-        list(eval_groups(SizedSource(20, broken=(7,)), batch=4))
-    told = {}
-    groups = list(eval_groups(SizedSource(20, broken=(7, 19)), batch=4, on_error=told.setdefault))
-    assert set(told) == {7, 19} and "7.png" in str(told[7])
-    assert {index for group in groups for index in group.indices} == set(range(20)) - {7, 19}
+        list(eval_batches(SizedSource(20, broken=(7,)), options))
+    errors = {}
+    batches = list(eval_batches(SizedSource(20, broken=(7, 19)), options, on_error=errors.setdefault))
+    assert set(errors) == {7, 19} and "7.png" in str(errors[7])
+    assert {index for batch in batches for index in batch.indices} == set(range(20)) - {7, 19}
 
 
 def test_damaged_files_of_a_folder_are_named(folder, config):
-    sources = open_sources(config)
+    source = open_source(config, "val")
     (folder / "images/11.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"images/11\.png"):
-        list(eval_groups(sources.val, batch=1))
+        list(eval_batches(source, EvalOptions(batch=1)))

@@ -1,9 +1,9 @@
 import hashlib
 
 import pytest
-from configs.checks import ConfigError
 
 from configs import custom
+from configs.checks import ConfigError
 from input_pipeline.errors import DataError
 from input_pipeline.layout import find_layout
 from input_pipeline.sources.open import digest, open_sources

@@ -1,13 +1,15 @@
-"""Strong views: random changes of color and sharpness that move no pixel.
+"""Strong views with Pillow, on 8-bit RGB: the reference for those on the device (docs/method.md, Eq. 12).
 
 Color jitter, gray and blur are UniMatch's (`dataset/transform.py`, with torchvision's semantics for PIL images); the
-eleven operations are those that DSSN adds for VOC. All are Pillow's, on 8-bit RGB.
+eleven operations are those that DSSN adds for VOC.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from dssn_jax.methods.strong_augment import RANGES
 
 
 def strong_view(image: np.ndarray, views, rng: np.random.Generator) -> np.ndarray:
@@ -23,7 +25,7 @@ def strong_view(image: np.ndarray, views, rng: np.random.Generator) -> np.ndarra
     """
     picture = Image.fromarray(image)
     if rng.random() < views.jitter:
-        picture = color_jitter(picture, views.brightness, views.contrast, views.saturation, views.hue, rng)
+        picture = color_jitter(picture, views, rng)
     if rng.random() < views.gray:
         picture = gray(picture)
     if rng.random() < views.blur:
@@ -35,15 +37,17 @@ def strong_view(image: np.ndarray, views, rng: np.random.Generator) -> np.ndarra
     return np.array(picture)
 
 
-def color_jitter(
-    picture: Image.Image, strength_b: float, strength_c: float, strength_s: float, strength_h: float, rng
-) -> Image.Image:
+def color_jitter(picture: Image.Image, views, rng: np.random.Generator) -> Image.Image:
     """Changes brightness, contrast, saturation (factors U[max(0, 1 - x), 1 + x]) and hue (U[-x, x]) in random order."""
     steps = [
         (operation, rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength))
-        for operation, strength in ((brightness, strength_b), (contrast, strength_c), (color, strength_s))
+        for operation, strength in (
+            (brightness, views.brightness),
+            (contrast, views.contrast),
+            (color, views.saturation),
+        )
     ]
-    steps.append((hue, rng.uniform(-strength_h, strength_h)))
+    steps.append((hue, rng.uniform(-views.hue, views.hue)))
     for i in rng.permutation(len(steps)):
         operation, value = steps[i]
         picture = operation(picture, value)
@@ -51,12 +55,12 @@ def color_jitter(
 
 
 def gray(picture: Image.Image) -> Image.Image:
-    """Makes all channels L = 0.299 R + 0.587 G + 0.114 B (ITU-R 601-2)."""
+    """Sets all channels to L = 0.299 R + 0.587 G + 0.114 B (ITU-R 601-2)."""
     return picture.convert("L").convert("RGB")
 
 
 def identity(picture: Image.Image, _=None) -> Image.Image:
-    """Changes nothing."""
+    """Returns the image unchanged."""
     return picture
 
 
@@ -71,12 +75,12 @@ def equalize(picture: Image.Image, _=None) -> Image.Image:
 
 
 def blur(picture: Image.Image, sigma: float) -> Image.Image:
-    """Blurs with a Gaussian of standard deviation `sigma` pixels (as three box blurs, Pillow's approximation)."""
+    """Blurs with a Gaussian of standard deviation `sigma` pixels, which Pillow approximates with three box blurs."""
     return picture.filter(ImageFilter.GaussianBlur(radius=sigma))
 
 
 def contrast(picture: Image.Image, factor: float) -> Image.Image:
-    """Mixes with the mean gray: mean + factor (x - mean)."""
+    """Interpolates with the mean gray level: mean + factor (x - mean)."""
     return ImageEnhance.Contrast(picture).enhance(factor)
 
 
@@ -86,17 +90,17 @@ def brightness(picture: Image.Image, factor: float) -> Image.Image:
 
 
 def color(picture: Image.Image, factor: float) -> Image.Image:
-    """Mixes with the gray image: gray + factor (x - gray)."""
+    """Interpolates with the gray image: gray + factor (x - gray)."""
     return ImageEnhance.Color(picture).enhance(factor)
 
 
 def sharpness(picture: Image.Image, factor: float) -> Image.Image:
-    """Mixes with a smoothed image: smooth + factor (x - smooth)."""
+    """Interpolates with a smoothed image: smooth + factor (x - smooth)."""
     return ImageEnhance.Sharpness(picture).enhance(factor)
 
 
 def posterize(picture: Image.Image, bits: int) -> Image.Image:
-    """Keeps the `bits` high bits of each channel."""
+    """Keeps the `bits` most significant bits of each channel."""
     return ImageOps.posterize(picture, bits)
 
 
@@ -106,32 +110,15 @@ def solarize(picture: Image.Image, threshold: int) -> Image.Image:
 
 
 def hue(picture: Image.Image, shift: float) -> Image.Image:
-    """Turns the hue by `shift` of the circle, -0.5 to 0.5: int(255 shift) steps of Pillow's 256-step hue, wrapping."""
+    """Rotates the hue by `shift` turns, -0.5 to 0.5: int(255 shift) of Pillow's 256 hue levels, modulo 256."""
     h, s, v = picture.convert("HSV").split()
     steps = int(shift * 255)
     h = h.point([(value + steps) % 256 for value in range(256)])
     return Image.merge("HSV", (h, s, v)).convert("RGB")
 
 
-# The operations of the VOC recipe with the ranges of their parameters (method.md, "Views of an unlabeled image");
-# whole-number ranges mean whole numbers, both ends included.
-RANGES = {
-    "identity": None,
-    "autocontrast": None,
-    "equalize": None,
-    "blur": (0.1, 2.0),
-    "contrast": (0.05, 0.95),
-    "brightness": (0.05, 0.95),
-    "color": (0.05, 0.95),
-    "sharpness": (0.05, 0.95),
-    "posterize": (4, 8),
-    "solarize": (1, 256),
-    "hue": (-0.5, 0.5),
-}
-
-
 def _parameter(span: tuple | None) -> Callable[[np.random.Generator], float | int | None]:
-    """Returns what draws a parameter of the range `span`."""
+    """Returns a function that draws a parameter from the range `span`."""
     if span is None:
         return lambda rng: None
     if all(isinstance(end, int) for end in span):
