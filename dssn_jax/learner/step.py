@@ -134,10 +134,8 @@ class TrainStep:
 def update_ema(teacher: dict, student: dict, rate: jax.Array) -> dict:
     """Returns rate * teacher + (1 - rate) * student for every variable, in its dtype (docs/method.md, Eq. 8)."""
 
-    def average(old: jax.Array, new: jax.Array) -> jax.Array:
-        return (rate * old + (1 - rate) * new).astype(old.dtype)
-
-    return jax.tree.map(average, teacher, student)
+    moved = optax.incremental_update(student, teacher, 1 - rate)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, teacher)
 
 
 def _carry(state: TrainState) -> Carry:
