@@ -1,4 +1,4 @@
-"""Images of every mode beside what the mode means, written out in NumPy; orientations beside their definition."""
+"""Images of every mode against the definition of the mode in NumPy; orientations against theirs."""
 
 import io
 import struct
@@ -13,8 +13,8 @@ from input_pipeline.decode import Encoded
 from input_pipeline.errors import DataError
 
 RNG = np.random.default_rng(0)
-# What the orientations of EXIF mean: where the stored first row and first column are seen.
-SEEN = {
+# Definition of the EXIF orientations: from the stored to the displayed pixels.
+ORIENTED = {
     1: lambda stored: stored,
     2: lambda stored: stored[:, ::-1],
     3: lambda stored: stored[::-1, ::-1],
@@ -43,7 +43,7 @@ def exif(orientation):
 
 
 def png(width, height, depth, color, rows, *more, behind=b""):
-    """A PNG written by hand: rows of packed bytes; `more` chunks before the pixels."""
+    """Encodes a PNG from rows of packed bytes, with `more` chunks before the pixels and EXIF data `behind` them."""
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
     chunks = [(b"IHDR", header), *more, (b"IDAT", pixels), *([(b"eXIf", behind)] if behind else []), (b"IEND", b"")]
@@ -102,10 +102,10 @@ def colors_of_sixteen_bits():
 
 def cmyk_tiff():
     values = random(4, 6, 4)
-    return encoded(Image.fromarray(values, "CMYK"), "TIFF"), of_cmyk(values)
+    return encoded(Image.fromarray(values, "CMYK"), "TIFF"), rgb_of_cmyk(values)
 
 
-def of_cmyk(values):
+def rgb_of_cmyk(values):
     ink = values.astype(float) / 255
     return np.rint(255 * (1 - ink[..., :3]) * (1 - ink[..., 3:]))
 
@@ -119,14 +119,14 @@ def of_cmyk(values):
 )  # fmt: skip
 def test_images_of_every_mode(make):
     file, expected = make()
-    found = decode.image(file)
-    assert found.dtype == np.uint8 and decode.image_size(file) == found.shape[:2] == (4, 6)
-    # Naive CMYK multiplies what is rounded already.
-    assert np.abs(found - expected.astype(float)).max() <= (1 if make is cmyk_tiff else 0)
+    image = decode.image(file)
+    assert image.dtype == np.uint8 and decode.image_size(file) == image.shape[:2] == (4, 6)
+    # The conversion of CMYK multiplies rounded values.
+    assert np.abs(image - expected.astype(float)).max() <= (1 if make is cmyk_tiff else 0)
 
 
 def test_cmyk_jpeg_is_not_inverted():
-    """A sheet of cyan ink: Adobe's programs, and libjpeg, store it inverted and say so in a marker."""
+    """Adobe's programs and libjpeg store ink inverted and mark this in the file."""
     ink = np.zeros((16, 16, 4), np.uint8)
     ink[..., 0] = 200
     file = encoded(Image.fromarray(ink, "CMYK"), "JPEG", quality=100)
@@ -146,7 +146,7 @@ def half_transparent(mode):
 
 
 def transparent_color():
-    """RGB, one color of which a chunk declares transparent."""
+    """An RGB image with one color declared transparent by a chunk."""
     return png(2, 1, 8, 2, [bytes([1, 2, 3, 4, 5, 6])], (b"tRNS", struct.pack(">HHH", 4, 5, 6)))
 
 
@@ -157,30 +157,30 @@ def transparent_color():
         (half_transparent("LA"), "mode 'LA' with transparency in 50.0% of the pixels"),
         (encoded(Image.new("P", (6, 4)), transparency=0), "mode 'P' with transparency in 100.0%"),
         (transparent_color(), "mode 'RGB' with transparency in 50.0%"),
-        (encoded(Image.new("I;16", (6, 4))), "mode 'I;16' .*expected 8 bits a channel.*scale it to 0..255"),
+        (encoded(Image.new("I;16", (6, 4))), "mode 'I;16' .*expected 8 bits per channel.*scale it to 0..255"),
         (encoded(Image.new("I", (6, 4)), "TIFF"), "mode 'I' .*expected 8 bits"),
         (encoded(Image.new("F", (6, 4)), "TIFF"), "mode 'F' .*floats"),
         (encoded(Image.new("LAB", (6, 4)), "TIFF"), "mode 'LAB'; expected RGB or gray"),
     ],
 )
-def test_images_refused_by_name(file, message):
+def test_refused_images_are_named(file, message):
     with pytest.raises(DataError, match=f"{file.where}: image of {message}"):
         decode.image(file)
 
 
-@pytest.mark.parametrize("orientation", SEEN)
+@pytest.mark.parametrize("orientation", ORIENTED)
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_exif_orientation_of_images(format, orientation):
     image = Image.fromarray(random(16, 24, 3))
     options = {"WEBP": {"lossless": True}, "JPEG": {"subsampling": 0}}.get(format, {})
     stored = np.asarray(Image.open(io.BytesIO(encoded(image, format, **options).content)).convert("RGB"))
     file = encoded(image, format, exif=exif(orientation), **options)
-    found, expected = decode.image(file), SEEN[orientation](stored)
-    np.testing.assert_array_equal(found, expected)
+    image, expected = decode.image(file), ORIENTED[orientation](stored)
+    np.testing.assert_array_equal(image, expected)
     assert decode.image_size(file) == expected.shape[:2]
 
 
-@pytest.mark.parametrize("orientation", SEEN)
+@pytest.mark.parametrize("orientation", ORIENTED)
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, "P"])
 def test_exif_orientation_of_masks(kind, orientation):
     values = random(4, 6) if kind == "P" else RNG.integers(np.iinfo(kind).max, size=(4, 6), dtype=kind)
@@ -188,17 +188,17 @@ def test_exif_orientation_of_masks(kind, orientation):
     if kind == "P":
         image.putpalette(random(768).tolist())
     file = encoded(image, exif=exif(orientation))
-    np.testing.assert_array_equal(decode.mask(file, colors=False), SEEN[orientation](values))
-    assert decode.mask_size(file, colors=False) == SEEN[orientation](values).shape
+    np.testing.assert_array_equal(decode.mask(file, colors=False), ORIENTED[orientation](values))
+    assert decode.mask_size(file, colors=False) == ORIENTED[orientation](values).shape
 
 
-def test_orientation_that_comes_too_late_is_refused():
+def test_exif_data_after_the_pixels_is_refused():
     file = png(2, 1, 8, 0, [b"\1\2"], behind=exif(6).tobytes()[6:])
-    with pytest.raises(DataError, match=r"hand\.png: PNG with EXIF data behind the pixels"):
+    with pytest.raises(DataError, match=r"hand\.png: PNG with EXIF data after the pixels"):
         decode.image(file)
 
 
-def test_damaged_exif_is_as_none():
+def test_damaged_exif_is_ignored():
     jpeg = encoded(Image.fromarray(random(16, 24, 3)), "JPEG", exif=exif(6))
     start = jpeg.content.index(b"Exif\0\0") + 6
     damaged = jpeg.content[:start] + b"\xff" * 8 + jpeg.content[start + 8 :]
@@ -214,9 +214,9 @@ def test_gray_masks_hold_ids(dtype):
 
 def test_masks_of_one_bit_hold_0_and_1():
     values = random(4, 6, below=2)
-    found = decode.mask(encoded(Image.fromarray(values * 255).convert("1", dither=0)), colors=False)
-    assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, values)
+    ids = decode.mask(encoded(Image.fromarray(values * 255).convert("1", dither=0)), colors=False)
+    assert ids.dtype == np.uint8
+    np.testing.assert_array_equal(ids, values)
 
 
 @pytest.mark.parametrize("make", [opaque_alpha, palette, gray])
@@ -232,9 +232,9 @@ def test_masks_of_colors(make):
         (
             encoded(Image.new("RGB", (6, 4))),
             False,
-            "mode 'RGB'; .*in config.data.label_map a file with lines `RED GREEN",
+            "mode 'RGB'; .*config.data.label_map to a file with lines `RED GREEN",
         ),
-        (encoded(Image.new("L", (6, 4)), "JPEG"), False, "mask in JPEG, which changes values"),
+        (encoded(Image.new("L", (6, 4)), "JPEG"), False, "mask in JPEG, which changes values on saving"),
         (encoded(Image.new("RGB", (6, 4)), "JPEG"), True, "mask in JPEG"),
         (encoded(Image.new("I;16", (6, 4))), True, "mode 'I;16'; config.data.label_map expects colors"),
         (encoded(Image.new("F", (6, 4)), "TIFF"), False, "mode 'F'"),
@@ -244,13 +244,13 @@ def test_masks_of_colors(make):
         (half_transparent("RGBA"), True, "with transparency in 50.0%"),
     ],
 )
-def test_masks_refused_by_name(file, colors, message):
+def test_refused_masks_are_named(file, colors, message):
     with pytest.raises(DataError, match=f"{file.where}: .*{message}"):
         decode.mask(file, colors)
 
 
 def test_inverted_gray_mask_is_refused():
-    """Pillow reads the ids 0, 1, 2 of a TIFF whose 0 is white as 255, 254, 253."""
+    """Pillow reads the ids 0, 1, 2 of a TIFF in which 0 is white as 255, 254, 253."""
     tiff = encoded(Image.fromarray(np.array([[0, 1, 2]], np.uint8)), "TIFF").content
     black_is_zero = struct.pack("<HHLL", 262, 3, 1, 1)
     assert black_is_zero in tiff

@@ -1,4 +1,4 @@
-"""Files and lists spoiled at random: an error that names the file or the list, or every record; nothing between."""
+"""Files and lists damaged at random: either an error that names the file or list, or every record is read."""
 
 import functools
 import io
@@ -15,7 +15,7 @@ from input_pipeline.sources.open import open_sources
 from tests.input_pipeline.own_images import CLASSES, save_image, save_mask
 
 CASES = 500
-PARTS = {"labeled": "splits/s/labeled.txt", "unlabeled": "splits/s/unlabeled.txt", "val": "splits/val.txt"}
+LISTS_OF = {"labeled": "splits/s/labeled.txt", "unlabeled": "splits/s/unlabeled.txt", "val": "splits/val.txt"}
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def root(tmp_path):
     pixels = Image.open(root / "images/4.png")
     pixels.save(root / "images/4.jpg")
     lines[4] = "images/4.jpg\n"
-    for path, chosen in zip(PARTS.values(), (lines[:4], lines[4:7], lines[7:]), strict=True):
+    for path, chosen in zip(LISTS_OF.values(), (lines[:4], lines[4:7], lines[7:]), strict=True):
         (root / path).write_text("".join(chosen))
     return root
 
@@ -50,7 +50,7 @@ def _flip(content: bytes, rng) -> bytes:
     return bytes(changed)
 
 
-# What becomes of the bytes of a file: (bytes, generator) -> bytes.
+# Damages to the bytes of a file: (bytes, generator) -> bytes.
 FILES = {
     "truncate": lambda content, rng: content[: rng.integers(len(content))],
     "flip": _flip,
@@ -66,8 +66,8 @@ FILES = {
 }
 
 
-def spoil_file(root, rng) -> list[str]:
-    """Spoils a file; returns what an error may name: the file."""
+def damage_file(root, rng) -> list[str]:
+    """Damages a file; returns the names that an error may contain: the file."""
     folder = root / str(rng.choice(["images", "masks"]))
     path = folder / str(rng.choice(sorted(os.listdir(folder))))
     kind = str(rng.choice([*FILES, "delete", "directory", "loop"]))
@@ -91,7 +91,7 @@ def _one(change, lines, rng):
     return [*lines[:at], change(lines[at]), *lines[at + 1 :]]
 
 
-# What becomes of the lines of a list: (lines, generator) -> lines.
+# Damages to the lines of a list: (lines, generator) -> lines.
 LISTS = {
     "shuffled columns": _shuffled,
     "empty": lambda lines, rng: [],
@@ -113,7 +113,7 @@ LISTS = {
         }.items()
     },
 }
-# What becomes of the bytes of a list.
+# Damages to the bytes of a list: (bytes, root, generator) -> bytes.
 TEXTS = {
     "bytes": lambda text, root, rng: text[: (at := int(rng.integers(len(text))))] + b"\xff\xfe" + text[at:],
     "bom": lambda text, root, rng: b"\xef\xbb\xbf" + text,
@@ -125,9 +125,9 @@ TEXTS = {
 }
 
 
-def spoil_list(root, rng) -> list[str]:
-    """Spoils a list; returns what an error may name: the list, or a file that stands in it."""
-    path = root / str(rng.choice(list(PARTS.values())))
+def damage_list(root, rng) -> list[str]:
+    """Damages a list; returns the names that an error may contain: the list and the files in it."""
+    path = root / str(rng.choice(list(LISTS_OF.values())))
     kind = str(rng.choice([*LISTS, *TEXTS, "delete", "directory"]))
     if kind in LISTS:
         path.write_text("".join(f"{line}\n" for line in LISTS[kind](path.read_text().splitlines(), rng)))
@@ -142,14 +142,14 @@ def spoil_list(root, rng) -> list[str]:
     return [str(path), *(os.path.join(root, column) for column in columns)]
 
 
-def lines_of(root, part: str) -> int:
-    """The lines of a list that are not blank, counted without the program."""
-    text = (root / PARTS[part]).read_bytes().decode("utf-8-sig")
+def lines_of(root, split: str) -> int:
+    """Returns the number of nonblank lines of a list, counted independently."""
+    text = (root / LISTS_OF[split]).read_bytes().decode("utf-8-sig")
     return sum(bool(line.strip()) for line in text.splitlines())
 
 
 def read_all(config) -> dict[str, int]:
-    """Reads every record; returns their numbers."""
+    """Reads every record; returns the number of records by split."""
     sources = open_sources(config)
     for name, source in sources._asdict().items():
         for index in range(len(source)):
@@ -168,21 +168,21 @@ def restore(path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def test_spoiled_data_is_named_or_read(root):
+def test_damaged_data_is_named_or_read(root):
     config = defaults.get_config()
     config.data.update({"root": str(root), "split": "s", "classes": CLASSES})
     contents = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     clean = 0
     for case in range(CASES):
         rng = np.random.default_rng(case)
-        names = (spoil_file if case % 2 else spoil_list)(root, rng)
+        names = (damage_file if case % 2 else damage_list)(root, rng)
         try:
             counts = read_all(config)
         except DataError as error:
             assert any(name in str(error) for name in names), (case, str(error))
         else:
             clean += 1
-            assert counts == {part: lines_of(root, part) for part in PARTS}
-        spoiled = pathlib.Path(names[0])
-        restore(spoiled, contents[spoiled])
-    assert 0.1 * CASES < clean < 0.6 * CASES  # Both are met often.
+            assert counts == {split: lines_of(root, split) for split in LISTS_OF}
+        damaged = pathlib.Path(names[0])
+        restore(damaged, contents[damaged])
+    assert 0.1 * CASES < clean < 0.6 * CASES  # Both outcomes are frequent.

@@ -1,3 +1,5 @@
+"""Masks to class ids, with and without a label map."""
+
 import pickle
 
 import numpy as np
@@ -21,12 +23,12 @@ def mapped(tmp_path, text, name="map.txt"):
 
 
 def ids(labels, values, mode=None):
-    """The class ids of a PNG of `values`, as a list."""
+    """Returns the class ids of a PNG of `values` as a list."""
     image = Image.fromarray(np.array(values, np.uint8)) if mode is None else Image.fromarray(np.array(values, mode))
     return labels.decode(encoded(image)).tolist()
 
 
-def test_without_a_map_values_are_ids():
+def test_values_are_ids_without_a_map():
     labels = Labels(CLASSES, ignore=255, ignore_values=(7, 300))
     assert ids(labels, [[0, 1, 2, 255, 7]]) == [[0, 1, 2, 255, 255]]
     assert ids(labels, [[0, 2, 300]], np.uint16) == [[0, 2, 255]]
@@ -77,7 +79,7 @@ def test_colors_are_mapped_exactly(tmp_path, name, text):
     [
         ("7 road\n8 raod\n", r"map\.txt:2: no class 'raod'; did you mean 'road'\?"),
         ("7 3\n", r"map\.txt:1: no class '3'.*an id below 3"),
-        ("7 road\n7 sky\n", r"map\.txt:2: 7 means two classes"),
+        ("7 road\n7 sky\n", r"map\.txt:2: 7 has two classes"),
         ("7 road\n1 2 3 sky\n", r"map\.txt:2: the label map mixes ids and colors"),
         ("7\n", r"map\.txt:1: found '7'; expected `ID CLASS`"),
         ("road 7\n", r"map\.txt:1: found 'road'; expected an id, or red, green and blue"),
@@ -88,13 +90,13 @@ def test_colors_are_mapped_exactly(tmp_path, name, text):
         ("# nothing\n", r"map\.txt: the label map is empty"),
     ],
 )
-def test_mistakes_in_a_map_are_named(tmp_path, text, message):
+def test_errors_in_a_map_are_reported(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         mapped(tmp_path, text)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"x": "road"}'])
-def test_mistakes_in_json_are_named(tmp_path, text):
+def test_errors_in_json_are_reported(tmp_path, text):
     with pytest.raises(DataError, match=r"map\.json: (not JSON|expected a JSON object|key 'x')"):
         mapped(tmp_path, text, "map.json")
 
@@ -107,7 +109,7 @@ def test_from_config(tmp_path):
     (tmp_path / "map.txt").write_text("7 sky")
     assert ids(Labels.from_config(data), [[7]]) == [[2]]
     data.ignore_values = (1,)
-    with pytest.raises(DataError, match=r"config\.data\.ignore_values is \(1,\).*`VALUE ignore`"):
+    with pytest.raises(DataError, match=r"config\.data\.ignore_values is \(1,\).*lines `VALUE ignore`"):
         Labels.from_config(data)
     data.update({"label_map": "", "ignore_values": (-1,)})
     with pytest.raises(DataError, match=r"config\.data\.ignore_values has -1"):
@@ -115,7 +117,7 @@ def test_from_config(tmp_path):
 
 
 def test_a_mask_that_fits_the_stored_image_is_explained(tmp_path):
-    """The mask of a program that does not look at the orientation."""
+    """As written by a program that ignores the orientation."""
     (tmp_path / "a.jpg").write_bytes(encoded(Image.new("RGB", (6, 4)), "JPEG", exif=exif(6)).content)
     for size, hint in (
         ((6, 4), r"\. The mask fits the image as stored, before its EXIF orientation \(6\)"),

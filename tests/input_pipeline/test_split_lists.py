@@ -1,3 +1,5 @@
+"""Split lists: their lines, and the folder that they are looked up in."""
+
 import pytest
 
 from input_pipeline.errors import DataError
@@ -29,7 +31,7 @@ def test_read_list_three_columns(tmp_path, labeled):
         read_list(path, labeled)
 
 
-def test_columns_of_a_line_with_a_tab_may_hold_spaces(tmp_path):
+def test_names_in_a_line_with_a_tab_may_contain_spaces(tmp_path):
     entries = [Entry("my image.jpg", "b.png"), Entry("a.jpg", "b.png"), Entry("other image.jpg", None)]
     path = _write(tmp_path, "".join(f"{format_entry(entry)}\n" for entry in entries))
     assert read_list(path, labeled=False) == entries
@@ -37,7 +39,7 @@ def test_columns_of_a_line_with_a_tab_may_hold_spaces(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\tb.jpg", "a\nb.jpg", " a.jpg", "\udcff.jpg", ""])
-def test_names_that_no_line_holds(name):
+def test_names_that_a_line_cannot_hold(name):
     with pytest.raises(DataError, match="a name that a list cannot hold"):
         format_entry(Entry(name, "b.png"))
 
@@ -85,3 +87,14 @@ def test_find_split_missing_list(tmp_path):
     (tmp_path / "splits" / "val.txt").unlink()
     with pytest.raises(DataError, match=r"missing list .*splits/val\.txt"):
         find_split(str(tmp_path), "splits", "1_8")
+
+
+def test_find_split_for_val_alone(tmp_path):
+    _make_split(tmp_path / "with", "1_8")
+    assert find_split("", str(tmp_path / "with"), "1_8", ("val",)).val == str(tmp_path / "with/val.txt")
+    (tmp_path / "val_only").mkdir()
+    (tmp_path / "val_only/val.txt").write_text("a.jpg a.png\n")
+    for split in ("1_8", ""):
+        assert find_split("", str(tmp_path / "val_only"), split, ("val",)).val == str(tmp_path / "val_only/val.txt")
+        with pytest.raises(DataError, match=r"no split.*splits there: none"):
+            find_split("", str(tmp_path / "val_only"), split)

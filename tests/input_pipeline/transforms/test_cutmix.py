@@ -1,3 +1,5 @@
+"""CutMix boxes: inside the crop, with the configured probability, area and aspect ratio."""
+
 import numpy as np
 import pytest
 
@@ -16,19 +18,19 @@ def test_inside_with_area_and_aspect(config):
     y0, x0, y1, x1 = boxes.T
     assert (boxes >= 0).all() and (boxes <= 321).all() and (y1 > y0).all() and (x1 > x0).all()
     height, width = y1 - y0, x1 - x0
-    # Sides are cut to whole pixels: at most a pixel short of the drawn ones.
+    # Sides are truncated to integers: less than a pixel shorter than drawn.
     low, high = config.views.cutmix_area
     area = height * width / 321**2
     assert area.max() <= high and area.min() >= low - (height + width + 1).max() / 321**2
     assert (height / (width + 1) <= 1 / 0.3).all() and ((height + 1) / width >= 0.3).all()
-    assert area.min() < 0.03 and area.max() > 0.35  # The whole range comes.
-    # The area is drawn before the place and kept, however often the place is drawn anew: it stays uniform.
+    assert area.min() < 0.03 and area.max() > 0.35  # The whole range occurs.
+    # The area is drawn once, before the position, so repeated draws of the position keep it uniform.
     assert abs(area.mean() - 0.21) < 0.01 and abs(np.median(area) - 0.21) < 0.015
     assert y0.min() == 0 and y1.max() == 321 and x0.min() == 0 and x1.max() == 321
 
 
 def test_tall_boxes_follow_the_aspect(config):
-    """The aspect is height over width."""
+    """The aspect ratio is height / width."""
     config.views.cutmix = 1.0
     config.views.cutmix_aspect = (2.0, 2.0)
     y0, x0, y1, x1 = _boxes(config.views, 200).T

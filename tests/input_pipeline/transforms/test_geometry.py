@@ -1,5 +1,8 @@
+"""The weak view: alignment of image and label, padding, and the distributions of scale, crop and flip."""
+
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from input_pipeline.transforms.geometry import nearest_window, resize_window, scaled_size, weak_view
@@ -7,37 +10,43 @@ from input_pipeline.transforms.geometry import nearest_window, resize_window, sc
 IGNORE = 255
 
 
-def _encoded(height, width):
-    """An image whose red is 10 times its label; labels are vertical and horizontal bands."""
+def _view(image, label, crop, scale, flip, rng):
+    """Calls `weak_view`; `rng` is a generator or a seed."""
+    data = ConfigDict({"crop": crop, "scale": scale, "flip": flip, "ignore": IGNORE})
+    return weak_view(image, label, data, np.random.default_rng(rng))
+
+
+def _bands(height, width):
+    """Returns an image whose red channel is 10 times its label, and the label: vertical and horizontal bands."""
     y, x = np.mgrid[:height, :width]
     label = ((y // 8 + 3 * (x // 8)) % 20).astype(np.uint8)
     return np.stack([label * 10, np.zeros_like(label), np.full_like(label, 99)], -1), label
 
 
 def test_identity():
-    image, label = _encoded(32, 32)
-    view, view_label, valid = weak_view(image, label, 32, (1.0, 1.0), 0.0, IGNORE, np.random.default_rng(0))
+    image, label = _bands(32, 32)
+    view, view_label, valid = _view(image, label, 32, (1.0, 1.0), 0.0, 0)
     np.testing.assert_array_equal(view, image)
     np.testing.assert_array_equal(view_label, label)
     assert valid.all()
 
 
 def test_flip():
-    image, label = _encoded(32, 32)
-    view, view_label, _ = weak_view(image, label, 32, (1.0, 1.0), 1.0, IGNORE, np.random.default_rng(0))
+    image, label = _bands(32, 32)
+    view, view_label, _ = _view(image, label, 32, (1.0, 1.0), 1.0, 0)
     np.testing.assert_array_equal(view, image[:, ::-1])
     np.testing.assert_array_equal(view_label, label[:, ::-1])
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_image_and_label_stay_aligned(seed):
-    """Inside the bands red tells the label; at their edges the image is interpolated and nothing is said."""
-    image, label = _encoded(60, 90)
-    view, view_label, valid = weak_view(image, label, 48, (0.5, 2.0), 0.5, IGNORE, np.random.default_rng(seed))
+    """Inside the bands, red gives the label; at their edges the image is interpolated and not checked."""
+    image, label = _bands(60, 90)
+    view, view_label, valid = _view(image, label, 48, (0.5, 2.0), 0.5, seed)
     assert view.shape == (48, 48, 3) and view_label.shape == valid.shape == (48, 48)
     assert view.dtype == view_label.dtype == np.uint8 and valid.dtype == bool
     np.testing.assert_array_equal(view_label == IGNORE, ~valid)
-    # A pixel whose neighbors have its label too is out of reach of the interpolation across an edge, at any scale.
+    # At any scale, a pixel whose neighbors share its label is not interpolated across an edge.
     inner = (slice(1, -1), slice(1, -1))
     neighbors = [view_label[dy : 46 + dy, dx : 46 + dx] for dy in (0, 1, 2) for dx in (0, 1, 2)]
     deep = (np.array(neighbors) == view_label[inner]).all(0) & valid[inner]
@@ -51,7 +60,7 @@ def test_image_and_label_stay_aligned(seed):
 def test_padding_is_invalid_at_right_and_bottom(flip):
     image = np.full((20, 30, 3), 50, np.uint8)
     label = np.ones((20, 30), np.uint8)
-    view, view_label, valid = weak_view(image, label, 40, (1.0, 1.0), flip, IGNORE, np.random.default_rng(0))
+    view, view_label, valid = _view(image, label, 40, (1.0, 1.0), flip, 0)
     expected = np.zeros((40, 40), bool)
     expected[:20, :30] = True
     if flip:
@@ -62,20 +71,20 @@ def test_padding_is_invalid_at_right_and_bottom(flip):
 
 
 def test_unlabeled_draws_as_labeled():
-    image, label = _encoded(60, 90)
-    with_label = weak_view(image, label, 48, (0.5, 2.0), 0.5, IGNORE, np.random.default_rng(3))
-    without = weak_view(image, None, 48, (0.5, 2.0), 0.5, IGNORE, np.random.default_rng(3))
+    image, label = _bands(60, 90)
+    with_label = _view(image, label, 48, (0.5, 2.0), 0.5, 3)
+    without = _view(image, None, 48, (0.5, 2.0), 0.5, 3)
     assert without[1] is None
     np.testing.assert_array_equal(without[0], with_label[0])
     np.testing.assert_array_equal(without[2], with_label[2])
 
 
 def test_crop_places_are_uniform():
-    """From a 5x6 image, a crop of 4 has 2 x 3 places; the corner pixel says which."""
+    """A crop of 4 from a 5x6 image has 2 x 3 positions, which the corner pixel identifies."""
     image = np.zeros((5, 6, 3), np.uint8)
     image[..., 0], image[..., 1] = np.mgrid[:5, :6]
     rng = np.random.default_rng(0)
-    corners = [tuple(weak_view(image, None, 4, (1.0, 1.0), 0.0, IGNORE, rng)[0][0, 0, :2]) for _ in range(3000)]
+    corners = [tuple(_view(image, None, 4, (1.0, 1.0), 0.0, rng)[0][0, 0, :2]) for _ in range(3000)]
     places, counts = np.unique(corners, axis=0, return_counts=True)
     assert len(places) == 6 and abs(counts - 500).max() < 5 * np.sqrt(500)
 
@@ -91,13 +100,13 @@ def test_scaled_size_is_uniform_and_keeps_the_aspect():
 
 def test_sizes_are_never_zero():
     image = np.full((1, 300, 3), 9, np.uint8)
-    view, _, valid = weak_view(image, None, 8, (0.001, 0.002), 0.0, IGNORE, np.random.default_rng(0))
+    view, _, valid = _view(image, None, 8, (0.001, 0.002), 0.0, 0)
     assert valid.sum() == 1 and view[0, 0, 0] == 9
 
 
 @pytest.mark.parametrize("size", [(46, 72), (91, 143), (200, 315), (33, 50)])
 def test_windows_are_those_of_pillows_resize(size):
-    """Pillow keeps a box in float32: a rounding may differ by a unit. Odd sizes have no center between two pixels."""
+    """Pillow keeps a box in float32, so levels may differ by one. Odd sizes have no center between two pixels."""
     rng = np.random.default_rng(0)
     image = rng.integers(256, size=(91, 143, 3), dtype=np.uint8)
     label = rng.integers(256, size=(91, 143), dtype=np.uint8)
