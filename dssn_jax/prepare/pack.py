@@ -184,7 +184,7 @@ class _Packer:
             self._tell(sum(item.bytes for item in items), kept=1)
             return self._known[number]
         path = self._folder / f"records-{number:05d}-of-{self._shards:05d}.array_record"
-        with files.whole(path) as part:
+        with files.atomic_write(path) as part:
             rows = self._write(number, part, items)
             count = sum(1 if row.mask is None else 2 for row in rows)
             shard = Shard(path.name, count, part.stat().st_size, _sha256(part))
@@ -244,11 +244,11 @@ def _write_lists(data, sources: Sources, folder: pathlib.Path) -> str:
             texts[path] = split_lists.format_list(source.entries).encode()
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with files.whole(path) as part:
+        with files.atomic_write(path) as part:
             part.write_bytes(text)
     return data.split or _SPLIT
 
 
 def _write_json(path: pathlib.Path, content) -> None:
-    with files.whole(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text(json.dumps(content) + "\n")
