@@ -39,7 +39,7 @@ from dssn_jax.models.network import Network
 from dssn_jax.weights import names
 
 TOLERANCES = {"forward": 1e-9, "losses": 1e-9, "step": 1e-6, "evaluate": 1e-9}
-# Each program runs only a few times: compiling it counts for more. It is large, so not all optimization can be missed.
+# Each program runs only a few times, so compile time counts more; but it is large, so some optimization pays.
 jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": False}
 )
@@ -72,7 +72,7 @@ def weight(seed: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class Case:
-    """One case of a folder: its manifest entry, stored arrays, inputs and networks."""
+    """A case of a folder: its manifest entry, stored arrays, inputs and network."""
 
     def __init__(self, folder: pathlib.Path, manifest: dict, entry: dict):
         self.entry, self.seed = entry, manifest["seed"]
@@ -109,14 +109,14 @@ def abstract_variables(network: Network) -> dict:
     return jax.eval_shape(functools.partial(init_variables, network), jax.random.PRNGKey(0))
 
 
-def relative_error(found, expected) -> float:
+def relative_error(value, expected) -> float:
     """Largest absolute difference over the largest absolute expected value; inf for another shape or a NaN."""
-    found, expected = np.asarray(found), np.asarray(expected)
-    if found.shape != expected.shape:
+    value, expected = np.asarray(value), np.asarray(expected)
+    if value.shape != expected.shape:
         return float("inf")
     if expected.dtype.kind in "bui":
-        return 0.0 if np.array_equal(found, expected) else float("inf")
-    error = np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-12)
+        return 0.0 if np.array_equal(value, expected) else float("inf")
+    error = np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-12)
     return float("inf") if np.isnan(error) else float(error)
 
 
@@ -234,7 +234,7 @@ def _gradients(before: TrainState, after: TrainState) -> dict[str, np.ndarray]:
 
 
 def evaluation(case: Case, variables: dict | None = None) -> dict[str, np.ndarray]:
-    """Class maps and IoU of whole-image and sliding-window prediction; the images are one padded batch."""
+    """Computes class maps and IoU of whole-image and sliding-window prediction of one padded batch."""
     network, classes = case.network(), case.entry["num_classes"]
     variables = case.variables() if variables is None else variables
     count = sum(name.endswith("/mask") for name in case.stored)
@@ -245,14 +245,14 @@ def evaluation(case: Case, variables: dict | None = None) -> dict[str, np.ndarra
     batch = jnp.stack([jnp.pad(image, [*pad, (0, 0)]) for image, pad in zip(images, padding, strict=True)])
     labels = jnp.stack([jnp.pad(mask, pad, constant_values=255) for mask, pad in zip(masks, padding, strict=True)])
     extent = Extent(*jnp.asarray(sizes.T, jnp.int32))
-    found = {}
+    outputs = {}
     for mode, window in (("original", 0), ("sliding", case.entry["crop"])):
-        predictions = jit(functools.partial(inference.Inference(window).predict, network))(variables, batch, extent)
+        predictions, _ = jit(inference.Inference(network, window).predict)(variables, batch, extent)
         for i, (height, width) in enumerate(sizes):
-            found[f"{i}/pred_{mode}"] = predictions[i, :height, :width].reshape(case.stored[f"{i}/mask"].shape)
+            outputs[f"{i}/pred_{mode}"] = predictions[i, :height, :width].reshape(case.stored[f"{i}/mask"].shape)
         iou = 100 * metrics.iou(metrics.confusion_matrix(predictions, labels, classes))
-        found |= {f"iou_{mode}": iou, f"miou_{mode}": iou.mean()}
-    return found
+        outputs |= {f"iou_{mode}": iou, f"miou_{mode}": iou.mean()}
+    return outputs
 
 
 KINDS = {"forward": forward, "losses": loss_terms, "step": steps, "evaluate": evaluation}
@@ -260,7 +260,7 @@ GIVEN = ("in/", "input_shape")  # Stored, but no outputs; of steps and evaluatio
 
 
 def is_output(kind: str, name: str) -> bool:
-    """Tells the stored outputs from the stored inputs."""
+    """Returns whether a stored array is an output, not an input."""
     last = name.rsplit("/", 1)[-1]
     if kind == "step" and last in ("mask_x", "ignore", "ignore_mix", "box1", "box2"):
         return False
@@ -268,15 +268,16 @@ def is_output(kind: str, name: str) -> bool:
 
 
 def check(folder: str | os.PathLike, file: str, report=print) -> bool:
-    """Checks one case, reports the largest relative error and where it is; True if it is within the tolerance."""
+    """Checks one case and reports the largest relative error with its array; returns whether it is within tolerance."""
     folder = pathlib.Path(folder)
     manifest = json.loads((folder / "golden.json").read_text())
     entry = next(entry for entry in manifest["cases"] if entry["file"] == file)
     case, kind = Case(folder, manifest, entry), entry["kind"]
-    found = KINDS[kind](case)
+    outputs = KINDS[kind](case)
     expected = {name: value for name, value in case.stored.items() if is_output(kind, name)}
     errors = {
-        name: relative_error(found[name], value) if name in found else float("inf") for name, value in expected.items()
+        name: relative_error(outputs[name], value) if name in outputs else float("inf")
+        for name, value in expected.items()
     }
     worst = max(errors, key=errors.get)
     passed = errors[worst] <= TOLERANCES[kind]
@@ -288,7 +289,7 @@ def check(folder: str | os.PathLike, file: str, report=print) -> bool:
 
 
 def files(folder: str | os.PathLike) -> list[str]:
-    """The files of the cases of a folder."""
+    """Returns the files of the cases of a folder."""
     manifest = json.loads((pathlib.Path(folder) / "golden.json").read_text())
     return [entry["file"] for entry in manifest["cases"]]
 
