@@ -1,4 +1,4 @@
-"""A bucket of Google Cloud Storage that is simulated on this machine."""
+"""A simulated bucket of Google Cloud Storage on this machine."""
 
 import contextlib
 import socket
@@ -9,10 +9,10 @@ from gcp_storage_emulator.handlers import objects
 
 
 def _download(request, response, storage, *args, **kwargs):
-    """Tells the generation of an object with its content, as the real service does and tensorstore expects."""
+    """Sends the generation of an object with its content, as the real service does and tensorstore expects."""
     with contextlib.suppress(Exception):  # A missing object: `_plain_download` answers.
-        found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
-        response["x-goog-generation"] = found["generation"]
+        metadata = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+        response["x-goog-generation"] = metadata["generation"]
     _plain_download(request, response, storage, *args, **kwargs)
 
 
@@ -21,7 +21,7 @@ _plain_download, objects.download = objects.download, _download
 
 @contextlib.contextmanager
 def simulated(name: str) -> Iterator[dict[str, str]]:
-    """Serves an empty bucket; gives the environment variables by which the libraries find it."""
+    """Serves an empty bucket; yields the environment variables that direct libraries to it."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -1,1 +1,1 @@
-"""PyTorch weights, in and out."""
+"""Exchange of weights with PyTorch."""

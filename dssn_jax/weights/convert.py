@@ -1,5 +1,6 @@
 """Converts weights between PyTorch files (.pth, .safetensors) and work directories: `--mode=convert`."""
 
+import functools
 import json
 import os
 import pathlib
@@ -88,10 +89,10 @@ def _check_options(source: str, to_file: bool, config, network: str, teacher: st
         raise ConfigError("converting to a work directory needs --config, which defines the network and the classes")
     if network != "student" and not epath.Path(source).expanduser().is_dir():
         raise ConfigError(f"--network={network} is for work directories; {source} holds one network")
-    if config is not None and to_file:
-        validate_model(config)
-    elif not to_file:
+    if not to_file:
         validate_training(config, device_count=1)
+    elif config is not None:
+        validate_model(config)
     if teacher and config.method.teacher != "ema":
         raise ConfigError(f"--teacher is given, but the method {config.method.name!r} has no EMA teacher")
 
@@ -129,18 +130,27 @@ def _network_of(weights: Weights, config) -> tuple[ConfigDict, int]:
 def _write_workdir(source: str, target: pathlib.Path, config, selection: dict, teacher: str | None) -> None:
     """Writes a work directory at step 0, as training from these weights would; `selection` are arguments of `read`."""
     learner = learner_lib.build(config, sharding.make_mesh(jax.local_devices()[:1]))
-    like = learner.abstract_state()
-    student, metadata = _load(source, like.student, learner, **selection)
-    state = learner.train_step.init(student, state_lib.run_keys(config.seed)[1])
+    like = learner.abstract_state().networks()
+    student, metadata = _load(source, like["student"], learner, **selection)
+    teacher_variables = None
     if teacher:
-        variables, _ = _load(teacher, like.networks()["teacher"], learner, checkpoint=selection["checkpoint"])
-        state = state.replace(teacher=state_lib.copy_of(variables, like=like.teacher))
+        teacher_variables, _ = _load(teacher, like["teacher"], learner, checkpoint=selection["checkpoint"])
     elif learner.method.has_ema:
         logger.warning("no --teacher is given: the teacher is a copy of the student")
+    init = jax.jit(functools.partial(_init_state, learner), donate_argnums=(0, 1))  # Donated: no second copies.
+    state = init(student, teacher_variables, state_lib.run_keys(config.seed)[1])
     # The only checkpoint is the best one until training evaluates another.
     scores = new_scores(config.eval.metric) | {"best_step": 0}
     origin = {"from": str(source), "teacher": teacher and str(teacher), **metadata}
     _save(target, state, {"config": json.loads(config.to_json()), "scores": scores, "converted": origin})
+
+
+def _init_state(learner: Learner, student: dict, teacher: dict | None, rng: jax.Array) -> state_lib.TrainState:
+    """Returns the state at step 0 of a run with these networks; without `teacher`, it is a copy of the student."""
+    state = learner.train_step.init(student, rng)
+    if teacher is None:
+        return state
+    return state.replace(teacher=state_lib.copy_of(teacher, like=state.teacher))
 
 
 def _load(path: str, like: dict, learner: Learner, **selection: str) -> tuple[dict, dict]:

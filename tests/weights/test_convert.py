@@ -89,7 +89,7 @@ def test_student_and_teacher_are_exported_and_continued(tiny_config, checkpoints
         jax.tree.map(np.testing.assert_array_equal, back, names.with_counters(tensors))
 
     started = []
-    monkeypatch.setattr(loop.Trainer, "run", lambda trainer: started.append(jax.device_get(trainer.state)))
+    monkeypatch.setattr(loop.Trainer, "train", lambda trainer: started.append(jax.device_get(trainer.state)))
     written = (run / "config.json").read_text()
     loop.train(config, run)
     like = learner_lib.build(config).init_state(

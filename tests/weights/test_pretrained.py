@@ -73,7 +73,7 @@ def test_training_starts_from_the_encoder(tiny_config, monkeypatch, tmp_path):
     files.write(tmp_path / "resnet10.safetensors", tensors, {})
     config.model.pretrained = str(tmp_path / "resnet10.safetensors")
     started = []
-    monkeypatch.setattr(loop.Trainer, "run", lambda trainer: started.append(trainer.state))
+    monkeypatch.setattr(loop.Trainer, "train", lambda trainer: started.append(trainer.state))
     loop.train(config, tmp_path / "run")
     log = (tmp_path / "run/log.txt").read_text()
     assert f"starting from {config.model.pretrained} (encoder): {len(tensors) - 2} tensors matched, 2 unused" in log
