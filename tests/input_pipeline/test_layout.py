@@ -1,12 +1,14 @@
+"""Which images the folders and lists of configs/custom.py name, and what is wrong with them."""
+
 import hashlib
 
 import pytest
+from PIL import Image
 
 from configs import custom
-from configs.checks import ConfigError
 from input_pipeline.errors import DataError
-from input_pipeline.layout import find_layout
-from input_pipeline.sources.open import digest, open_sources
+from input_pipeline.layout import IMAGE_SUFFIXES, find_layout
+from input_pipeline.sources.open import digest, open_source, open_sources
 from tests.input_pipeline.own_images import CLASSES, make_root, save_image, save_mask
 
 
@@ -15,22 +17,22 @@ def _data(root, **values):
     return custom.get_config(arguments).data
 
 
-def _images(part):
-    return {entry.image for entry in part.entries}
+def _images(split):
+    return {entry.image for entry in split.entries}
 
 
 def test_conventions(tmp_path):
     root = make_root(tmp_path / "my images", {f"{n}": (0,) for n in range(10)}, unlabeled=("u", "v"))
     data = _data(root)
-    found = find_layout(data)
-    assert data.classes == CLASSES and found.defects == ()
-    # The held-out fifth, by the definition: the images with the smallest digests.
+    layout = find_layout(data)
+    assert data.classes == CLASSES and layout.defects == ()
+    # By definition, the held-out fifth are the images with the smallest digests.
     names = sorted(
         (f"images/{n}.png" for n in range(10)), key=lambda name: hashlib.sha256(f"validation\n{name}".encode()).digest()
     )
-    assert _images(found.val) == set(names[:2]) and _images(found.labeled) == set(names[2:])
-    assert _images(found.unlabeled) == {"unlabeled/u.png", "unlabeled/v.png"}
-    assert all(entry.mask == entry.image.replace("images", "masks") for entry in found.labeled.entries)
+    assert _images(layout.val) == set(names[:2]) and _images(layout.labeled) == set(names[2:])
+    assert _images(layout.unlabeled) == {"unlabeled/u.png", "unlabeled/v.png"}
+    assert all(entry.mask == entry.image.replace("images", "masks") for entry in layout.labeled.entries)
 
 
 def test_sources_of_folders(tmp_path):
@@ -47,15 +49,15 @@ def test_images_without_mask_are_named_or_unlabeled(tmp_path):
     root = make_root(tmp_path, {"a": (0,), "b": (0,), "c": (0,)}, images=("x", "y"))
     with pytest.raises(DataError, match=r"2 images in images have no mask: .*x\.png, .*y\.png; .*unmasked=unlab"):
         open_sources(custom.get_config(f"root={root}"))
-    found = find_layout(_data(root, unmasked="unlabeled"))
-    assert _images(found.unlabeled) == {"images/x.png", "images/y.png"} and not found.defects
+    layout = find_layout(_data(root, unmasked="unlabeled"))
+    assert _images(layout.unlabeled) == {"images/x.png", "images/y.png"} and not layout.defects
     save_image(root / "images/sub/z.png", 9)
-    found = find_layout(_data(root, unlabeled="images/sub", unmasked="unlabeled"))
-    assert _images(found.unlabeled) == {"images/x.png", "images/y.png", "images/sub/z.png"}
+    layout = find_layout(_data(root, unlabeled="images/sub", unmasked="unlabeled"))
+    assert _images(layout.unlabeled) == {"images/x.png", "images/y.png", "images/sub/z.png"}
 
 
-def test_masks_are_found(tmp_path):
-    """In a folder inside that of the images; beside the images; of several suffixes or images: told."""
+def test_masks_are_matched(tmp_path):
+    """In a folder below that of the images; next to the images; ambiguous ones are reported."""
     root = make_root(tmp_path / "inside", {"a": (0,), "b": (0,)})
     (root / "masks").rename(root / "images/masks")
     assert not find_layout(_data(root, masks="images/masks")).defects
@@ -63,8 +65,8 @@ def test_masks_are_found(tmp_path):
     for name in "ab":
         save_image(root / f"images/{name}.png", ord(name))
         save_mask(root / f"images/{name}_mask.png", (0,))
-    found = find_layout(_data(root, masks="images", mask_suffix="_mask"))
-    assert {tuple(entry) for part in (found.labeled, found.val) for entry in part.entries} == {
+    layout = find_layout(_data(root, masks="images", mask_suffix="_mask"))
+    assert {tuple(entry) for split in (layout.labeled, layout.val) for entry in split.entries} == {
         (f"images/{name}.png", f"images/{name}_mask.png") for name in "ab"
     }
     root = make_root(tmp_path / "twice", {"a": (0,), "b": (0,), "c": (0,), "d": (0,)})
@@ -78,12 +80,12 @@ def test_masks_are_found(tmp_path):
 def test_validation_is_held_out_of_folders(tmp_path):
     masks = dict.fromkeys(("a", "b", "c", "val/d", "val/e"), (0,))
     root = make_root(tmp_path, masks)
-    found = find_layout(_data(root, val="images/val", val_masks="masks/val"))
-    assert _images(found.val) == {"images/val/d.png", "images/val/e.png"}
-    assert _images(found.labeled) == _images(found.unlabeled) == {f"images/{name}.png" for name in "abc"}
+    layout = find_layout(_data(root, val="images/val", val_masks="masks/val"))
+    assert _images(layout.val) == {"images/val/d.png", "images/val/e.png"}
+    assert _images(layout.labeled) == _images(layout.unlabeled) == {f"images/{name}.png" for name in "abc"}
     (root / "val.txt").write_text("images/b.png masks/b.png\n")
-    found = find_layout(_data(root, val="val.txt"))
-    assert _images(found.labeled) == {f"images/{name}.png" for name in ("a", "c", "val/d", "val/e")}
+    layout = find_layout(_data(root, val="val.txt"))
+    assert _images(layout.labeled) == {f"images/{name}.png" for name in ("a", "c", "val/d", "val/e")}
 
 
 def test_validation_in_lists_is_refused(tmp_path):
@@ -107,47 +109,47 @@ def test_validation_in_lists_is_refused(tmp_path):
         ({"split": "few"}, r"no folder of split lists"),
     ],
 )
-def test_what_is_not_there_is_named(tmp_path, values, message):
+def test_missing_folders_and_lists_are_named(tmp_path, values, message):
     root = make_root(tmp_path, dict.fromkeys("ab", (0,)))
     (root / "empty").mkdir()
     with pytest.raises(DataError, match=message):
         open_sources(custom.get_config(",".join(f"{k}={v}" for k, v in {"root": root, **values}.items())))
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ("a\n\nb\n", r"classes\.txt:2: an empty line"),
-        ("a\nb\na\n", r"classes\.txt:3: 'a' a second time"),
-        ("a\n", r"classes\.txt: 1 names; .*2 to 255"),
-        (b"\xff\xfe", r"classes\.txt: cannot be read as text"),
-        (None, r"missing file .*classes\.txt"),
-    ],
-)
-def test_bad_class_names(tmp_path, names, message):
-    root = make_root(tmp_path, {"a": (0,)})
-    (root / "classes.txt").unlink()
-    if names is not None:
-        (root / "classes.txt").write_bytes(names if isinstance(names, bytes) else names.encode())
-    with pytest.raises(ConfigError, match=message):
-        custom.get_config(f"root={root}")
-
-
-def test_splits_or_folders_are_meant(tmp_path):
-    root = make_root(tmp_path, {"a": (0,), "b": (0,)})
-    (root / "splits/1_8").mkdir(parents=True)
-    (root / "splits/1_4").mkdir()
-    with pytest.raises(ConfigError, match=r"splits has splits: say split=NAME, one of 1_4, 1_8; or labeled=images"):
-        _data(root)
-    assert _data(root, labeled="images").split == "" and _data(root, split="1_4").split == "1_4"
-    with pytest.raises(ConfigError, match="no such folder"):
-        custom.get_config("root=/absent")
-
-
 def test_digest_of_odd_names(tmp_path):
-    """Names that are no UTF-8, as archives made elsewhere have them, are names too."""
+    """Names that are not UTF-8, as in some archives, are valid."""
     root = make_root(tmp_path, {"a": (0,), "b": (0,)})
     for folder in ("images", "masks"):
         (root / folder / "b.png").rename(root / folder / "\udcff b.png")
     sources = open_sources(custom.get_config(f"root={root},val=0.5"))
     assert digest(sources.labeled) != digest(sources.val)
+
+
+def test_image_suffixes_are_those_of_pillow():
+    formats = {"BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"}
+    assert {suffix for suffix, name in Image.registered_extensions().items() if name in formats} == set(IMAGE_SUFFIXES)
+
+
+@pytest.mark.parametrize("val", ["val_images", "val.txt"])
+def test_validation_images_alone(tmp_path, val):
+    """Neither the folders of the other images nor the overlap with them matters."""
+    root = make_root(tmp_path, {})
+    for name in "ab":
+        save_image(root / f"val_images/{name}.png", 0)
+        save_mask(root / f"val_masks/{name}.png", (1,))
+    (root / "val.txt").write_text("val_images/b.png val_masks/b.png\n")
+    for folder in (root / "images", root / "masks"):
+        folder.rmdir()
+    config = custom.get_config(f"root={root},val={val},val_masks=val_masks,unlabeled=absent")
+    source = open_source(config, "val")
+    assert [source.name(i) for i in range(len(source))][-1] == "val_images/b.png" and (source[0]["label"] == 1).all()
+    with pytest.raises(DataError, match=r"images: no such folder"):
+        open_source(config, "labeled")
+
+
+def test_a_held_out_fraction_alone_needs_the_labeled_images(tmp_path):
+    root = make_root(tmp_path, {f"{n}": (0,) for n in range(10)}, images=("unmasked",))
+    config = custom.get_config(f"root={root},unlabeled=absent")
+    val = open_source(config, "val")
+    config.data.folders.update({"unlabeled": "", "unmasked": "unlabeled"})
+    assert digest(val) == digest(open_sources(config).val) and len(val) == 2

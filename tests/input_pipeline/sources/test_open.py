@@ -1,3 +1,5 @@
+"""Sources: decoded records of files, errors that name the file, and what opening checks."""
+
 import io
 import os
 import pickle
@@ -12,14 +14,14 @@ from configs import camvid
 from input_pipeline.errors import DataError
 from input_pipeline.labels import Labels
 from input_pipeline.sources.folder import FolderSource
-from input_pipeline.sources.open import open_sources
+from input_pipeline.sources.open import Sources, digest, open_source, open_sources
 from input_pipeline.split_lists import Entry, read_list
 
 CAMVID = os.path.join(os.path.dirname(__file__), "../../../shared/camvid")
 
 
 def _source(tmp_path, image, mask=None, classes=21, labeled=True):
-    """A source of one record from PIL images, or from bytes, which are written as they are."""
+    """Returns a source of one record from PIL images or encoded bytes."""
     for name, content in (("image", image), ("mask.png", mask)):
         if isinstance(content, bytes):
             (tmp_path / name).write_bytes(content)
@@ -44,7 +46,7 @@ def _encode(image, **options):
 
 
 def _raises(source, *patterns):
-    """Reading the record raises a DataError that matches every pattern."""
+    """Checks that reading the record raises a DataError that matches every pattern."""
     for pattern in patterns:
         with pytest.raises(DataError, match=pattern):
             source[0]
@@ -63,7 +65,7 @@ def test_record(tmp_path):
 
 
 def test_unlabeled_opens_no_mask(tmp_path):
-    source = _source(tmp_path, _rgb(), b"this is no mask", labeled=False)
+    source = _source(tmp_path, _rgb(), b"not a mask", labeled=False)
     source.check_headers()
     assert set(source[0]) == {"image"}
 
@@ -81,13 +83,13 @@ def test_palette_mask_reads_as_ids(tmp_path):
     mask = _mask(values).convert("P")
     mask.putpalette([channel for i in range(256) for channel in (255 - i, 3, 200)])
     mask.putdata(values.ravel().tolist())
-    assert mask.convert("RGB").getpixel((1, 0)) == (254, 3, 200)  # The file does hold other colors than its ids.
+    assert mask.convert("RGB").getpixel((1, 0)) == (254, 3, 200)  # The colors in the file differ from its ids.
     np.testing.assert_array_equal(_source(tmp_path, _rgb(), mask)[0]["label"], values)
 
 
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True, "quality": 30}])
 def test_jpeg_pixels_are_pillows(tmp_path, options):
-    """To the level: both are libjpeg-turbo, with the exact inverse transform."""
+    """Exactly: both use libjpeg-turbo with the exact inverse transform."""
     smooth = Image.fromarray(np.asarray(_rgb((9, 7)).resize((61, 45), Image.Resampling.BICUBIC)))
     jpeg = _encode(smooth, format="JPEG", **options)
     image = _source(tmp_path, jpeg, labeled=False)[0]["image"]
@@ -105,7 +107,7 @@ def test_jpegs_of_other_modes_are_read(tmp_path):
 def test_truncated_jpeg(tmp_path):
     jpeg = _encode(_rgb((64, 64)), format="JPEG")
     source = _source(tmp_path, jpeg[: len(jpeg) // 2], labeled=False)
-    source.check_headers()  # The header is whole.
+    source.check_headers()  # The header is complete.
     _raises(source, rf"{tmp_path}/image: damaged image.*truncated")
 
 
@@ -176,7 +178,7 @@ def test_check_headers_counts_all(folder):
     with pytest.raises(DataError) as caught:
         source.check_headers()
     assert str(caught.value).count("missing file") == 5
-    assert "6 of the 10 lines" in str(caught.value)
+    assert f"... 6 of the 10 images of {path}" in str(caught.value)
 
 
 def test_open_sources(folder, config):
@@ -210,6 +212,22 @@ def test_open_sources_bad_config(folder, config, key, value, pattern):
         open_sources(config)
 
 
+@pytest.mark.parametrize("split", Sources._fields)
+def test_open_source(folder, config, split):
+    """A single source needs only its own list and files."""
+    expected = digest(getattr(open_sources(config), split))
+    lists = {"labeled": "small/labeled.txt", "unlabeled": "small/unlabeled.txt", "val": "val.txt"}
+    for name in set(lists) - {split}:
+        (folder / "splits" / lists[name]).unlink()
+    if split == "val":
+        (folder / "splits/small").rmdir()
+    for path in (folder / "images").iterdir():
+        if path.name not in (folder / "splits" / lists[split]).read_text():
+            path.unlink()
+    source = open_source(config, split)
+    assert digest(source) == expected and ("label" in source[0]) == (split != "unlabeled")
+
+
 def test_sources_and_errors_pickle(folder, config):
     sources = pickle.loads(pickle.dumps(open_sources(config)))
     np.testing.assert_array_equal(sources.labeled[2]["image"][..., 0], 2)
@@ -222,7 +240,7 @@ def test_camvid():
     config = camvid.get_config("split=1_8")
     config.data.root = CAMVID
     sources = open_sources(config)
-    # A labeled image is not listed again among the unlabeled ones: 46 + 321 = 367 training images.
+    # Labeled images are not listed as unlabeled ones again: 46 + 321 = 367 training images.
     assert [len(source) for source in sources] == [46, 321, 101]
     record = sources.val[0]
     assert record["image"].shape == (360, 480, 3) and record["label"].shape == (360, 480)

@@ -1,4 +1,4 @@
-"""Packed data sets: the same records as the files, whatever stops the packing; what is damaged is named."""
+"""Packed data sets: the records of the files, also after interrupted packing; damage is reported."""
 
 import hashlib
 import json
@@ -14,19 +14,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dssn_jax.prepare import pack
+from configs.checks import inexact_changes
+from dssn_jax.prepare.pack import pack
 from input_pipeline.errors import DataError
-from input_pipeline.sources.open import digest, open_sources
+from input_pipeline.sources.open import digest, open_source, open_sources
 from tests.input_pipeline.conftest import write_list
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 SHARD_BYTES = 300  # A few of the small images.
 
-# Packs in another process, which kills itself (kill -9) as it looks at the header number argv[3].
+# Packs in another process, which kills itself (SIGKILL) when it reads header number argv[3].
 KILLED = """
 import itertools, os, pickle, signal, sys
 from absl import flags
-from input_pipeline import decode, sources
+from input_pipeline import decode
 from dssn_jax.prepare.pack import pack
 
 config = pickle.load(open(sys.argv[1], "rb"))
@@ -42,7 +43,7 @@ pack(config, sys.argv[2], int(sys.argv[4]))
 
 @pytest.fixture
 def packed(folder, config, tmp_path):
-    """The configuration of a packed copy of `folder`."""
+    """Returns the configuration of a packed copy of `folder`."""
     pack(config, str(tmp_path / "packed"), SHARD_BYTES)
     copy = config.copy_and_resolve_references()
     copy.data.source, copy.data.root = "array_record", str(tmp_path / "packed")
@@ -50,7 +51,7 @@ def packed(folder, config, tmp_path):
 
 
 def sums(folder):
-    """SHA-256 of each file below a folder."""
+    """Returns the SHA-256 of each file below a folder."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
@@ -62,19 +63,25 @@ def shards(config):
 def test_same_records_as_the_files(config, packed):
     files, records = open_sources(config), pickle.loads(pickle.dumps(open_sources(packed)))
     assert len(shards(packed)) > 2
-    for expected, found in zip(files, records, strict=True):
-        assert digest(expected) == digest(found) and len(expected) == len(found)
-        assert [expected.size(i) for i in range(len(expected))] == [found.size(i) for i in range(len(found))]
+    for expected, source in zip(files, records, strict=True):
+        assert digest(expected) == digest(source) and len(expected) == len(source)
+        assert [expected.size(i) for i in range(len(expected))] == [source.size(i) for i in range(len(source))]
         with ThreadPoolExecutor(8) as pool:
-            read = list(pool.map(found.__getitem__, [*range(len(found))] * 20))
+            read = list(pool.map(source.__getitem__, [*range(len(source))] * 20))
         for i, record in enumerate(read):
             assert set(record) == set(expected[0])
-            for key, values in expected[i % len(found)].items():
+            for key, values in expected[i % len(source)].items():
                 np.testing.assert_array_equal(record[key], values)
 
 
+def test_open_source(config, packed):
+    (pathlib.Path(packed.data.root) / "splits/small/labeled.txt").unlink()
+    (pathlib.Path(packed.data.root) / "splits/small/unlabeled.txt").unlink()
+    assert digest(open_source(packed, "val")) == digest(open_sources(config).val)
+
+
 def test_each_image_once_with_its_bytes(folder, packed):
-    """Read without this package's source: the index says where the bytes of a file are."""
+    """Read independently of the source: the index locates the bytes of a file."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     root = pathlib.Path(packed.data.root)
@@ -92,22 +99,22 @@ def test_each_image_once_with_its_bytes(folder, packed):
         assert (row["image_bytes"], row["mask_bytes"]) == (len(image), len(mask))
 
 
-def test_killed_and_continued_is_as_undisturbed(folder, config, packed, tmp_path):
+def test_interrupted_packing_gives_the_same_files(folder, config, packed, tmp_path):
     undisturbed, target = pathlib.Path(packed.data.root), tmp_path / "target"
-    config.data.threads = 1  # So that some shards are whole when the process ends.
+    config.data.threads = 1  # So that some shards are complete when the process ends.
     (tmp_path / "config").write_bytes(pickle.dumps(config))
     for headers in (9, 7):
         command = [sys.executable, "-c", KILLED, tmp_path / "config", target, headers, SHARD_BYTES]
         done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
         assert not (target / "index.json").exists() and list(target.glob(".*.part"))
-    whole = {path: path.stat().st_mtime_ns for path in target.glob("*.array_record")}
-    assert 2 <= len(whole) < len(list(undisturbed.glob("*.array_record")))
+    complete = {path: path.stat().st_mtime_ns for path in target.glob("*.array_record")}
+    assert 2 <= len(complete) < len(list(undisturbed.glob("*.array_record")))
     packed.data.root = str(target)
-    with pytest.raises(DataError, match=r"missing file .*the conversion has not finished: give its command again"):
+    with pytest.raises(DataError, match=r"missing file .*packing has not finished: run its command again"):
         open_sources(packed)
-    assert pack(config, str(target), SHARD_BYTES).kept == len(whole)
-    assert {path: path.stat().st_mtime_ns for path in whole} == whole
+    assert pack(config, str(target), SHARD_BYTES).kept == len(complete)
+    assert {path: path.stat().st_mtime_ns for path in complete} == complete
     assert sums(target) == sums(undisturbed)
 
 
@@ -129,7 +136,7 @@ def flip(path):
 def test_damaged_shards_are_named(packed):
     shard = shards(packed)[0]
     content = shard.read_bytes()
-    # ArrayRecord pads to blocks of 64 KiB and ends with an index: the first record is near the front.
+    # ArrayRecord pads to blocks of 64 KiB and ends with an index: the first record is near the start.
     start = content.index(b"\x89PNG")
     shard.write_bytes(content[: start + 30] + bytes([content[start + 30] ^ 1]) + content[start + 31 :])
     with pytest.raises(DataError, match=rf"{shard}: damaged, record 0 \(images/0\.png\) cannot be read"):
@@ -148,10 +155,10 @@ def test_damaged_shards_are_named(packed):
         (None, r"missing file .*index\.json.*--mode=records makes it"),
         ("{", r"index\.json: damaged index"),
         ('{"format": "dssn_jax records 1"}', r"index\.json: damaged index"),
-        ('{"format": "other"}', r"index\.json: of format 'other'; expected 'dssn_jax records 1'"),
+        ('{"format": "other"}', r"index\.json: format 'other'; expected 'dssn_jax records 1'"),
     ],
 )
-def test_damaged_index_is_named(packed, content, message):
+def test_damaged_index_is_reported(packed, content, message):
     path = pathlib.Path(packed.data.root) / "index.json"
     path.unlink()
     if content is not None:
@@ -160,21 +167,21 @@ def test_damaged_index_is_named(packed, content, message):
         open_sources(packed)
 
 
-def test_lists_that_name_what_was_not_packed(packed):
+def test_lists_of_images_that_were_not_packed(packed):
     path = pathlib.Path(packed.data.root) / "splits/small/labeled.txt"
     path.write_text("images/0.png masks/0.png\nimages/99.png masks/99.png\nimages/1.png masks/2.png\n")
     with pytest.raises(DataError, match=r"labeled\.txt: 2 images or masks are not in .*: images/99\.png, masks/2\.png"):
         open_sources(packed)
 
 
-def test_other_splits_come_along(folder, config, tmp_path):
+def test_other_splits_are_packed_too(folder, config, tmp_path):
     os.makedirs(folder / "splits/other")
     write_list(folder / "splits/other/labeled.txt", (7, 3))
     (folder / "splits/other/unlabeled.txt").write_text("images/5.png\n")
     (folder / "map.txt").write_text("0 c\n1 b\n2 a\n")
     config.data.label_map = "map.txt"
     pack(config, str(tmp_path / "packed"))
-    (folder / "map.txt").unlink()  # The packed data set stands by itself.
+    (folder / "map.txt").unlink()  # The packed data set is self-contained.
     config.data.update({"source": "array_record", "root": str(tmp_path / "packed"), "split": "other"})
     sources = open_sources(config)
     assert [source.name(0) for source in sources] == ["images/7.png", "images/5.png", "images/10.png"]
@@ -183,7 +190,7 @@ def test_other_splits_come_along(folder, config, tmp_path):
 
 
 def test_sizes_are_compared_without_reading(folder, config, packed):
-    """A mask that only another split's lists name as a label was packed whatever its size."""
+    """A mask that is a label only in another split was packed at any size."""
     Image.new("L", (16, 15)).save(folder / "masks/7.png")
     target = f"{packed.data.root}2"
     pack(config, target)
@@ -193,7 +200,7 @@ def test_sizes_are_compared_without_reading(folder, config, packed):
         open_sources(packed)
 
 
-def test_folders_that_hold_something_else(folder, config, packed, tmp_path):
+def test_folders_with_other_content_are_refused(folder, config, packed, tmp_path):
     os.makedirs(tmp_path / "mine")
     (tmp_path / "mine/notes.txt").write_text("mine")
     with pytest.raises(DataError, match=r"mine: not empty, and no packed data set"):
@@ -206,7 +213,7 @@ def test_folders_that_hold_something_else(folder, config, packed, tmp_path):
         pack(config, str(tmp_path / "new"))
 
 
-def test_bad_data_is_named_before_anything_is_written(folder, config, tmp_path):
+def test_bad_data_is_reported_before_anything_is_written(folder, config, tmp_path):
     (folder / "masks/11.png").unlink()
     with pytest.raises(DataError, match=r"missing file .*masks/11\.png"):
         pack(config, str(tmp_path / "packed"))
@@ -225,7 +232,7 @@ def test_masks_of_unlabeled_images_may_lack_or_disagree(folder, config, tmp_path
 
 
 def test_own_folders_become_lists(folder, config, tmp_path):
-    """Names with blanks too; without lists of their own the split is called "all"."""
+    """Also with spaces in names; without lists the split is called "all"."""
     (folder / "images/0.png").rename(folder / "images/a b.png")
     (folder / "masks/0.png").rename(folder / "masks/a b.png")
     config.data.split = ""
@@ -233,15 +240,14 @@ def test_own_folders_become_lists(folder, config, tmp_path):
     files = open_sources(config)
     assert pack(config, str(tmp_path / "packed")).split == "all"
     config.data.update({"source": "array_record", "root": str(tmp_path / "packed"), "split": "all"})
-    found = open_sources(config)
-    assert [digest(source) for source in found] == [digest(source) for source in files]
-    assert len(found.val) == 3 and "images/a b.png" in {source.name(i) for source in found for i in range(len(source))}
+    records = open_sources(config)
+    assert [digest(source) for source in records] == [digest(source) for source in files]
+    assert len(records.val) == 3 and "images/a b.png" in {
+        source.name(i) for source in records for i in range(len(source))
+    }
 
 
-def test_a_run_may_go_on_from_files_to_records(config, packed):
-    """Whether it does is asked of the configuration, and of the digests of the lists."""
-    from configs.checks import inexact_changes
-
+def test_a_run_may_continue_from_files_to_records(config, packed):
     assert inexact_changes(config.to_dict(), packed.to_dict()) == []
     packed.data.label_map = "other.txt"
     assert inexact_changes(config.to_dict(), packed.to_dict()) == ["config.data.label_map: '', now 'other.txt'"]

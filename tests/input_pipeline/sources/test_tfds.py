@@ -1,4 +1,4 @@
-"""Data sets of TFDS, without TensorFlow; and that files, packed files and TFDS give the same batches."""
+"""TFDS data sets, read without TensorFlow; and equal batches from files, packed files and TFDS."""
 
 import io
 import json
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dssn_jax.prepare import pack
+from dssn_jax.prepare.pack import pack
 from input_pipeline.errors import DataError
 from input_pipeline.pipeline import train_dataset
-from input_pipeline.sources.open import digest, open_sources
+from input_pipeline.sources.open import digest, open_source, open_sources
 from tests.input_pipeline.conftest import write_list
 from tests.input_pipeline.test_decode import encoded, exif
 
@@ -22,25 +22,25 @@ TRAIN, TEST = 200, 3  # Grain takes ten times as long to shuffle ten records as 
 
 
 def make_files(count):
-    """(image, mask) as the bytes of files: images of several sizes and modes, masks of the ids 1, 2 and 3."""
+    """Yields (image, mask) as bytes: images of several sizes and modes, masks of the ids 1, 2 and 3."""
     rng = np.random.default_rng(0)
     for number in range(count):
         height, width = rng.integers(14, 40, 2)
         image = Image.fromarray(rng.integers(256, size=(height, width, 3), dtype=np.uint8))
-        turned = number % 4 == 2
+        rotated = number % 4 == 2
         kind = [
             lambda image: encoded(image, "JPEG"),
             lambda image: encoded(image.convert("P")),
             lambda image: encoded(image, "JPEG", exif=exif(6)),
             lambda image: encoded(image.convert("L"), "JPEG"),
         ][number % 4]
-        mask = rng.integers(1, 4, size=(width, height) if turned else (height, width), dtype=np.uint8)
+        mask = rng.integers(1, 4, size=(width, height) if rotated else (height, width), dtype=np.uint8)
         yield kind(image).content, encoded(Image.fromarray(mask)).content
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """A folder with the TFDS data set "pets_like" of `make_files`, in their order."""
+    """Returns a folder with the TFDS data set "pets_like", the files of `make_files` in order."""
 
     class PetsLike(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.2.0")
@@ -91,7 +91,13 @@ def test_records(tfds_config):
     assert "tensorflow" not in sys.modules
 
 
-def test_names_tell_the_same_record_in_overlapping_splits(tfds_config):
+def test_open_source(tfds_config):
+    expected = digest(open_sources(tfds_config).val)
+    tfds_config.data.tfds.update({"labeled": "absent", "unlabeled": "absent"})
+    assert digest(open_source(tfds_config, "val")) == expected
+
+
+def test_names_identify_records_in_overlapping_splits(tfds_config):
     tfds_config.data.tfds.labeled = "train[4:6]+train[10:11]"
     sources = open_sources(tfds_config)
     names = [sources.unlabeled.name(i) for i in range(TRAIN)]
@@ -120,13 +126,13 @@ def test_names_tell_the_same_record_in_overlapping_splits(tfds_config):
         ({"val": "train[:0]"}, r"split 'train\[:0\]'"),
     ],
 )
-def test_mistakes_are_named(tfds_config, options, message):
+def test_errors_name_the_key(tfds_config, options, message):
     tfds_config.data.tfds.update(options)
     with pytest.raises(DataError, match=message):
         open_sources(tfds_config)
 
 
-def test_formats_without_random_access_are_named(tfds_config, data_dir, tmp_path):
+def test_formats_without_random_access_are_refused(tfds_config, data_dir, tmp_path):
     copy = tmp_path / "pets_like/1.2.0"
     copy.mkdir(parents=True)
     for path in (data_dir / "pets_like/1.2.0").iterdir():
@@ -139,20 +145,20 @@ def test_formats_without_random_access_are_named(tfds_config, data_dir, tmp_path
         open_sources(tfds_config)
 
 
-def test_without_tfds_it_says_what_to_install(tfds_config, monkeypatch):
+def test_without_tfds_the_error_names_the_package(tfds_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets.core", None)
     with pytest.raises(DataError, match=r"needs: pip install tensorflow-datasets importlib_resources"):
         open_sources(tfds_config)
 
 
-def test_values_that_the_map_lacks_are_named(tfds_config, tmp_path):
+def test_values_missing_from_the_map_are_named(tfds_config, tmp_path):
     (tmp_path / "map.txt").write_text("1 a\n2 b\n")
     with pytest.raises(DataError, match=r"segmentation_mask of pets_like/1\.2\.0/.*/0: mask values 3 found"):
         open_sources(tfds_config).labeled[0]
 
 
 def test_all_sources_give_the_same_batches(tfds_config, tmp_path):
-    """The first 100 batches, bit for bit, with all that is drawn at random, of the same files in all three."""
+    """The first 100 batches of the same files, bit for bit, with all random transforms."""
     root = tmp_path / "root"
     for name in ("images", "masks", "splits/small"):
         (root / name).mkdir(parents=True)
@@ -164,9 +170,8 @@ def test_all_sources_give_the_same_batches(tfds_config, tmp_path):
     write_list(root / "splits/val.txt", range(TRAIN, TRAIN + TEST))
     tfds_config.data.update({"scale": (0.5, 2.0), "flip": 0.5, "root": str(root)})
     tfds_config.data.update({"unlabeled_batch": 2, "threads": 2})
-    # Strong views are made of these images, on the device, whatever the source.
-    tfds_config.views.update({"device": True, "mix_partner": "other"})
-    found = {}
+    tfds_config.views.mix_partner = "other"
+    read = {}
     for source in ("folder", "array_record", "tfds"):
         tfds_config.data.source = source
         if source == "array_record":
@@ -175,17 +180,17 @@ def test_all_sources_give_the_same_batches(tfds_config, tmp_path):
             tfds_config.data.update({"source": source, "root": str(tmp_path / "packed")})
         sources = open_sources(tfds_config)
         dataset = train_dataset(sources, tfds_config)
-        found[source] = (
-            [dataset[step] for step in range(100)],
+        read[source] = (
+            [dataset[step]._asdict() for step in range(100)],
             [sources.val[i] for i in range(TEST)],
-            digest(sources[1]),
+            digest(sources.unlabeled),
         )
-    assert found["folder"][2] == found["array_record"][2]
+    assert read["folder"][2] == read["array_record"][2]
     for source in ("array_record", "tfds"):
-        for batches, expected in zip(found[source][:2], found["folder"][:2], strict=True):
-            for batch, other in zip(batches, expected, strict=True):
-                assert set(batch) == set(other)
-                for key, array in batch.items():
-                    np.testing.assert_array_equal(array, other[key])
-    first, last = found["folder"][0][0], found["folder"][0][99]
+        for dicts, expected in zip(read[source][:2], read["folder"][:2], strict=True):
+            for arrays, others in zip(dicts, expected, strict=True):
+                assert set(arrays) == set(others)
+                for key, array in arrays.items():
+                    np.testing.assert_array_equal(array, others[key])
+    first, last = read["folder"][0][0], read["folder"][0][99]
     assert not np.array_equal(first["image_x"], last["image_x"]) and set(np.unique(first["label_x"])) == {0, 1, 255}
