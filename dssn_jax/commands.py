@@ -153,7 +153,9 @@ def parse(arguments: Sequence[str]) -> tuple[Mode, flags.FlagValues]:
     except flags.Error as error:
         raise ConfigError(str(error)) from None
     except OSError:
-        raise ConfigError(unreadable_config_file(str(values["config"].config_filename))) from None
+        # Overrides load the file before the flag has a value, so the path comes from the arguments.
+        path = re.search(r"^--?config[=\n]([^:\n]*)", "\n".join(arguments), re.MULTILINE)[1]
+        raise ConfigError(unreadable_config_file(path)) from None
     except AttributeError as error:
         if error.name != "get_config":
             raise
