@@ -71,16 +71,24 @@ def differences(old: dict, new: dict, ignore: Collection[str] = (), section: str
     return changes
 
 
-# Keys, or sections of keys, that may change between a stop and the next start of the same run: no training step or
-# score depends on them, or they say where the data are.
+# Keys that say where the data are, how fast they are read and what is logged or saved. No score depends on them.
+_WITHOUT_EFFECT = (
+    "name", "data.root", "data.val_overlap", "data.tfds.data_dir", "data.workers", "data.threads", "data.buffer",
+    "model.remat", "train.resume", "train.log_every", "train.checkpoint_every", "train.pictures",
+)  # fmt: skip
+# Keys, or sections of keys, that may also change between a stop and the next start of the same run: no training step
+# depends on them, or they name the data, whose lists are compared.
 _MAY_CHANGE = (
-    "name", "data.source", "data.root", "data.splits", "data.split", "data.folders", "data.val_overlap",
-    "data.tfds.data_dir", "data.workers", "data.threads", "data.buffer", "model.pretrained", "model.remat",
-    "train.resume", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.pictures", "train.epochs",
-    "train.steps", "eval",
+    *_WITHOUT_EFFECT, "data.source", "data.splits", "data.split", "data.folders", "model.pretrained",
+    "train.eval_every", "train.epochs", "train.steps", "eval",
 )  # fmt: skip
 
 
 def inexact_changes(old: dict, new: dict) -> list[str]:
     """Lists the differences of two configurations after which a run would not continue exactly."""
     return differences(old, new, ignore=_MAY_CHANGE)
+
+
+def score_changes(old: dict, new: dict) -> list[str]:
+    """Lists the differences of two configurations that may change the scores of a run."""
+    return differences(old, new, ignore=_WITHOUT_EFFECT)

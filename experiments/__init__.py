@@ -1,1 +1,1 @@
-"""Comparisons of methods, the demonstration and the pictures of the documentation."""
+"""Comparisons of methods, the demo, and the pictures of the documentation."""

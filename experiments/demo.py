@@ -1,6 +1,6 @@
 """Trains the supervised baseline and DSSN on generated shapes with the same labels: `make demo`.
 
-Prints the mean IoU of both and their difference, whichever way it comes out.
+Prints the mean IoU of both and their difference. Further options are passed to main.py, for both runs.
 """
 
 import argparse
@@ -10,28 +10,24 @@ import subprocess
 import sys
 import tempfile
 
+import tabulate
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def train(method: str, workdir: pathlib.Path, options: list[str]) -> dict:
-    """Trains one method through main.py and returns its summary."""
-    command = [
-        sys.executable,
-        "main.py",
-        f"--config=configs/shapes.py:method={method}",
-        f"--workdir={workdir}",
-        *options,
-    ]
-    print("$ python", *command[1:], flush=True)
-    subprocess.run(command, cwd=ROOT, check=True)
+    """Trains one method with main.py and returns its summary."""
+    command = ["main.py", f"--config=configs/shapes.py:method={method}", f"--workdir={workdir}", *options]
+    print("$ python", *command, flush=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     return json.loads((workdir / "summary.json").read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=pathlib.Path, help="folder of both runs; default: a new temporary one")
+    parser.add_argument("--workdir", type=pathlib.Path, help="folder for both runs (default: a new temporary folder)")
     arguments, options = parser.parse_known_args()
-    workdir = arguments.workdir or pathlib.Path(tempfile.mkdtemp(prefix="dssn_demo_"))
+    workdir = (arguments.workdir or pathlib.Path(tempfile.mkdtemp(prefix="dssn_demo_"))).resolve()
     rows = []
     for method in ("supervised", "dssn"):
         summary = train(method, workdir / method, options)
@@ -39,13 +35,12 @@ def main() -> None:
             if network in summary:
                 scores = summary[network]
                 rows.append((method, network, scores["last"]["miou"], scores["best"]["miou"], summary["seconds"]))
-    print(f"\nMean IoU on the validation images, per cent ({workdir})")
-    print(f"{'method':12s} {'network':8s} {'last':>6s} {'best':>6s} {'seconds':>8s}")
-    for method, network, last, best, seconds in rows:
-        print(f"{method:12s} {network:8s} {last:6.2f} {best:6.2f} {seconds:8.0f}")
+    print(f"\nMean IoU on the validation images, in percent ({workdir})")
+    titles = ("method", "network", "last", "best", "seconds")
+    print(tabulate.tabulate(rows, titles, floatfmt=("", "", ".2f", ".2f", ".0f")))
     supervised = rows[0][2]
-    semi = max(last for method, _, last, _, _ in rows if method == "dssn")
-    print(f"DSSN over supervised, last evaluation: {semi - supervised:+.2f} points")
+    dssn = max(last for method, _, last, _, _ in rows if method == "dssn")
+    print(f"DSSN over supervised, last evaluation: {dssn - supervised:+.2f} points")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Writes generated images as a data set of files: `python -m benchmarks.folder FOLDER`, then --config.data.root=FOLDER.
+"""Writes generated images as a data set of files, laid out like VOC: `python -m experiments.folder FOLDER`.
 
-The files are laid out as VOC's are (JPEGs of 500x375, PNG masks, lists of the split 183), for runs that must read what
-real runs read where no data set is at hand.
+JPEGs of 500x375, PNG masks and the lists of split 183, for runs without a data set that must read files:
+`main.py --config=configs/pascal.py:split=183 --config.data.root=FOLDER`.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from input_pipeline.sources.shapes import ShapesSource
 Size = tuple[int, int]  # Height and width, pixels.
 
 VOC: Size = (375, 500)
-TILE = 512  # Larger images are tiled: they take long to draw.
+TILE = 512  # Side of the generated image that larger ones are tiled with, because drawing takes long; pixels.
 
 
-def write(folder: pathlib.Path, sizes: Sequence[Size], split: str = "pascal/183", validation: int = 8) -> None:
-    """Writes an image and mask of each size: the first quarter is labeled, all are unlabeled, the first validate."""
+def write(folder: pathlib.Path, sizes: Sequence[Size], split: str = "pascal/183", val: int = 8) -> None:
+    """Writes an image and a mask per size and the lists: all are unlabeled, the first quarter labeled, `val` val."""
     count = len(sizes)
     lists = folder / "splits" / split
     for path in (folder / "JPEGImages", folder / "SegmentationClass", lists):
@@ -30,10 +30,11 @@ def write(folder: pathlib.Path, sizes: Sequence[Size], split: str = "pascal/183"
         lines = list(pool.map(lambda index: _write_pair(folder, index, count, sizes[index]), range(count)))
     (lists / "labeled.txt").write_text("".join(lines[: -(-count // 4)]))
     (lists / "unlabeled.txt").write_text("".join(lines))
-    (lists.parent / "val.txt").write_text("".join(lines[:validation]))
+    (lists.parent / "val.txt").write_text("".join(lines[:val]))
 
 
 def _write_pair(folder: pathlib.Path, index: int, count: int, size: Size) -> str:
+    """Writes an image and its mask; returns their line of the lists."""
     height, width = size
     side = min(max(width, height), TILE)
     record = ShapesSource(side, count, 0, part="train", labeled=True)[index]
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=128, help="number of images")
     arguments = parser.parse_args()
     write(arguments.folder, [VOC] * arguments.count)
-    print(f"{arguments.count} images in {arguments.folder}")
+    print(f"wrote {arguments.count} images to {arguments.folder}")
 
 
 if __name__ == "__main__":

@@ -1,47 +1,47 @@
-"""Draws docs/images/prediction.png: what a run on the generated shapes predicts.
+"""Draws docs/images/prediction.png: what runs on the generated shapes predict.
 
-`python -m benchmarks.prediction_picture RUN [RUN...]`, such as the two of `python -m benchmarks.demo --workdir=FOLDER`:
-columns are the image, the class map of each run (teacher, if it has one) and the truth, laid over the image.
+`python -m experiments.prediction_picture RUN [RUN...]`, such as the two runs of
+`python -m experiments.demo --workdir=FOLDER`. Columns: image, predicted classes of each run, and ground truth.
 """
 
 import argparse
-import functools
 import pathlib
 
 import numpy as np
 from PIL import Image
 
-from dssn_jax import sharding
-from dssn_jax import visualize as pictures
-from dssn_jax.evaluation import evaluate
-from dssn_jax.workdir import restore as saved_run
-from input_pipeline.sources.open import open_sources
+from dssn_jax import visualize
+from dssn_jax.evaluation.evaluate import Evaluator
+from dssn_jax.workdir.restore import pick_network, restore
+from input_pipeline.sources.open import open_source
 
-MAGNIFIED = 3  # The images are small.
+MAGNIFICATION = 3
 
 
 def columns(workdir: str, rows: int) -> dict[str, np.ndarray]:
-    """The image, prediction and truth of the first validation images of a run, uint8 [rows, H, W, 3] each."""
-    mesh = sharding.make_mesh()
-    saved = saved_run.restore_networks(workdir, "latest", mesh=mesh)
-    variables = saved.variables[saved_run.choose_network(workdir, saved.variables, None)]
-    evaluator = evaluate.Evaluator(saved.model, saved.config, mesh)
-    group = next(evaluator.groups(open_sources(saved.config).val))
-    over = functools.partial(pictures.overlay, group.images[:rows], num_classes=len(saved.config.data.classes))
-    prediction = evaluator.class_maps(variables, group)[:rows]
-    return {"image": group.images[:rows], "prediction": over(prediction), "truth": over(group.labels[:rows])}
+    """Returns {"image", "prediction", "truth"} of the first validation images of a run, uint8 [rows, H, W, 3] each."""
+    restored = restore(workdir, "latest")
+    learner = restored.learner
+    evaluator = Evaluator(learner)
+    batch = next(evaluator.batches(open_source(learner.config, "val")))
+    images = batch.images[:rows]
+    class_maps = evaluator.class_maps(restored.networks[pick_network(restored.networks)], batch)[:rows]
+    maps = {"prediction": class_maps, "truth": batch.labels[:rows]}
+    overlaid = {name: visualize.overlay(images, each, learner.network.num_classes) for name, each in maps.items()}
+    return {"image": images, **overlaid}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+")
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="work directory")
+    parser.add_argument("--rows", type=int, default=4, help="number of images")
     parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path("docs/images/prediction.png"))
     arguments = parser.parse_args()
-    found = [columns(run, arguments.rows) for run in arguments.runs]
-    panel = pictures.panel(found[0]["image"], *(each["prediction"] for each in found), found[0]["truth"])
+    runs = [columns(run, arguments.rows) for run in arguments.runs]
+    panel = visualize.panel(runs[0]["image"], *(run["prediction"] for run in runs), runs[0]["truth"])
     picture = Image.fromarray(panel)
-    picture.resize([MAGNIFIED * side for side in picture.size], Image.Resampling.NEAREST).save(arguments.to)
+    size = [MAGNIFICATION * side for side in picture.size]
+    picture.resize(size, Image.Resampling.NEAREST).save(arguments.to)
     print(f"wrote {arguments.to}")
 
 

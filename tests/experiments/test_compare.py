@@ -1,5 +1,6 @@
-"""`benchmarks.compare`: what its variants set, which runs it skips, and its statistics against NumPy."""
+"""`experiments.compare`: what its variants set, which runs it skips, and its statistics against NumPy."""
 
+import dataclasses
 import json
 import math
 
@@ -10,23 +11,23 @@ import pytest
 from configs import shapes
 from configs.checks import ConfigError, differences
 from dssn_jax.distributed import PreemptedError
-from dssn_jax.evaluation import scores
+from dssn_jax.evaluation import metrics
 from dssn_jax.methods import method as methods
 from dssn_jax.training.loop import DivergedError
-from dssn_jax.validate import validate
+from dssn_jax.validate import validate_training
 from dssn_jax.workdir import recorder
-from experiments import compare, compare_results
+from experiments import compare, compare_plots, compare_results, compilations
+from input_pipeline.batch import labeled_rows
 
 CONFIG = "configs/shapes.py:steps=20"
 NEVER = math.inf
 # Classes of the shapes by pixels in the made-up validation images: ring and cross are the rarest.
 PIXELS = np.array([700, 120, 100, 60, 10, 30])
-# What each form of DSSN is without: fields of `methods.Method`, or keys of the config.
-WITHOUT = {
-    "dssn-no-image-contrast": {"image_contrast_weight": 0.0},
-    "dssn-no-feature-contrast": {"feature_contrast_weight": 0.0},
-    "dssn-no-feature-views": {"feature_views": 0, "feature_contrast_weight": 0.0},
-    "dssn-no-teacher": {"labeler": "student_eval"},
+# Variant -> names of the terms of DSSN that it lacks.
+LACKING = {
+    "dssn-no-image-contrast": {"image"},
+    "dssn-no-feature-contrast": {"feature"},
+    "dssn-no-feature-views": {"fp1", "fp2", "feature"},
 }
 
 
@@ -37,12 +38,12 @@ def comparison():
 
 @pytest.fixture
 def keep_programs(monkeypatch):
-    """Other tests of this process need not compile again."""
+    """Keeps compiled programs for other tests of this process."""
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
 
 
 class FakeTraining:
-    """Writes what a training run leaves, with random scores; stops, or diverges, where it is told to."""
+    """Writes the files of a training run, with random scores; can stop at a run, or diverge in runs by name."""
 
     def __init__(self, stop_at: int | None = None, diverging: str = ""):
         self.names, self._stop_at, self._diverging = [], stop_at, diverging
@@ -58,20 +59,21 @@ class FakeTraining:
             raise PreemptedError("stopped")
         if self._diverging and self._diverging in workdir.name:
             raise DivergedError("not finite")
-        found, entered = None, scores.new()
+        scores = metrics.new_scores()
         for step in (10, 20):
             (workdir / "checkpoints" / str(step)).mkdir(parents=True)
-            found = {name: self._confusion() for name in self._networks(config)}
-            evaluated = {name: scores.of_confusion(each, config.data.classes) for name, each in found.items()}
-            scores.update(entered, step, evaluated)
-        confusion = {name: each.tolist() for name, each in found.items()}
-        recorder.write_json(workdir / "confusion.json", {"step": 20, **confusion})
-        summary = {"steps": 20, "seconds": 7.0, **entered}
+            confusions = {name: self._confusion() for name in self._networks(config)}
+            evaluated = {name: metrics.scores_of(each, config.data.classes) for name, each in confusions.items()}
+            metrics.update_scores(scores, step, evaluated)
+        recorder.write_json(
+            workdir / "confusion.json", {"step": 20, **{name: each.tolist() for name, each in confusions.items()}}
+        )
+        summary = {"steps": 20, "seconds": 7.0, **scores}
         recorder.write_json(workdir / "summary.json", summary)
         return summary
 
     def _networks(self, config) -> list[str]:
-        return ["student", "teacher"] if config.method.teacher == "teacher" else ["student"]
+        return ["student", "teacher"] if config.method.teacher == "ema" else ["student"]
 
     def _confusion(self) -> np.ndarray:
         """The same pixels of each true class, scattered at random over the predicted ones."""
@@ -79,13 +81,13 @@ class FakeTraining:
         return np.stack([self._random.multinomial(*row) for row in zip(PIXELS, shares, strict=True)])
 
 
-def carry_out(comparison, out, training, runs, deadline=NEVER, keep="best"):
-    compare.open_folder(out, comparison, "the command")
-    return compare.carry_out_all(comparison, runs, out, keep, deadline, training)
+def execute(comparison, out, training, runs, deadline=NEVER, keep="best"):
+    compare.prepare_folder(out, comparison, "the command")
+    return compare.execute_all(comparison, runs, out, keep, deadline, training)
 
 
 @pytest.mark.parametrize("file", ["configs/shapes.py", "configs/camvid.py"])
-def test_variants_lack_one_part_and_see_as_many_images(file):
+def test_variants_differ_in_one_part_and_train_on_equally_many_images(file):
     comparison, built, images = (
         compare.Comparison(file, {"data.labeled_batch": "4", "data.unlabeled_batch": "4"}),
         {},
@@ -93,17 +95,20 @@ def test_variants_lack_one_part_and_see_as_many_images(file):
     )
     for name in compare.choose_variants(["all"], comparison, "8" if "shapes" in file else "1_8"):
         config = comparison.configure(compare.VARIANTS[name])
-        validate(config, device_count=1)
+        validate_training(config, device_count=1)
         built[name] = methods.from_config(config, steps_per_epoch=10)
-        images.add(config.data.labeled_batch + config.data.unlabeled_batch * built[name].uses_unlabeled)
+        images.add(labeled_rows(config) + config.data.unlabeled_batch * built[name].uses_unlabeled)
         assert config.train.steps == comparison.configure(compare.VARIANTS["dssn"]).train.steps
     assert images == {8}
-    dssn = vars(built["dssn"])
-    for name, lacking in WITHOUT.items():
-        assert vars(built[name]) == dssn | lacking
-    threshold = vars(built["dssn-threshold"])
-    assert {key for key in dssn if threshold[key] != dssn[key]} == {"selection"}
-    assert threshold["selection"].threshold == 0.95
+    dssn = built["dssn"]
+    for name, lacking in LACKING.items():
+        streams = tuple(stream for stream in dssn.streams if stream.name not in lacking)
+        contrasts = tuple(contrast for contrast in dssn.contrasts if contrast.name not in lacking)
+        assert built[name] == dataclasses.replace(dssn, streams=streams, contrasts=contrasts)
+    assert built["dssn-no-teacher"] == dataclasses.replace(dssn, teacher="student_eval", ema=None)
+    threshold = built["dssn-threshold"]
+    assert threshold == dataclasses.replace(dssn, selection=threshold.selection)
+    assert threshold.selection.threshold == 0.95
 
 
 def test_the_partner_that_the_config_has_is_no_variant():
@@ -111,7 +116,7 @@ def test_the_partner_that_the_config_has_is_no_variant():
     assert "dssn-partner-same" in compare.choose_variants(["all"], shapes_, "8")
     assert "dssn-partner-other" not in compare.choose_variants(["all"], shapes_, "8")
     assert "dssn-partner-other" in compare.choose_variants(["all"], camvid, "1_8")
-    with pytest.raises(ConfigError, match="dssn-partner-same: changes nothing"):
+    with pytest.raises(ConfigError, match="dssn-partner-same: the same as dssn"):
         compare.choose_variants(["dssn", "dssn-partner-same"], camvid, "1_8")
 
 
@@ -158,36 +163,36 @@ def test_stopped_comparisons_go_on(comparison, keep_programs, tmp_path):
     runs = compare.plan(["supervised", "dssn"], ["4"], {}, 2)
     training = FakeTraining(stop_at=3)
     with pytest.raises(PreemptedError):  # Not by the deadline.
-        carry_out(comparison, tmp_path, training, runs)
+        execute(comparison, tmp_path, training, runs)
     assert training.names == [run.name for run in runs[:3]]
-    assert carry_out(comparison, tmp_path, FakeTraining(), runs, deadline=0.0) == 2
+    assert execute(comparison, tmp_path, FakeTraining(), runs, deadline=0.0) == 2
     training = FakeTraining()
-    assert carry_out(comparison, tmp_path, training, runs) == 0
+    assert execute(comparison, tmp_path, training, runs) == 0
     assert training.names == [run.name for run in runs[2:]]
     training = FakeTraining()
-    assert carry_out(comparison, tmp_path, training, compare.plan(["dssn"], ["4", "8"], {}, 1)) == 0
+    assert execute(comparison, tmp_path, training, compare.plan(["dssn"], ["4", "8"], {}, 1)) == 0
     assert training.names == ["dssn_8_seed0"]
 
 
 def test_what_changed_is_said_before_anything_runs(comparison, keep_programs, tmp_path):
     runs, training = compare.plan(["dssn"], ["4"], {}, 2), FakeTraining()
-    carry_out(comparison, tmp_path, training, runs[:1])
+    execute(comparison, tmp_path, training, runs[:1])
     with pytest.raises(ConfigError, match="config.train.steps: 20, now 30"):
-        carry_out(compare.Comparison("configs/shapes.py:steps=30", {}), tmp_path, training, runs)
-    carry_out(compare.Comparison(CONFIG, {"data.threads": "3"}), tmp_path, training, runs[:1])  # Changes no score.
+        execute(compare.Comparison("configs/shapes.py:steps=30", {}), tmp_path, training, runs)
+    execute(compare.Comparison(CONFIG, {"data.threads": "3"}), tmp_path, training, runs[:1])  # Changes no score.
     path = tmp_path / "runs" / runs[0].name / "config.json"
     content = json.loads(path.read_text())
     content["method"]["threshold"] = 0.5
     path.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"dssn_4_seed0 .*config.method.threshold: 0.5, now 0.95"):
-        carry_out(comparison, tmp_path, training, runs)
+        execute(comparison, tmp_path, training, runs)
     assert training.names == ["dssn_4_seed0"]
 
 
 @pytest.mark.parametrize("keep", compare.KEEP)
 def test_checkpoints_that_stay(comparison, keep_programs, tmp_path, keep):
     runs = compare.plan(["dssn"], ["4"], {}, 1)
-    carry_out(comparison, tmp_path, FakeTraining(), runs, keep=keep)
+    execute(comparison, tmp_path, FakeTraining(), runs, keep=keep)
     workdir = tmp_path / "runs" / runs[0].name
     best = str(json.loads((workdir / "summary.json").read_text())["best_step"])
     expected = {"best": {best}, "all": {"10", "20"}, "none": set()}
@@ -196,9 +201,9 @@ def test_checkpoints_that_stay(comparison, keep_programs, tmp_path, keep):
 
 def test_statistics_equal_numpy(comparison, keep_programs, tmp_path):
     runs = compare.plan(["supervised", "dssn"], ["4"], {"optimizer.lr": ["0.1", "0.2"]}, 3)
-    carry_out(comparison, tmp_path, FakeTraining(diverging="dssn_4_optimizer.lr=0.2_seed1"), runs)
+    execute(comparison, tmp_path, FakeTraining(diverging="dssn_4_optimizer.lr=0.2_seed1"), runs)
 
-    def of(run, network, which):
+    def score_of(run, network, which):
         summary = json.loads((tmp_path / "runs" / run.name / "summary.json").read_text())
         return summary[network][which]
 
@@ -211,13 +216,15 @@ def test_statistics_equal_numpy(comparison, keep_programs, tmp_path):
             assert not row["chosen"]  # Fewer seeds than the other value has.
             continue
         networks = ["student", "teacher"] if row["variant"] == "dssn" else ["student"]
-        best = [max(of(run, network, "best")["miou"] for network in networks) for run in ours]
-        last = [of(run, networks[-1], "last")["miou"] for run in ours]
+        best = [max(score_of(run, network, "best")["miou"] for network in networks) for run in ours]
+        last = [score_of(run, networks[-1], "last")["miou"] for run in ours]
         for name, values in (("best", best), ("last", last)):
             assert row[name].mean == pytest.approx(np.mean(values))
-            assert row[name].deviation == pytest.approx(np.std(values, ddof=1))
-        assert row["student_best"].mean == pytest.approx(np.mean([of(run, "student", "best")["miou"] for run in ours]))
-        ring = [of(run, networks[-1], "last")["iou"]["ring"] for run in ours]
+            assert row[name].std == pytest.approx(np.std(values, ddof=1))
+        assert row["student_best"].mean == pytest.approx(
+            np.mean([score_of(run, "student", "best")["miou"] for run in ours])
+        )
+        ring = [score_of(run, networks[-1], "last")["iou"]["ring"] for run in ours]
         assert row["iou"]["ring"].mean == pytest.approx(np.mean(ring))
         expected.setdefault(row["variant"], []).append((np.mean(last), np.var(last, ddof=1), row))
         if row["chosen"]:
@@ -227,14 +234,14 @@ def test_statistics_equal_numpy(comparison, keep_programs, tmp_path):
     ((ours, our_variance, row),) = expected["dssn"]
     over = row["over_baseline"]["last"]
     assert over["points"] == pytest.approx(ours - mean)
-    assert over["deviations"] == pytest.approx((ours - mean) / np.sqrt((variance + our_variance) / 2))
+    assert over["cohens_d"] == pytest.approx((ours - mean) / np.sqrt((variance + our_variance) / 2))
     rare = compare_results.rare_classes(compare_results.read(tmp_path))
     assert list(rare) == ["ring", "cross"] and rare["ring"] == pytest.approx(10 / PIXELS.sum())
 
 
 def test_tables_are_made_from_the_runs_alone(comparison, keep_programs, tmp_path):
     runs = compare.plan(["supervised", "dssn", "dssn-no-teacher"], ["4", "8"], {}, 2)
-    carry_out(comparison, tmp_path, FakeTraining(), runs)
+    execute(comparison, tmp_path, FakeTraining(), runs)
     names = ("results.json", "results.md")
     first = {name: (tmp_path / name).read_text() for name in names}
     for name in names:
@@ -242,7 +249,7 @@ def test_tables_are_made_from_the_runs_alone(comparison, keep_programs, tmp_path
     rows = compare_results.write_tables(tmp_path)
     assert {name: (tmp_path / name).read_text() for name in names} == first
     row = next(row for row in rows if row["variant"] == "dssn")
-    text = f"{row['last'].mean:.2f} ± {row['last'].deviation:.2f}"
+    text = f"{row['last'].mean:.2f} ± {row['last'].std:.2f}"
     assert text in first["results.md"] and "`method.teacher=student_eval`" in first["results.md"]
 
     path = tmp_path / "runs" / "dssn_4_seed0" / "summary.json"
@@ -251,23 +258,23 @@ def test_tables_are_made_from_the_runs_alone(comparison, keep_programs, tmp_path
     path.write_text(json.dumps(summary))
     changed = next(row for row in compare_results.write_tables(tmp_path) if row["variant"] == "dssn")
     assert changed["last"].mean == pytest.approx(row["last"].mean + 5)
-    text = f"{changed['last'].mean:.2f} ± {changed['last'].deviation:.2f}"
+    text = f"{changed['last'].mean:.2f} ± {changed['last'].std:.2f}"
     assert text not in first["results.md"] and text in (tmp_path / "results.md").read_text()
 
 
 def test_the_plot_shows_means_and_deviations(comparison, keep_programs, tmp_path):
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    carry_out(comparison, tmp_path, FakeTraining(), compare.plan(["supervised", "dssn"], ["4", "8"], {}, 2))
+    execute(comparison, tmp_path, FakeTraining(), compare.plan(["supervised", "dssn"], ["4", "8"], {}, 2))
     rows = compare_results.write_tables(tmp_path)
     axes = figure.subplots()
-    compare_results.draw_curves(axes, rows, "last")
+    compare_plots.draw_curves(axes, rows, "last")
     for line, name in zip(axes.containers, ("supervised", "dssn"), strict=True):
         ours = [row for row in rows if row["variant"] == name]
         assert line.get_label() == name
         assert line[0].get_xdata().tolist() == [4, 8]
         assert line[0].get_ydata().tolist() == [row["last"].mean for row in ours]
         low = [segment[0, 1] for segment in line[2][0].get_segments()]
-        assert low == pytest.approx([row["last"].mean - row["last"].deviation for row in ours])
+        assert low == pytest.approx([row["last"].mean - row["last"].std for row in ours])
 
 
 @pytest.fixture
@@ -281,12 +288,12 @@ def cache_settings():
 
 
 def test_programs_are_compiled_once(cache_settings, tmp_path):
-    compare.share_compiled_programs(tmp_path)
-    programs = compare.Compilations()
+    compilations.keep_programs(tmp_path)
+    programs = compilations.Compilations()
     scale = float(np.random.default_rng().random())  # A program that no earlier run of the tests has compiled.
     counts = []
     for _ in range(2):
         jax.jit(lambda x: x * scale)(np.ones(3)).block_until_ready()
         counts.append(programs.take())
-    assert (counts[0]["compiled"], counts[0]["found_compiled"]) == (1, 0)
-    assert (counts[1]["compiled"], counts[1]["found_compiled"]) == (0, 1)
+    assert (counts[0]["compiled"], counts[0]["loaded"]) == (1, 0)
+    assert (counts[1]["compiled"], counts[1]["loaded"]) == (0, 1)
