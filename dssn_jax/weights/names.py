@@ -23,7 +23,7 @@ class Rule(NamedTuple):
 
     pattern: str  # Regular expression for the last parts of a path, joined by "/".
     replacement: str  # What PyTorch has in their place: a template, as of `re.sub`.
-    axes: Mapping[int, tuple[int, ...]] = {}  # Number of axes -> their order in PyTorch; default: as here.
+    axes: Mapping[int, tuple[int, ...]] = {}  # Number of axes -> their order in PyTorch; default: ours.
 
 
 # The first rule that matches applies; without one, a variable keeps its name and layout, as `pos_embed` does. An
@@ -113,6 +113,7 @@ class Comparison(NamedTuple):
 
     @property
     def fits(self) -> bool:
+        """Whether the file fills every variable of the model; unused tensors do not matter."""
         return not (self.missing or self.wrong_shape or self.unexpected)
 
 

@@ -42,6 +42,7 @@ class Weights(NamedTuple):
 
     @property
     def is_full_network(self) -> bool:
+        """Whether there are tensors outside the encoder."""
         return len(names.encoder_part(self.tensors)) < len(self.tensors)
 
     def __str__(self) -> str:
