@@ -1,4 +1,4 @@
-"""The training batch: what the input pipeline makes and a method consumes."""
+"""The training batch, made by the input pipeline and consumed by a method."""
 
 from typing import NamedTuple
 
@@ -6,18 +6,18 @@ import numpy as np
 
 
 class Batch(NamedTuple):
-    """The images of a training step: L labeled and U unlabeled ones, cropped to c x c, and V strong views per image.
+    """The weak views of a training step: L labeled and U unlabeled crops of side c, and boxes for V strong views.
 
-    Fields that the method does not use are None. `valid` is False on the padding of an image.
+    Fields that the method does not use are None.
 
     Attributes:
       image_x: labeled images, uint8 [L, c, c, 3] RGB.
-      label_x: their class ids, uint8 [L, c, c].
+      label_x: their class ids, uint8 [L, c, c]; ignored on the padding.
       image_u: unlabeled images, uint8 [U, c, c, 3].
-      valid_u: bool [U, c, c].
-      image_m: the CutMix partner of each, uint8 [U, c, c, 3].
-      valid_m: bool [U, c, c].
-      boxes: the CutMix box of each strong view, int32 [U, V, 4]: y0, x0, y1, x1; all zero where nothing is mixed.
+      valid_u: False on their padding, bool [U, c, c].
+      image_m: their CutMix partners, uint8 [U, c, c, 3].
+      valid_m: False on the padding of the partners, bool [U, c, c].
+      boxes: CutMix boxes y0, x0, y1, x1 of each strong view, int32 [U, V, 4], y1 and x1 exclusive; all zero: no mixing.
     """
 
     image_x: np.ndarray

@@ -5,6 +5,7 @@ run resumes from its step number. Each host makes its own rows of the global bat
 """
 
 import functools
+import operator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from input_pipeline.transforms.geometry import weak_view
 
 MIX_PARTNERS = ("same", "other")
 
-Record = dict[str, np.ndarray]  # Fields of a `Batch`, of one image; or of several, stacked.
+Record = dict[str, np.ndarray]  # Some fields of a `Batch`, for a single image or stacked.
 
 
 class RunLength(NamedTuple):
@@ -63,8 +64,8 @@ def train_dataset(
       process_count: number of hosts; host i of n makes the rows [i b / n, (i + 1) b / n) of a global batch of b.
 
     Returns:
-      A dataset of `Batch`, with the rows of this host and the fields that the method needs: of unlabeled images if it
-      has views of them, of CutMix if it has strong views.
+      A dataset of `Batch` with the rows of this host. It has unlabeled images if the method has views of them, and
+      partners and boxes if it has strong views.
 
     Raises:
       DataError: lists or batch sizes that do not fit. Later, when a batch is read: a file that cannot be used.
@@ -73,17 +74,17 @@ def train_dataset(
     steps = steps_per_epoch(sources, config)
     # Grain adds the epoch to the seed of a shuffle; consecutive seeds would give two streams the same orders.
     seeds = np.random.SeedSequence(config.seed).generate_state(4).tolist()
-    host = process_index, process_count
+
+    def batches(records: grain.MapDataset, key: str, size: int) -> _Batches:
+        return _Batches(records, size, _rows(key, size, process_index, process_count), config.data.threads)
 
     size = labeled_rows(config)
     records = _labeled_records(sources.labeled, config, steps * size, *seeds[:2])
-    batches = _Batches(records, size, _rows("labeled_batch", size, *host), config.data.threads)
+    streams = [batches(records, "labeled_batch", size)]
     if config.method.strong_views or config.method.feature_views:
-        size = config.data.unlabeled_batch
         records = _unlabeled_records(sources.unlabeled, config, *seeds[2:])
-        unlabeled = _Batches(records, size, _rows("unlabeled_batch", size, *host), config.data.threads)
-        batches = grain.experimental.ZipMapDataset([batches, unlabeled]).map(_merge)
-    return batches.map(_to_batch).repeat()
+        streams.append(batches(records, "unlabeled_batch", config.data.unlabeled_batch))
+    return grain.experimental.ZipMapDataset(streams).map(_to_batch).repeat()
 
 
 def _rows(key: str, batch: int, process_index: int, process_count: int) -> slice:
@@ -95,12 +96,8 @@ def _rows(key: str, batch: int, process_index: int, process_count: int) -> slice
     return slice(process_index * share, (process_index + 1) * share)
 
 
-def _merge(records: tuple[Record, Record]) -> Record:
-    return records[0] | records[1]
-
-
-def _to_batch(record: Record) -> Batch:
-    return Batch(**record)
+def _to_batch(streams: tuple[Record, ...]) -> Batch:
+    return Batch(**functools.reduce(operator.or_, streams))
 
 
 def _labeled_records(source: Source, config: FrozenConfigDict, per_epoch: int, order_seed: int, view_seed: int):

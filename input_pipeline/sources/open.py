@@ -26,7 +26,7 @@ SOURCES = ("folder", "array_record", "tfds", "shapes")
 
 
 class Source(Protocol):
-    """The interface of a source, for the pipelines."""
+    """Random access to images and, in a labeled source, labels."""
 
     def __len__(self) -> int: ...
 
