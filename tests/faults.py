@@ -105,6 +105,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     arguments = parser.parse_args()
+    recorder.quiet_libraries()
     return 0 if compare(arguments.kills, arguments.steps, arguments.seed) else 1
 
 

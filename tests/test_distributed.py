@@ -52,14 +52,14 @@ def test_two_processes_of_four_devices_then_one_of_one_train_and_evaluate_as_one
     join = [f"--coordinator={coordinator}", "--processes=2"]
     finish(start(tmp_path / "one", ONE_DEVICE))
     two = [start(tmp_path / "two", FOUR_DEVICES, *join, f"--process={i}") for i in range(2)]
-    assert any("2 processes x 4 devices x 1 image" in line for line in two[0].stdout)
+    assert any("2 processes x 4 devices x 1 " in line for line in two[0].stdout)
     assert any("step 11/30" in line for line in two[0].stdout)
     two[1].send_signal(signal.SIGTERM)
     first, second = finish(*two, code=128 + signal.SIGTERM)
     step = re.search(r"stopped by SIGTERM after step (\d+) of 30, which is saved", first)[1]
     assert f"SIGTERM after step {step} of 30" in second and " | loss" not in second  # Only process 0 logs.
     (alone,) = finish(start(tmp_path / "two", ONE_DEVICE))
-    assert f"continuing from step {step} " in alone and "1 process x 1 device" in alone
+    assert f"continuing from step {step} " in alone and "1 processes x 1 devices" in alone
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")

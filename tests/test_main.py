@@ -138,11 +138,12 @@ def folder(tmp_path_factory):
     config = shapes.get_config()
     config.data.shapes.update({"size": 48, "unlabeled": 16, "val": 6})
     val = open_source(config, "val")
-    (root / "splits").mkdir()
+    for name in ("image", "label", "splits"):
+        (root / name).mkdir()
     for index in range(len(val)):
         for name, array in val[index].items():
-            Image.fromarray(array).save(root / f"{name}{index}.png")
-    (root / "splits/val.txt").write_text("".join(f"image{i}.png label{i}.png\n" for i in range(len(val))))
+            Image.fromarray(array).save(root / f"{name}/{index}.png")
+    (root / "splits/val.txt").write_text("".join(f"image/{i}.png label/{i}.png\n" for i in range(len(val))))
     return root
 
 
@@ -170,18 +171,18 @@ def test_eval_and_predict_on_a_number_of_devices_that_divides_no_batch(workdir, 
         )
         assert evaluate(workdir) == expected
         to = tmp_path / str(devices)
-        assert commands.run(["--mode=predict", f"--workdir={workdir}", f"--from={folder}", f"--to={to}"]) == 0
+        assert commands.run(["--mode=predict", f"--workdir={workdir}", f"--from={folder / 'image'}", f"--to={to}"]) == 0
         predictions.append({path.name: np.asarray(Image.open(path)) for path in (to / "class_ids").glob("*.png")})
     np.testing.assert_equal(*predictions)
-    assert len(predictions[0]) == 12  # Images and masks: every picture in the folder.
+    assert len(predictions[0]) == 6
 
 
 def test_predict(workdir, folder, tmp_path, capsys):
-    options = ["--mode=predict", f"--workdir={workdir}", f"--from={folder / 'image0.png'}", f"--to={tmp_path}"]
+    options = ["--mode=predict", f"--workdir={workdir}", f"--from={folder / 'image/0.png'}", f"--to={tmp_path}"]
     assert commands.run([*options, "--checkpoint=latest", "--network=student", "--confidence"]) == 0
     assert "student of step 2" in capsys.readouterr().out
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
-    assert written == {"class_ids/image0.png", "overlays/image0.jpg", "confidence/image0.png"}
+    assert written == {"class_ids/0.png", "overlays/0.jpg", "confidence/0.png"}
 
 
 def test_report(workdir, tmp_path):
