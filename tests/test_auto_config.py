@@ -1,13 +1,13 @@
-"""Values that are 0 in a configuration: against numbers worked out by hand."""
+"""Auto-configuration, against numbers worked out by hand."""
 
 import jax
 import pytest
 
 from configs import camvid, cityscapes, coco, custom, methods, pascal, shapes
-from dssn_jax import auto_config as automatic
-from dssn_jax import models
-from dssn_jax import validate as config
-from dssn_jax.workdir import restore as saved_run
+from configs.checks import ConfigError
+from dssn_jax import auto_config, models
+from dssn_jax.validate import validate_training
+from dssn_jax.workdir import restore
 from input_pipeline.sources.open import Sources
 from tests.input_pipeline.own_images import make_root
 
@@ -34,12 +34,13 @@ def configure(tmp_path):
 
 
 @pytest.fixture
-def choose(monkeypatch):
-    """Chooses for so many bytes a device, devices and sources (labeled, unlabeled)."""
+def fill_in(monkeypatch):
+    """Fills in a configuration for sources (labeled, unlabeled), devices and bytes per device."""
 
     def run(config, labeled, unlabeled, devices=1, limit=1000 * GIB, val=None):
-        monkeypatch.setattr(automatic, "memory_of", lambda devices: limit)
-        return automatic.choose(config, Sources(labeled, unlabeled, val or Sizes((8, 8))), jax.devices()[:1] * devices)
+        monkeypatch.setattr(auto_config, "memory_of", lambda devices: limit)
+        sources = Sources(labeled, unlabeled, val or Sizes((8, 8)))
+        return auto_config.fill_in(config, sources, jax.devices()[:1] * devices)
 
     return run
 
@@ -56,9 +57,9 @@ def choose(monkeypatch):
         ([(40, 40), (40, 40), (400, 400)], 33),  # Of an even number the lower of both in the middle.
     ],
 )
-def test_crop(configure, choose, sizes, crop):
-    found, reasons = choose(configure(), Sizes(*sizes[:1]), Sizes(*sizes[1:], sizes[-1]))
-    assert found.data.crop == crop and any(f"data.crop={crop}: the median short side" in line for line in reasons)
+def test_crop(configure, fill_in, sizes, crop):
+    chosen, reasons = fill_in(configure(), Sizes(*sizes[:1]), Sizes(*sizes[1:], sizes[-1]))
+    assert chosen.data.crop == crop and any(f"data.crop={crop}: the median short side" in line for line in reasons)
 
 
 def many(count):
@@ -73,26 +74,27 @@ def many(count):
         ("dssn", 1000, 16, 100, (16, 16), "a multiple of 16 devices"),
         ("dssn", 1000, 3, 100, (6, 6), "a multiple of 3 devices"),
         ("dssn", 1000, 1, 5, (8, 5), "there are 5 unlabeled images"),
-        ("supervised", 1000, 1, 100, (16, 8), "the recipes' 16"),
+        ("supervised", 1000, 1, 100, (8, 8), "the recipes' 8"),  # 16 labeled images per step.
+        ("supervised", 1000, 16, 100, (8, 16), "a multiple of 16 devices"),
         # resnet50 at crop 257: (4 GiB - 692 MiB) / (9946 bytes * 66049) = 5.43 images: 2 + 2.
-        ("dssn", 4, 1, 100, (2, 2), "2 fit 4.0 GiB a device at crop 257 with resnet50"),
-        ("supervised", 4, 1, 100, (5, 2), "5 fit"),
+        ("dssn", 4, 1, 100, (2, 2), "2 fit 4.0 GiB per device at crop 257 with resnet50"),
+        ("supervised", 4, 1, 100, (2, 2), "2 x 2 fit"),
         ("dssn", 4, 2, 100, (4, 4), "5 fit"),  # Ten images on two devices.
         ("dssn", 1, 1, 100, (1, 1), "which may be too much: config.model.remat=True"),
     ],
 )
-def test_batches(configure, choose, method, gib, devices, unlabeled, batches, reason):
+def test_batches(configure, fill_in, method, gib, devices, unlabeled, batches, reason):
     config = configure(method=method, crop=257)
-    found, reasons = choose(config, many(3), many(unlabeled), devices, gib * GIB)
-    assert (found.data.labeled_batch, found.data.unlabeled_batch) == batches
+    chosen, reasons = fill_in(config, many(3), many(unlabeled), devices, gib * GIB)
+    assert (chosen.data.labeled_batch, chosen.data.unlabeled_batch) == batches
     assert any(reason in line for line in reasons), reasons
 
 
-def test_accumulation_needs_the_memory_of_a_part(configure, choose):
+def test_accumulation_needs_the_memory_of_a_part(configure, fill_in):
     config = configure(crop=257)
     config.train.accumulation = 2
-    found, _ = choose(config, many(3), many(100), limit=4 * GIB)
-    assert (found.data.labeled_batch, found.data.unlabeled_batch) == (4, 4)  # 5 images in each of two parts.
+    chosen, _ = fill_in(config, many(3), many(100), limit=4 * GIB)
+    assert (chosen.data.labeled_batch, chosen.data.unlabeled_batch) == (4, 4)  # 5 images in each of two parts.
 
 
 @pytest.mark.parametrize(
@@ -106,33 +108,44 @@ def test_accumulation_needs_the_memory_of_a_part(configure, choose):
         (800, 3, 3, 1),
     ],
 )
-def test_steps_and_intervals(configure, choose, unlabeled, given, steps, every):
-    found, reasons = choose(configure(steps=given), many(3), many(unlabeled))
-    assert (found.train.steps, found.train.eval_every, found.train.checkpoint_every) == (steps, every, every)
+def test_steps_and_intervals(configure, fill_in, unlabeled, given, steps, every):
+    chosen, reasons = fill_in(configure(steps=given), many(3), many(unlabeled))
+    assert (chosen.train.steps, chosen.train.eval_every, chosen.train.checkpoint_every) == (steps, every, every)
     assert any(line.startswith("train.steps=") for line in reasons) == (not given)
 
 
-def test_evaluations_are_a_fifth_of_the_work(configure, choose):
+def test_evaluations_are_a_fifth_of_the_work(configure, fill_in):
     """Two networks over 100 images of 360 x 480: 34.56 M pixels; a step at crop 129: 16 * 129^2 * 7 = 1.864 M."""
     config, val = configure(crop=129, steps=1000), Sizes(*[(360, 480)] * 100)
-    found, reasons = choose(config, many(3), many(100), val=val)
-    assert (found.train.eval_every, found.train.checkpoint_every) == (
+    chosen, reasons = fill_in(config, many(3), many(100), val=val)
+    assert (chosen.train.eval_every, chosen.train.checkpoint_every) == (
         75,
         50,
     )  # 18.54 steps are a fifth of 18.54 + 74.2.
-    assert any("an evaluation of 100 images is about the work of 19 steps" in line for line in reasons)
-    assert choose(configure(crop=129, steps=40), many(3), many(100), val=val)[0].train.eval_every == 40
+    assert any("evaluating 100 images costs about as much as 19 steps" in line for line in reasons)
+    assert fill_in(configure(crop=129, steps=40), many(3), many(100), val=val)[0].train.eval_every == 40
     config = configure(crop=129, steps=1000, method="unimatch")  # Without a teacher.
-    assert choose(config, many(3), many(100), val=val)[0].train.eval_every == 50
+    assert fill_in(config, many(3), many(100), val=val)[0].train.eval_every == 50
 
 
-def test_learning_rate_follows_the_weights(configure, choose):
+def test_learning_rate_follows_the_weights(configure, fill_in):
     """As in configs/camvid.py from random weights, as in configs/pascal.py from pretrained ones."""
-    found, _ = choose(configure(), many(3), many(9))
-    assert (found.optimizer.lr, found.optimizer.lr_multi) == (0.02, 1.0)
-    found, reasons = choose(configure(pretrained="resnet50.pth"), many(3), many(9))
-    assert (found.optimizer.lr, found.optimizer.lr_multi) == (0.002, 10.0)
-    assert "optimizer.lr=0.002, optimizer.lr_multi=10: pretrained weights, as on VOC" in reasons
+    chosen, _ = fill_in(configure(), many(3), many(9))
+    assert (chosen.optimizer.lr, chosen.optimizer.lr_mults) == (0.02, ())
+    chosen, reasons = fill_in(configure(pretrained="resnet50.pth"), many(3), many(9))
+    assert (chosen.optimizer.lr, chosen.optimizer.lr_mults) == (0.002, (("decoder/", 10.0),))
+    assert any("lr=0.002, optimizer.lr_mults=(('decoder/', 10.0),): pretrained weights" in line for line in reasons)
+
+
+def test_adamw_has_rates_of_its_own(configure, fill_in):
+    """Those of SGD are far too large for it."""
+    config = configure(pretrained="resnet50.pth")
+    config.optimizer.name = "adamw"
+    chosen, _ = fill_in(config, many(3), many(9))
+    assert (chosen.optimizer.lr, chosen.optimizer.lr_mults) == (6e-5, (("decoder/", 10.0),))
+    config.optimizer.name = "lion"
+    with pytest.raises(ConfigError, match="optimizer.lr is 0; expected a learning rate for optimizer.name=lion"):
+        fill_in(config, many(3), many(9))
 
 
 def test_the_teacher_follows_within_a_short_run(configure):
@@ -142,52 +155,54 @@ def test_the_teacher_follows_within_a_short_run(configure):
     assert configure(steps=1).ema.decay == 0
 
 
-def test_what_is_given_is_kept(configure, choose):
+def test_what_is_given_is_kept(configure, fill_in):
     config = configure(crop=100, steps=7)
     config.data.update({"labeled_batch": 3, "unlabeled_batch": 2})
     config.optimizer.lr = 0.5
     config.train.update({"eval_every": 5, "checkpoint_every": 6})
-    found, reasons = choose(config, many(3), many(9))
-    assert found.to_dict() == config.to_dict() and reasons == []
+    chosen, reasons = fill_in(config, many(3), many(9))
+    assert chosen.to_dict() == config.to_dict() and reasons == []
 
 
-def test_recipes_have_nothing_to_choose():
+def test_recipes_have_nothing_to_fill_in():
     for recipe in (camvid, cityscapes, coco, pascal, shapes):
         for method in methods.METHODS:
-            assert automatic.pending(recipe.get_config(f"method={method}")) == []
+            assert auto_config.unset_keys(recipe.get_config(f"method={method}")) == []
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
-def test_chosen_values_are_valid(configure, choose, method):
-    config_ = configure(method=method)
-    config.validate(config_, device_count=4)
-    found, _ = choose(config_, many(3), many(30), devices=4)
-    config.validate(found, device_count=4)
-    assert automatic.pending(found) == []
-    assert automatic.pending(config_) == [*automatic._ALWAYS, *automatic._WITHOUT_EPOCHS]  # Not changed itself.
+def test_chosen_values_are_valid(configure, fill_in, method):
+    config = configure(method=method)
+    validate_training(config, device_count=4)
+    chosen, _ = fill_in(config, many(3), many(30), devices=4)
+    validate_training(chosen, device_count=4)
+    assert auto_config.unset_keys(chosen) == []
+    assert auto_config.unset_keys(config) == [*auto_config._ALWAYS, *auto_config._WITHOUT_EPOCHS]  # Not changed itself.
 
 
-def test_a_continued_run_keeps_its_choices(configure, choose, tmp_path):
-    first, _ = choose(configure(pretrained="x.pth"), many(3), many(100))
+def test_a_continued_run_keeps_its_choices(configure, fill_in, tmp_path):
+    first, _ = fill_in(configure(pretrained="x.pth"), many(3), many(100))
     (tmp_path / "run/checkpoints/7").mkdir(parents=True)
     (tmp_path / "run/config.json").write_text(first.to_json())
-    before = saved_run.continued(configure(pretrained="x.pth"), tmp_path / "run")
+    before = restore.inherit_choices(configure(pretrained="x.pth"), tmp_path / "run")
     assert before.to_json() == first.to_json()
-    again, reasons = choose(before, many(3), many(100000), devices=16, limit=GIB)  # Whatever became of the machine.
+    again, reasons = fill_in(before, many(3), many(100000), devices=16, limit=GIB)  # Whatever became of the machine.
     assert again.to_json() == first.to_json() and reasons == []
-    assert saved_run.continued(configure(crop=65), tmp_path / "run").data.crop == 65
-    assert saved_run.continued(configure(), tmp_path / "other").data.crop == 0
+    assert restore.inherit_choices(configure(crop=65), tmp_path / "run").data.crop == 65
+    assert restore.inherit_choices(configure(), tmp_path / "other").data.crop == 0
     (tmp_path / "run/config.json").write_text("{")
-    with pytest.raises(saved_run.WorkdirError, match="config.json: damaged"):
-        saved_run.continued(configure(), tmp_path / "run")
+    with pytest.raises(restore.WorkdirError, match="config.json: damaged"):
+        restore.inherit_choices(configure(), tmp_path / "run")
 
 
-def test_every_backbone_was_measured():
-    assert set(automatic.MEMORY) == set(models.BACKBONES)
-    assert automatic.images_that_fit("resnet101", 513, 0) == 0
+def test_an_encoder_that_was_not_measured_is_taken_for_the_largest():
+    assert set(auto_config.MEMORY) == set(models.ENCODERS)
+    assert auto_config.images_that_fit("resnet101", 513, 0) == 0
+    fit = {encoder: auto_config.images_that_fit(encoder, 513, 80 * GIB) for encoder in [*models.ENCODERS, "dinov2"]}
+    assert 0 < fit["dinov2"] == min(fit.values())
 
 
 def test_memory_of_this_machine():
-    """A part of what is free, shared by the devices that the CPU plays."""
-    one, all_ = (automatic.memory_of(jax.devices()[:count]) for count in (1, 4))
+    """A share of what is free, divided among the simulated devices."""
+    one, all_ = (auto_config.memory_of(jax.devices()[:count]) for count in (1, 4))
     assert GIB // 8 < 4 * all_ < 1.5 * one < 4000 * GIB

@@ -1,10 +1,16 @@
+"""Confusion matrices, scores and the evaluator, against counts by hand and images one by one."""
+
 import jax
 import numpy as np
 import pytest
 
 from dssn_jax import sharding
-from dssn_jax.evaluation import evaluate, metrics, scores
-from dssn_jax.learner import learner as experiment
+from dssn_jax.evaluation import metrics
+from dssn_jax.evaluation.evaluate import Evaluator, evaluate
+from dssn_jax.evaluation.predict import predict
+from dssn_jax.learner import learner as learners
+from input_pipeline.eval_batches import EvalBatch
+from tests.evaluation import workdirs
 
 RNG = np.random.default_rng(0)
 
@@ -23,16 +29,18 @@ def test_confusion_matrix_and_iou_by_hand():
     prediction = RNG.integers(0, 3, label.shape)
     counts = metrics.confusion_matrix(prediction, label, 4)
     np.testing.assert_array_equal(counts, confusion_by_hand(prediction, label, 4))
-    found = metrics.iou(counts)
+    iou = metrics.iou(counts)
     for k in range(3):
         both = ((label == k) & (prediction == k)).sum()
         either = ((label != 255) & ((label == k) | (prediction == k))).sum()
-        assert found[k] == pytest.approx(both / either)
-    assert found[3] == 0  # Never seen, and it counts.
+        assert iou[k] == pytest.approx(both / either)
+    assert iou[3] == 0  # In no image, and it counts.
     valid = label != 255
     assert metrics.pixel_accuracy(counts) == pytest.approx((label == prediction)[valid].mean())
     weights = [(label == k).sum() / valid.sum() for k in range(3)]
-    assert metrics.frequency_weighted_iou(counts) == pytest.approx(np.dot(weights, found[:3]))
+    scores = metrics.scores_of(counts, ("a", "b", "c", "d"))
+    assert scores["miou"] == pytest.approx(25 * iou[:3].sum()) and scores["iou"]["b"] == pytest.approx(100 * iou[1])
+    assert metrics.frequency_weighted_iou(counts) == pytest.approx(np.dot(weights, iou[:3]))
 
 
 class Images:
@@ -61,22 +69,22 @@ class Images:
 
 
 def start(config):
-    parts = experiment.build(config)
-    return parts, parts.initial_state().student, evaluate.Evaluator(parts.model, config, parts.mesh)
+    learner = learners.build(config)
+    return learner, learner.init_state().student, Evaluator(learner)
 
 
 @pytest.mark.parametrize("mode", ["original", "center_crop"])
 def test_every_image_counts_once_on_several_devices(tiny_config, mode):
     """Seven images of four sizes on four devices, in two padded sizes, count what they count one by one."""
     config = tiny_config(eval__mode=mode, eval__crop=32, eval__batch=3, eval__buckets=2)
-    parts, variables, evaluator = start(config)
-    source, seen = Images(), []
-    found = evaluator({"student": variables, "again": variables}, evaluator.groups(source), seen.append)
-    assert seen[-1] == len(source)
+    learner, variables, evaluator = start(config)
+    source, progress = Images(), []
+    counts = evaluator({"student": variables, "again": variables}, evaluator.batches(source), progress.append)
+    assert progress[-1] == len(source)
 
     expected = 0
     mean, std = np.array(config.data.mean), np.array(config.data.std)
-    predict = jax.jit(lambda x: parts.model.apply(variables, x).argmax(-1))
+    predict = jax.jit(lambda x: learner.network.apply(variables, x).argmax(-1))
     for index in range(len(source)):
         image, label = source[index]["image"], source[index]["label"]
         if mode == "center_crop":
@@ -84,39 +92,75 @@ def test_every_image_counts_once_on_several_devices(tiny_config, mode):
             image, label = image[y : y + 32, x : x + 32], label[y : y + 32, x : x + 32]
         x = ((image / 255 - mean) / std).astype(np.float32)[None]
         expected = expected + confusion_by_hand(np.asarray(predict(x)), label, 6)
-    assert found["student"].sum() == expected.sum()
+    assert counts["student"].sum() == expected.sum()
     # Float rounding may flip a pixel between two equally likely classes.
-    assert np.abs(found["student"] - expected).sum() <= 0.002 * expected.sum()
-    np.testing.assert_array_equal(found["student"], found["again"])
+    assert np.abs(counts["student"] - expected).sum() <= 0.002 * expected.sum()
+    np.testing.assert_array_equal(counts["student"], counts["again"])
 
 
 def test_as_many_compilations_as_buckets(tiny_config):
     config = tiny_config(eval__batch=4, eval__buckets=2)
     _, variables, evaluator = start(config)
-    evaluator({"student": variables}, evaluator.groups(Images()))
+    evaluator({"student": variables}, evaluator.batches(Images()))
     assert evaluator._score._cache_size() <= 2
 
 
 def test_class_maps_ignore_what_is_no_image(tiny_config):
     config = tiny_config(eval__batch=4, eval__buckets=1)
     _, variables, evaluator = start(config)
-    group = list(evaluator.groups(Images()))[-1]
-    maps = evaluator.class_maps(variables, group)
-    assert maps.shape == group.labels.shape and len(group.indices) == 3
-    for row, (height, width) in enumerate(group.sizes):
+    batch = list(evaluator.batches(Images()))[-1]
+    maps = evaluator.class_maps(variables, batch)
+    assert maps.shape == batch.labels.shape and len(batch.indices) == 3
+    for row, (height, width) in enumerate(batch.sizes):
         assert (maps[row, :height, :width] < 6).all()
         assert (maps[row, height:] == 255).all() and (maps[row, :, width:] == 255).all()
 
 
+def test_progress_counts_the_images_of_all_processes(tiny_config):
+    """The rows of a batch that another process read hold images, but are not among this process's indices."""
+    _, variables, evaluator = start(tiny_config())
+    sizes = np.array([(20, 30)] * 6 + [(0, 0)] * 2, np.int32)
+    images, labels = np.zeros((8, 20, 30, 3), np.uint8), np.zeros((8, 20, 30), np.uint8)
+    batch, progress = EvalBatch(images, labels, sizes, indices=(0, 1, 2)), []
+    evaluator({"student": variables}, [batch, batch], progress.append)
+    assert progress == [6, 12]
+
+
+def test_neither_training_data_nor_the_batch_of_training_matter(tiny_config, tmp_path):
+    """A run with batches of 3 on 3 devices is evaluated on 4, and needs the list of validation images alone."""
+    options = {"data__labeled_batch": 3, "data__unlabeled_batch": 3}
+    state = learners.build(tiny_config(**options), sharding.make_mesh(jax.devices()[:3])).init_state()
+    workdirs.save(tmp_path / "run", tiny_config(**options), state)
+    root = workdirs.make_root(tmp_path / "root", {"a": (40, 50), "b": (33, 47)})
+    config = tiny_config(**options, data__source="folder", data__root=str(root), data__split="few")
+    scores = evaluate(tmp_path / "run", config=config)
+    assert set(scores) == {"student", "teacher"}
+    assert predict(tmp_path / "run", str(root / "images"), to=tmp_path / "out", config=config) == 2
+
+
 def test_scores_of_a_run():
-    kept = scores.new()
-    scores.update(kept, 10, {"student": {"miou": 30.0, "iou": {}}, "teacher": {"miou": 20.0, "iou": {}}})
-    scores.update(kept, 20, {"student": {"miou": 25.0, "iou": {}}, "teacher": {"miou": 40.0, "iou": {}}})
-    scores.update(kept, 30, {"student": {"miou": 40.0, "iou": {}}, "teacher": {"miou": 39.0, "iou": {}}})
-    assert (kept["best_step"], kept["best_miou"]) == (30, 40.0)  # The later of equals.
-    assert kept["student"]["best"]["step"] == 30 and kept["teacher"]["best"]["step"] == 20
-    assert scores.last(kept)["teacher"]["miou"] == 39.0
+    run = metrics.new_scores("miou")
+
+    def update(step, **mious):
+        scores = {name: {"miou": miou, "pixel_accuracy": 90.0 - step} for name, miou in mious.items()}
+        return metrics.update_scores(run, step, scores)
+
+    assert [update(10, student=30.0, teacher=20.0), update(20, student=25.0, teacher=40.0)] == [30.0, 40.0]
+    update(30, student=40.0, teacher=39.0)
+    assert (run["best_step"], run["best_score"]) == (30, 40.0)  # The later of equals.
+    assert run["student"]["best"]["step"] == 30 and run["teacher"]["best"]["step"] == 20
+    assert metrics.last_scores(run)["teacher"]["miou"] == 39.0
+    assert metrics.continue_scores(run, "miou") == run
+    run = metrics.continue_scores(run, "pixel_accuracy")
+    update(40, student=1.0, teacher=2.0)
+    assert (run["metric"], run["best_step"], run["best_score"]) == ("pixel_accuracy", 40, 50.0)
+    assert run["student"]["best"]["step"] == 30  # Of all evaluations of the network, by the new metric.
 
 
-def test_mesh_of_some_devices():
-    assert sharding.make_mesh(jax.devices()[:2]).size == 2
+def test_the_table_has_a_row_for_each_class_and_metric():
+    counts = np.array([[3, 1], [0, 4]])
+    table = metrics.class_table({name: metrics.scores_of(counts, ("ground", "sky")) for name in metrics.NETWORKS})
+    cells = {line.split("  ")[0].strip(): line.split()[-2:] for line in table.splitlines()}
+    assert cells["ground"] == ["75.00", "75.00"] and cells["sky"] == ["80.00", "80.00"]
+    assert cells["Mean IoU"] == ["77.50", "77.50"] and cells["Pixel accuracy"] == ["87.50", "87.50"]
+    assert {metric.title for metric in metrics.METRICS.values()} <= cells.keys()

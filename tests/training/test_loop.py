@@ -1,5 +1,6 @@
 """The training loop: files of a run, resuming, evaluation of its checkpoints, divergence."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -9,27 +10,32 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
+from configs import shapes
 from configs.checks import ConfigError
 from dssn_jax.evaluation import evaluate
-from dssn_jax.learner import learner as experiment
-from dssn_jax.training import loop as train
-from dssn_jax.workdir import checkpoint, files, recorder
+from dssn_jax.learner import learner as learners
+from dssn_jax.training import loop
+from dssn_jax.training.run import plan
+from dssn_jax.workdir import checkpoint, files, recorder, restore
+from input_pipeline.errors import DataError
 from tests.conftest import ONE_DEVICE
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
 
 
-def parameters(config, workdir):
-    """The state of the latest checkpoint."""
-    saved = checkpoint.Checkpointer(workdir, read_only=True)
-    state, _ = saved.restore(saved.resolve("latest"), experiment.build(config).abstract_state(), config)
-    saved.close()
+def latest_state(workdir):
+    """Returns the state of the latest checkpoint."""
+    config = restore.read_config(workdir)
+    with contextlib.closing(checkpoint.Checkpointer(workdir, read_only=True)) as saved:
+        state, _ = saved.restore(saved.resolve("latest"), learners.build(config).abstract_state(), config)
     return jax.device_get(state)
 
 
@@ -39,7 +45,7 @@ def losses(workdir):
 
 def test_a_run_leaves_its_scores_logs_and_checkpoints(tiny_config, tmp_path):
     config = tiny_config()
-    summary = train.train(config, tmp_path)
+    summary = loop.train(config, tmp_path)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     for network in ("student", "teacher"):
         best, last = summary[network]["best"], summary[network]["last"]
@@ -55,8 +61,20 @@ def test_a_run_leaves_its_scores_logs_and_checkpoints(tiny_config, tmp_path):
         assert np.sum(confusion[network]) == 6 * 48 * 48  # No pixel of the shapes is ignored.
     run = json.loads((tmp_path / "run.json").read_text())
     assert (run["steps"], run["steps_per_epoch"], run["images"]["val"]) == (6, 4, 6) and "4 x" in run["devices"]
+    assert run["batch"] == {"labeled": 4, "unlabeled": 4}
     log = (tmp_path / "log.txt").read_text()
-    for part in ("step 6/6", "loss_fp2", "contrast_image", "mask_ratio", "lr ", "images/s", "waiting", "left", "mIoU"):
+    assert "6 steps (4 per epoch) of 4 labeled + 4 unlabeled images (1 processes x 4 devices x 1 + 1 images" in log
+    for part in (
+        "step 6/6",
+        "loss_fp2",
+        "contrast_image",
+        "mask_ratio",
+        "lr ",
+        "images/s",
+        "waiting",
+        "left",
+        "Mean IoU",
+    ):
         assert part in log, part
     board = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     for tag in (b"miou_teacher", b"weak-strong1-strong2-pseudo_label-selected-prediction", b"student-teacher-truth"):
@@ -64,21 +82,26 @@ def test_a_run_leaves_its_scores_logs_and_checkpoints(tiny_config, tmp_path):
     steps = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
     assert steps[-1] == "6" and len(steps) <= 2  # The latest and the best.
 
-    found = evaluate.evaluate(config, tmp_path, "latest")
+    scores = evaluate.evaluate(tmp_path, config=config, checkpoint="latest")
     for network in ("student", "teacher"):
-        assert found[network]["miou"] == pytest.approx(summary[network]["last"]["miou"])
-    assert json.loads((tmp_path / "eval_6.json").read_text())["teacher"] == found["teacher"]
+        assert scores[network]["miou"] == pytest.approx(summary[network]["last"]["miou"])
+    assert json.loads((tmp_path / "eval_6.json").read_text())["teacher"] == scores["teacher"]
 
 
-def command(workdir, *options):
-    arguments = [
-        "--config=configs/shapes.py:encoder=resnet10w16,crop=33,labeled=8,steps=12", f"--workdir={workdir}",
-        "--config.model.decoder_channels=16", "--config.data.labeled_batch=4", "--config.data.unlabeled_batch=4",
-        "--config.data.shapes.size=48", "--config.data.shapes.unlabeled=16", "--config.data.shapes.val=6",
-        "--config.train.log_every=1", "--config.train.eval_every=7", "--config.train.checkpoint_every=3",
-        "--config.train.pictures=0", *options,
-    ]  # fmt: skip
-    return [sys.executable, "main.py", *arguments]
+def test_the_log_shows_the_labeled_images_per_step(tiny_config, tmp_path):
+    """Supervised training gives the place of the unlabeled images to labeled ones."""
+    loop.train(tiny_config("supervised", train__steps=1, train__pictures=0), tmp_path)
+    assert "1 steps (4 per epoch) of 8 labeled (data.labeled_batch 4 x 2) images" in (tmp_path / "log.txt").read_text()
+
+
+LONG = {"train__steps": 12, "train__eval_every": 7, "train__checkpoint_every": 3, "train__pictures": 0}
+
+
+def command(config, workdir, *options):
+    """Returns the command line that trains `config`."""
+    values, defaults = (flatten_dict(each.to_dict(), sep=".") for each in (config, shapes.get_config("")))
+    changed = [f"--config.{key}={value}" for key, value in values.items() if value != defaults[key]]
+    return [sys.executable, "main.py", "--config=configs/shapes.py", f"--workdir={workdir}", *changed, *options]
 
 
 def wait_for(process, text):
@@ -89,33 +112,31 @@ def wait_for(process, text):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The work directory of a run that was left alone."""
+def trained(tiny_config, tmp_path_factory):
+    """Returns the work directory of a run that was not interrupted."""
     workdir = tmp_path_factory.mktemp("trained")
-    subprocess.run(command(workdir), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    subprocess.run(command(tiny_config(**LONG), workdir), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
     return workdir
 
 
 def test_stopped_and_continued_runs_end_with_the_same_parameters(tiny_config, trained, tmp_path):
-    """SIGKILL in the middle of the second epoch, SIGTERM later, then other workers; all equals a run left alone."""
+    """SIGKILL in the middle of the second epoch, SIGTERM later, then other workers; all equals an uninterrupted run."""
     for step, notice, code in ((6, signal.SIGKILL, -signal.SIGKILL), (8, signal.SIGTERM, 128 + signal.SIGTERM)):
-        with subprocess.Popen(
-            command(tmp_path), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-        ) as process:
+        command_line = command(tiny_config(**LONG), tmp_path)
+        with subprocess.Popen(command_line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
             wait_for(process, f"step {step}/12")
             process.send_signal(notice)
             process.stdout.read()
         assert process.returncode == code
-    saved = checkpoint.Checkpointer(tmp_path, read_only=True)
-    step = saved.latest_step()
-    saved.close()
+    with contextlib.closing(checkpoint.Checkpointer(tmp_path, read_only=True)) as saved:
+        step = saved.latest_step()
     assert 8 <= step < 12  # SIGTERM saved what came after the checkpoints of steps 6 and 7.
-    last = command(tmp_path, "--config.data.workers=2", "--config.data.buffer=1")
+    last = command(tiny_config(**LONG, data__workers=2, data__buffer=1), tmp_path)
     last = subprocess.run(last, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
     assert saved_steps(last.stdout) == [step]
-    whole, stopped = (parameters(tiny_config(), workdir) for workdir in (trained, tmp_path))
-    assert int(whole.step) == int(stopped.step) == 12
-    jax.tree.map(np.testing.assert_array_equal, whole, stopped)
+    uninterrupted, stopped = map(latest_state, (trained, tmp_path))
+    assert int(uninterrupted.step) == int(stopped.step) == 12
+    jax.tree.map(np.testing.assert_array_equal, uninterrupted, stopped)
     assert losses(trained) == losses(tmp_path)
     scores = [json.loads((workdir / "summary.json").read_text()) for workdir in (trained, tmp_path)]
     assert scores[0]["student"] == scores[1]["student"] and scores[0]["teacher"] == scores[1]["teacher"]
@@ -127,17 +148,42 @@ def saved_steps(log):
 
 def test_a_run_is_not_continued_with_what_would_change_it(tiny_config, trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    with pytest.raises(ConfigError, match=r"step 12: .*lr: 0.02, now 0.01.*length.*: 12 steps, now 14.*resume"):
-        train.train(tiny_config(train__steps=14, optimizer__lr=0.01), tmp_path)
+    changes = {**LONG, "train__steps": 14, "optimizer__lr": 0.01}
+    with pytest.raises(ConfigError, match=r"step 12; .*lr: 0.02, now 0.01; the length.*: 12 steps, now 14.*resume"):
+        loop.train(tiny_config(**changes), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["lr"] == 0.02
-    parts = experiment.build(tiny_config(train__steps=14, optimizer__lr=0.01, train__resume="changed"))
-    trainer = train.Trainer(parts, files.Folder(tmp_path))
-    trainer.close()
+    with contextlib.ExitStack() as stack:
+        trainer = loop.Trainer(plan(tiny_config(**changes, train__resume="changed")), files.Folder(tmp_path), stack)
     assert int(trainer.state.step) == 12
 
 
+def test_a_run_that_cannot_start_leaves_nothing_open(tiny_config, trained, tmp_path, monkeypatch):
+    """Refused at the checkpoint, and failing when everything else is open."""
+
+    def fail(*arguments):
+        raise RuntimeError("the last thing")
+
+    def opened():
+        names = {thread.name for thread in threading.enumerate()}
+        return (
+            {name for name in names if "prefetch" in name},
+            recorder.logger.handlers,
+            signal.getsignal(signal.SIGTERM),
+        )
+
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    before = opened()
+    with pytest.raises(ConfigError, match="cannot be continued"):
+        loop.train(tiny_config(**LONG | {"train__steps": 14}), tmp_path)
+    assert opened() == before
+    monkeypatch.setattr(loop, "ImageSummaries", fail)
+    with pytest.raises(RuntimeError, match="the last thing"):
+        loop.train(tiny_config(**LONG), tmp_path)
+    assert opened() == before
+
+
 def disk_full(process, workdir):
-    """No file may become larger than 20 kB, as if the disk were full."""
+    """Lets no file become larger than 20 kB, as if the disk were full."""
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
@@ -152,8 +198,8 @@ AS_USER = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override"]
 @pytest.mark.parametrize("trouble", [disk_full, read_only])
 def test_a_disk_that_takes_no_more_leaves_the_last_good_checkpoint(tiny_config, tmp_path, trouble):
     with subprocess.Popen(
-        [*AS_USER, *command(tmp_path, "--config.train.checkpoint_every=1")], cwd=ROOT, env=ENVIRONMENT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*AS_USER, *command(tiny_config(**LONG | {"train__checkpoint_every": 1}), tmp_path)], cwd=ROOT, text=True,
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         wait_for(process, "step 4/12")
         trouble(process, tmp_path)
@@ -161,15 +207,13 @@ def test_a_disk_that_takes_no_more_leaves_the_last_good_checkpoint(tiny_config, 
     assert process.returncode == 1
     (tmp_path / "checkpoints").chmod(0o755)
     step = int(re.search(r"checkpoints: cannot save .*last good checkpoint is that of step (\d+)", errors)[1])
-    assert step >= 2 and int(parameters(tiny_config(), tmp_path).step) == step
+    assert step >= 2 and int(latest_state(tmp_path).step) == step
 
 
 def test_finished_runs_are_not_trained_again(tiny_config, trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    again, first = (
-        train.train(tiny_config(train__steps=12), tmp_path),
-        json.loads((trained / "summary.json").read_text()),
-    )
+    again = loop.train(tiny_config(**LONG), tmp_path)
+    first = json.loads((trained / "summary.json").read_text())
     assert again["steps"] == first["steps"] == 12
     assert again["student"] == first["student"] and again["teacher"] == first["teacher"]
     assert losses(tmp_path) == losses(trained)
@@ -177,8 +221,8 @@ def test_finished_runs_are_not_trained_again(tiny_config, trained, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
     config = tiny_config("supervised", optimizer__lr=1e30)
-    with pytest.raises(train.DivergedError, match=r"not finite at step \d+ .*loss_x"):
-        train.train(config, tmp_path)
+    with pytest.raises(loop.DivergedError, match=r"not finite at step \d+ .*loss_x"):
+        loop.train(config, tmp_path)
     assert not (tmp_path / "summary.json").exists()
 
 
@@ -186,28 +230,46 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
     ("options", "message"),
     [
         ({"model__decoder_channels": 24}, "decoder_channels is 16 there, 24 in the config"),
-        ({"data__classes": ("a", "b", "c", "d", "e", "f")}, "config.data.classes|classes is"),
-        ({"method__teacher": "student"}, "teacher is True there, False in the config"),
+        ({"data__classes": ("a", "b", "c", "d", "e", "f")}, "config.data.classes is"),
+        ({"method__teacher": "student"}, "method.teacher is 'ema' there, 'student' in the config"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(tiny_config, trained, options, message):
-    with pytest.raises((checkpoint.CheckpointError, ValueError), match=message):
-        evaluate.evaluate(tiny_config(**options), trained, "latest")
-    with pytest.raises((checkpoint.CheckpointError, ValueError), match=message):
-        train.train(tiny_config(**options), trained)
+    with pytest.raises((checkpoint.CheckpointError, DataError), match=message):
+        evaluate.evaluate(trained, config=tiny_config(**options), checkpoint="latest")
+    with pytest.raises((checkpoint.CheckpointError, DataError), match=message):
+        loop.train(tiny_config(**options), trained)
+
+
+def test_another_optimizer_cannot_continue_but_evaluate(tiny_config, trained):
+    config = tiny_config(**LONG, optimizer__name="adamw")
+    with pytest.raises(checkpoint.CheckpointError, match="optimizer.name is 'sgd' there, 'adamw' in the config"):
+        loop.train(config, trained)
+    scores = evaluate.evaluate(trained, config=config, checkpoint="latest")
+    summary = json.loads((trained / "summary.json").read_text())
+    assert scores["teacher"]["miou"] == pytest.approx(summary["teacher"]["last"]["miou"])
+
+
+def test_checkpoints_are_ranked_by_the_configured_metric(tiny_config, tmp_path):
+    summary = loop.train(tiny_config("supervised", eval__metric="pixel_accuracy", train__pictures=0), tmp_path)
+    assert summary["metric"] == "pixel_accuracy"
+    assert summary["best_score"] == summary["student"]["best"]["pixel_accuracy"]
+    assert restore.restore(tmp_path).step == summary["best_step"]
+    with pytest.raises(ConfigError, match="unknown config.eval.metric 'iou'; did you mean 'miou'"):
+        loop.train(tiny_config("supervised", eval__metric="iou"), tmp_path)
 
 
 def test_missing_checkpoints_are_named(tiny_config, trained, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="no such folder"):
-        evaluate.evaluate(tiny_config(), tmp_path / "nowhere", "best")
+        evaluate.evaluate(tmp_path / "nowhere", config=tiny_config())
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint '5'; there are: latest, best, .*12"):
-        evaluate.evaluate(tiny_config(), trained, "5")
+        evaluate.evaluate(trained, config=tiny_config(), checkpoint="5")
 
 
 def test_a_damaged_checkpoint_is_named(tiny_config, trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    files = (tmp_path / "checkpoints" / "12" / "state").rglob("*")
-    data = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+    arrays = (tmp_path / "checkpoints" / "12" / "state").rglob("*")
+    data = max((path for path in arrays if path.is_file()), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     with pytest.raises(checkpoint.CheckpointError, match="checkpoints/12"):
-        evaluate.evaluate(tiny_config(), tmp_path, "12")
+        evaluate.evaluate(tmp_path, config=tiny_config(), checkpoint="12")
