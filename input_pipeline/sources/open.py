@@ -22,8 +22,6 @@ from input_pipeline.sources.records import RecordsSource
 from input_pipeline.sources.shapes import ShapesSource
 from input_pipeline.sources.tfds import TfdsSource
 
-SOURCES = ("folder", "array_record", "tfds", "shapes")
-
 
 class Source(Protocol):
     """Random access to images and, in a labeled source, labels."""
@@ -84,7 +82,7 @@ def open_source(config, split: str) -> Source:
 def _open(data, splits: Sequence[str]) -> list[Source]:
     if data.source not in SOURCES:
         raise DataError(f"config.data.source is {data.source!r}; known: {', '.join(SOURCES)}")
-    return _OPEN[data.source](data, splits)
+    return SOURCES[data.source](data, splits)
 
 
 def _open_listed(data, splits: Sequence[str]) -> list[Source]:
@@ -138,4 +136,5 @@ def _open_shapes(data, splits: Sequence[str]) -> list[Source]:
     ]  # fmt: skip
 
 
-_OPEN = {"folder": _open_listed, "array_record": _open_listed, "tfds": _open_tfds, "shapes": _open_shapes}
+# The values of `config.data.source`.
+SOURCES = {"folder": _open_listed, "array_record": _open_listed, "tfds": _open_tfds, "shapes": _open_shapes}
