@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from configs.checks import inexact_changes
-from dssn_jax.prepare.pack import pack
+from dssn_jax.prepare.pack import pack_files
 from input_pipeline.errors import DataError
 from input_pipeline.sources.open import digest, open_source, open_sources
 from tests.input_pipeline.conftest import write_list
@@ -28,7 +28,7 @@ KILLED = """
 import itertools, os, pickle, signal, sys
 from absl import flags
 from input_pipeline import decode
-from dssn_jax.prepare.pack import pack
+from dssn_jax.prepare.pack import pack_files
 
 config = pickle.load(open(sys.argv[1], "rb"))
 headers, original = itertools.count(), decode.size
@@ -37,14 +37,14 @@ def size(file):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(file)
 decode.size = size
-pack(config, sys.argv[2], int(sys.argv[4]))
+pack_files(config, sys.argv[2], int(sys.argv[4]))
 """
 
 
 @pytest.fixture
 def packed(folder, config, tmp_path):
     """Returns the configuration of a packed copy of `folder`."""
-    pack(config, str(tmp_path / "packed"), SHARD_BYTES)
+    pack_files(config, str(tmp_path / "packed"), SHARD_BYTES)
     copy = config.copy_and_resolve_references()
     copy.data.source, copy.data.root = "array_record", str(tmp_path / "packed")
     return copy
@@ -113,7 +113,7 @@ def test_interrupted_packing_gives_the_same_files(folder, config, packed, tmp_pa
     packed.data.root = str(target)
     with pytest.raises(DataError, match=r"missing file .*packing has not finished: run its command again"):
         open_sources(packed)
-    assert pack(config, str(target), SHARD_BYTES).kept == len(complete)
+    assert pack_files(config, str(target), SHARD_BYTES).kept == len(complete)
     assert {path: path.stat().st_mtime_ns for path in complete} == complete
     assert sums(target) == sums(undisturbed)
 
@@ -123,7 +123,7 @@ def test_packing_again_repairs(config, packed):
     before = sums(folder)
     flip(shards(packed)[1])
     shards(packed)[2].unlink()
-    assert pack(config, str(folder), SHARD_BYTES).kept == len(shards(packed)) - 2
+    assert pack_files(config, str(folder), SHARD_BYTES).kept == len(shards(packed)) - 2
     assert sums(folder) == before
 
 
@@ -180,7 +180,7 @@ def test_other_splits_are_packed_too(folder, config, tmp_path):
     (folder / "splits/other/unlabeled.txt").write_text("images/5.png\n")
     (folder / "map.txt").write_text("0 c\n1 b\n2 a\n")
     config.data.label_map = "map.txt"
-    pack(config, str(tmp_path / "packed"))
+    pack_files(config, str(tmp_path / "packed"))
     (folder / "map.txt").unlink()  # The packed data set is self-contained.
     config.data.update({"source": "array_record", "root": str(tmp_path / "packed"), "split": "other"})
     sources = open_sources(config)
@@ -193,7 +193,7 @@ def test_sizes_are_compared_without_reading(folder, config, packed):
     """A mask that is a label only in another split was packed at any size."""
     Image.new("L", (16, 15)).save(folder / "masks/7.png")
     target = f"{packed.data.root}2"
-    pack(config, target)
+    pack_files(config, target)
     packed.data.root = target
     (pathlib.Path(target) / "splits/small/labeled.txt").write_text("images/7.png masks/7.png\n")
     with pytest.raises(DataError, match=r"masks/7\.png in .*array_record: mask of 16x15 pixels; expected 16x16"):
@@ -203,32 +203,32 @@ def test_sizes_are_compared_without_reading(folder, config, packed):
 def test_folders_with_other_content_are_refused(folder, config, packed, tmp_path):
     os.makedirs(tmp_path / "mine")
     (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"mine: not empty, and no packed data set"):
-        pack(config, str(tmp_path / "mine"))
+    with pytest.raises(DataError, match=r"mine: neither empty nor a packed data set"):
+        pack_files(config, str(tmp_path / "mine"))
     write_list(folder / "splits/val.txt", (11,))
-    with pytest.raises(DataError, match=r"packed: holds, whole or in part, a conversion of other files or lists"):
-        pack(config, packed.data.root, SHARD_BYTES)
+    with pytest.raises(DataError, match=r"packed: holds a packed data set, complete or not, of other files or lists"):
+        pack_files(config, packed.data.root, SHARD_BYTES)
     config.data.source = "array_record"
-    with pytest.raises(DataError, match="expected 'folder': files are packed"):
-        pack(config, str(tmp_path / "new"))
+    with pytest.raises(DataError, match="expected 'folder': only files can be packed"):
+        pack_files(config, str(tmp_path / "new"))
 
 
 def test_bad_data_is_reported_before_anything_is_written(folder, config, tmp_path):
     (folder / "masks/11.png").unlink()
     with pytest.raises(DataError, match=r"missing file .*masks/11\.png"):
-        pack(config, str(tmp_path / "packed"))
+        pack_files(config, str(tmp_path / "packed"))
     assert not (tmp_path / "packed").exists()
 
 
 def test_masks_of_unlabeled_images_may_lack_or_disagree(folder, config, tmp_path):
     (folder / "masks/7.png").unlink()
-    assert pack(config, str(tmp_path / "packed")).without_mask == 1
+    assert pack_files(config, str(tmp_path / "packed")).without_mask == 1
     with open(folder / "splits/small/unlabeled.txt", "a") as file:
         file.write("images/0.png masks/4.png\n")
     with pytest.raises(
-        DataError, match=r"images/0\.png has the mask masks/4\.png in .*unlabeled\.txt, and masks/0\.png"
+        DataError, match=r"images/0\.png has the mask masks/4\.png in .*unlabeled\.txt, but masks/0\.png"
     ):
-        pack(config, str(tmp_path / "again"))
+        pack_files(config, str(tmp_path / "again"))
 
 
 def test_own_folders_become_lists(folder, config, tmp_path):
@@ -238,7 +238,7 @@ def test_own_folders_become_lists(folder, config, tmp_path):
     config.data.split = ""
     config.data.folders.update({"labeled": "images", "val": "0.25"})
     files = open_sources(config)
-    assert pack(config, str(tmp_path / "packed")).split == "all"
+    assert pack_files(config, str(tmp_path / "packed")).split == "all"
     config.data.update({"source": "array_record", "root": str(tmp_path / "packed"), "split": "all"})
     records = open_sources(config)
     assert [digest(source) for source in records] == [digest(source) for source in files]

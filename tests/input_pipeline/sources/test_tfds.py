@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dssn_jax.prepare.pack import pack
+from dssn_jax.prepare.pack import pack_files
 from input_pipeline.errors import DataError
 from input_pipeline.pipeline import train_dataset
 from input_pipeline.sources.open import digest, open_source, open_sources
@@ -176,7 +176,7 @@ def test_all_sources_give_the_same_batches(tfds_config, tmp_path):
         tfds_config.data.source = source
         if source == "array_record":
             tfds_config.data.source = "folder"
-            pack(tfds_config, str(tmp_path / "packed"), 3000)
+            pack_files(tfds_config, str(tmp_path / "packed"), 3000)
             tfds_config.data.update({"source": source, "root": str(tmp_path / "packed")})
         sources = open_sources(tfds_config)
         dataset = train_dataset(sources, tfds_config)
