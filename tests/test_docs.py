@@ -121,5 +121,11 @@ def test_code_cites_documents_that_exist():
         assert set(re.findall(r"docs/method\.md, Eq\. (\d+)", text)) <= equations, file
 
 
+def test_code_names_modules_that_exist():
+    for file in SOURCES:
+        for module in re.findall(r"-m ((?:benchmarks|experiments|tests)\.\w+)", file.read_text()):
+            assert importlib.util.find_spec(module), f"{file}: {module}"
+
+
 def test_readme_is_short():
     assert len(PAGES["README.md"].splitlines()) <= 140
