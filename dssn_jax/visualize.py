@@ -1,14 +1,14 @@
-"""Class maps as colors, and panels of pictures side by side."""
+"""Class maps as colors, and panels of pictures side by side; NumPy only."""
 
 import numpy as np
 
-IGNORED = (224, 224, 192)  # VOC draws void in this cream.
+IGNORED = (224, 224, 192)  # RGB of ignored pixels: the cream in which PASCAL VOC draws void.
 SELECTED, REJECTED = (255, 255, 255), (0, 0, 0)
 GAP = 2  # Pixels between the pictures of a panel.
 
 
 def palette(num_classes: int) -> np.ndarray:
-    """Colors uint8 [num_classes, 3], those of PASCAL VOC: the bits of a class id spread over red, green and blue."""
+    """Returns the colors of PASCAL VOC, uint8 [num_classes, 3]: bits of the class id spread over red, green and blue."""
     ids = np.arange(num_classes)
     colors = np.zeros((num_classes, 3), int)
     for level in range(8):
@@ -18,24 +18,24 @@ def palette(num_classes: int) -> np.ndarray:
 
 
 def colorize(class_map: np.ndarray, num_classes: int) -> np.ndarray:
-    """Class ids [..., H, W] -> colors uint8 [..., H, W, 3]; ids that are no class become the color of void."""
+    """Maps class ids [..., H, W] to colors, uint8 [..., H, W, 3]; ids from `num_classes` on get the color `IGNORED`."""
     colors = np.concatenate([palette(num_classes), np.array([IGNORED], np.uint8)])
     return colors[np.minimum(class_map, num_classes)]
 
 
 def overlay(image: np.ndarray, class_map: np.ndarray, num_classes: int, opacity: float = 0.6) -> np.ndarray:
-    """Lays the colors of a class map [..., H, W] over an image uint8 [..., H, W, 3]."""
-    mixed = (1 - opacity) * image + opacity * colorize(class_map, num_classes)
-    return mixed.round().astype(np.uint8)
+    """Blends the colors of a class map [..., H, W] over an image uint8 [..., H, W, 3]; returns the same shape."""
+    blend = (1 - opacity) * image + opacity * colorize(class_map, num_classes)
+    return blend.round().astype(np.uint8)
 
 
 def mask(selected: np.ndarray) -> np.ndarray:
-    """bool [..., H, W] -> white where True, black where False, uint8 [..., H, W, 3]."""
+    """Draws a mask, bool [..., H, W], as uint8 [..., H, W, 3]: white where True, black where False."""
     return np.where(selected[..., None], np.array(SELECTED, np.uint8), np.array(REJECTED, np.uint8))
 
 
 def panel(*columns: np.ndarray) -> np.ndarray:
-    """Columns of pictures, each uint8 [n, H, W, 3], -> one picture uint8 with n rows, white between them."""
+    """Joins columns of n pictures, each uint8 [n, H, W, 3], to one picture with n rows and white gaps."""
     pad = [(0, 0), (0, GAP), (0, GAP), (0, 0)]
     columns = [np.pad(column, pad, constant_values=255) for column in columns]
     return np.concatenate([np.concatenate(list(column), 0) for column in columns], 1)

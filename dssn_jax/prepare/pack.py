@@ -1,7 +1,7 @@
-"""Packs a data set of files into a few large ones: `--mode=records`. See `records` for the format.
+"""Packs the files of a data set into ArrayRecord shards: `--mode=records`. `input_pipeline.sources.records` reads them.
 
-A conversion that was stopped goes on when its command is given again: shards that are whole are kept. Whatever
-happened in between, the files that it leaves are those of an undisturbed conversion, byte for byte.
+Packing that was stopped continues when the same command is run again and keeps the complete shards. The result is the
+same, byte for byte, as if it had never been stopped.
 """
 
 import hashlib
@@ -26,25 +26,25 @@ from input_pipeline.sources import records
 from input_pipeline.sources.open import Sources, open_sources
 from input_pipeline.sources.records import Index, Row, Shard
 
-SHARD_BYTES = 128 << 20  # Many shards to a data set, so that all cores pack; few enough files for any file system.
-# Images are compressed already, and are read one by one.
+SHARD_BYTES = 128 << 20  # Many shards per data set, so that all cores pack; few enough for any file system.
+# Images are compressed already, and are read individually.
 _WRITER = "group_size:1,uncompressed"
 _PLAN = "plan.json"
-_SPLIT, _SPLITS = "all", "splits"  # Where the configuration has none.
+_SPLIT, _SPLITS = "all", "splits"  # For configurations without a split.
 _CLASSES = "classes.txt"  # Where configs/custom.py looks for the names.
 
 
-class Packed(NamedTuple):
-    """What was done."""
+class PackResult(NamedTuple):
+    """A packed data set."""
 
     index: Index
-    split: str  # Name of the split, in the lists beside the records.
-    kept: int  # Shards that were there.
-    without_mask: int  # Images whose mask, which only the list of unlabeled images names, does not exist.
+    split: str  # Name of the split whose lists are in the folder.
+    kept: int  # Shards that existed already.
+    without_mask: int  # Images whose mask is named only in the list of unlabeled images and does not exist.
 
 
 class Item(NamedTuple):
-    """Files that become a record; paths are None where there is no mask."""
+    """An image file and its mask file, None if it has none; they become one or two records."""
 
     image: str
     mask: str | None
@@ -53,50 +53,58 @@ class Item(NamedTuple):
     bytes: int  # Of both files.
 
 
-def pack(config, target: str, shard_bytes: int = SHARD_BYTES) -> Packed:
-    """Packs the labeled, unlabeled and validation images of `config` and their masks into the folder `target`.
+class ShardResult(NamedTuple):
+    """The entries of the index for a shard."""
 
-    Each image is packed once, whatever lists name it, with its mask if any list names one. Lists (of all splits
-    beside that of `config`), names of the classes and the label map are put beside the records. Shows its progress.
+    shard: Shard
+    rows: list[Row]
+
+
+def pack_files(config, to: str, shard_bytes: int = SHARD_BYTES) -> PackResult:
+    """Packs the labeled, unlabeled and validation images of `config` and their masks into the folder `to`.
+
+    Each image is packed once, whichever lists name it, with its mask if any list names one. The lists (of all splits in
+    the folder of splits), the class names and the label map are written to the same folder. Shows a progress bar.
 
     Args:
-      config: the whole configuration, of a data set of files.
-      target: folder; new, empty, or left by the same command.
-      shard_bytes: a shard ends with the record that reaches this.
+      config: the whole configuration; its data source is "folder".
+      to: folder that does not exist, is empty, or was written by the same command.
+      shard_bytes: a shard ends with the record that reaches this size.
 
     Raises:
-      DataError: data that cannot be used, before anything is written; or a folder that holds something else.
+      DataError: unusable data, before anything is written; or a folder with other content.
     """
-    data, folder = config.data, pathlib.Path(target)
+    data, folder = config.data, pathlib.Path(to)
     if data.source != "folder":
-        raise DataError(f"config.data.source is {data.source!r}; expected 'folder': files are packed")
+        raise DataError(f"config.data.source is {data.source!r}; expected 'folder': only files can be packed")
     sources = open_sources(config)
     items = _items(sources, data.threads)
-    named = json.dumps([(item.image, item.mask, item.bytes) for item in items])
-    inputs = hashlib.sha256(named.encode()).hexdigest()
+    described = json.dumps([(item.image, item.mask, item.bytes) for item in items])
+    inputs = hashlib.sha256(described.encode()).hexdigest()
     plan = _plan(items, shard_bytes)
-    known = _begin(folder, {"inputs": inputs, "shards": len(plan)})
+    done = _open_folder(folder, {"inputs": inputs, "shards": len(plan)})
     with tqdm(
         total=sum(item.bytes for item in items), unit="B", unit_scale=True, file=sys.stdout, mininterval=1
     ) as bar:
-        packer = _Packer(folder, known, len(plan), bar.update)
+        packer = _Packer(folder, done, len(plan), bar.update)
         with ThreadPoolExecutor(min(data.threads, len(plan)), thread_name_prefix="pack") as pool:
-            futures = [pool.submit(packer, number, part) for number, part in enumerate(plan)]
+            futures = [pool.submit(packer, number, shard) for number, shard in enumerate(plan)]
             try:
-                made = [future.result() for future in futures]
+                results = [future.result() for future in futures]
             finally:
                 for future in futures:
-                    future.cancel()  # After an error, shards that have not begun are left.
+                    future.cancel()  # After an error, no further shard is started.
     split = _write_lists(data, sources, folder)
-    index = Index(inputs, tuple(shard for shard, _ in made), tuple(row for _, rows in made for row in rows))
+    rows = tuple(row for result in results for row in result.rows)
+    index = Index(inputs, tuple(result.shard for result in results), rows)
     _write_json(folder / records.INDEX, records.index_to_json(index))
     shutil.rmtree(folder / records.PROGRESS)
     without = {entry.image for entry in sources.unlabeled.entries if entry.mask is not None}
-    return Packed(index, split, packer.kept, sum(item.mask is None and item.image in without for item in items))
+    return PackResult(index, split, packer.kept, sum(item.mask is None and item.image in without for item in items))
 
 
 def _items(sources: Sources, threads: int) -> list[Item]:
-    """Each image once, in the order of the lists; raises DataError where lists disagree about its mask."""
+    """Returns each image once, in the order of the lists; raises DataError if lists disagree about its mask."""
     masks: dict[str, str | None] = {}
     for source in sources:
         for image, mask in source.entries:
@@ -105,14 +113,14 @@ def _items(sources: Sources, threads: int) -> list[Item]:
                 masks[image] = mask
             elif mask not in (None, known):
                 raise DataError(
-                    f"{image} has the mask {mask} in {source.where}, and {known} elsewhere; a packed image has one"
+                    f"{image} has the mask {mask} in {source.where}, but {known} elsewhere; a packed image has one mask"
                 )
     needed = {entry.mask for source in (sources.labeled, sources.val) for entry in source.entries}
     root = sources.labeled.root
 
     def item(image: str, mask: str | None) -> Item:
         image_path, mask_path = os.path.join(root, image), None if mask is None else os.path.join(root, mask)
-        # Masks of unlabeled images are never read, and lists name some that do not exist.
+        # Masks of unlabeled images are never read, so lists may name masks that do not exist.
         if mask is not None and mask not in needed and not os.path.isfile(mask_path):
             mask = mask_path = None
         return Item(
@@ -124,7 +132,7 @@ def _items(sources: Sources, threads: int) -> list[Item]:
 
 
 def _plan(items: Sequence[Item], shard_bytes: int) -> list[list[Item]]:
-    """The items of each shard: in their order, at least so many bytes."""
+    """Divides items, in their order, into shards of at least `shard_bytes`, except the last one."""
     shards, size = [], shard_bytes
     for item in items:
         if size >= shard_bytes:
@@ -135,63 +143,64 @@ def _plan(items: Sequence[Item], shard_bytes: int) -> list[list[Item]]:
     return shards
 
 
-_Made = tuple[Shard, list[Row]]  # What the index says about a shard.
-
-
-def _begin(folder: pathlib.Path, plan: dict) -> dict[int, _Made]:
-    """Makes the folder; returns the shards that are noted as whole, of a conversion that was stopped or is complete.
+def _open_folder(folder: pathlib.Path, plan: dict) -> dict[int, ShardResult]:
+    """Creates the folder, and returns the shards already completed by an earlier run of the same command.
 
     Raises:
-      DataError: the folder holds something else.
+      DataError: the folder has other content.
     """
-    progress, made = folder / records.PROGRESS, {}
+    progress, done = folder / records.PROGRESS, {}
     if (folder / records.INDEX).exists():
         index = records.read_index(str(folder))
-        found = {"inputs": index.inputs, "shards": len(index.shards)}
-        made = {number: (shard, []) for number, shard in enumerate(index.shards)}
+        existing = {"inputs": index.inputs, "shards": len(index.shards)}
+        done = {number: ShardResult(shard, []) for number, shard in enumerate(index.shards)}
         for row in index.rows:
-            made[row.shard][1].append(row)
+            done[row.shard].rows.append(row)
     elif (progress / _PLAN).exists():
-        found = json.loads((progress / _PLAN).read_text())
+        existing = json.loads((progress / _PLAN).read_text())
         for note in progress.glob("[0-9]*.json"):
             shard, rows = json.loads(note.read_text())
-            made[int(note.stem)] = Shard(*shard), [records.row_from_json(row) for row in rows]
+            done[int(note.stem)] = ShardResult(Shard(*shard), [records.row_from_json(row) for row in rows])
     elif folder.exists() and any(path != progress for path in folder.iterdir()):
-        raise DataError(f"{folder}: not empty, and no packed data set; expected a new folder")
+        raise DataError(f"{folder}: neither empty nor a packed data set; expected a new folder")
     else:
-        found = plan
-    if found != plan:
-        raise DataError(f"{folder}: holds, whole or in part, a conversion of other files or lists; name a new folder")
+        existing = plan
+    if existing != plan:
+        raise DataError(
+            f"{folder}: holds a packed data set, complete or not, of other files or lists; expected a new folder"
+        )
     progress.mkdir(parents=True, exist_ok=True)
     _write_json(progress / _PLAN, plan)
-    return made
+    return done
 
 
 class _Packer:
-    """Packs shards, each whole or not at all; keeps those that are whole.
+    """Packs shards, each completely or not at all; keeps those that are complete already.
 
     Attributes:
-      kept: number of shards that were there.
+      kept: number of shards that were kept.
     """
 
-    def __init__(self, folder: pathlib.Path, known: dict[int, _Made], shards: int, progress: Callable[[int], None]):
-        self._folder, self._known, self._shards = folder, known, shards
+    def __init__(
+        self, folder: pathlib.Path, done: dict[int, ShardResult], shards: int, progress: Callable[[int], None]
+    ):
+        self._folder, self._done, self._shards = folder, done, shards
         self._progress, self._lock, self.kept = progress, threading.Lock(), 0
 
-    def __call__(self, number: int, items: Sequence[Item]) -> _Made:
+    def __call__(self, number: int, items: Sequence[Item]) -> ShardResult:
         """Packs `items` into shard `number`."""
-        if number in self._known and self._is_whole(self._known[number][0]):
-            self._tell(sum(item.bytes for item in items), kept=1)
-            return self._known[number]
+        if number in self._done and self._is_complete(self._done[number].shard):
+            self._advance(sum(item.bytes for item in items), kept=1)
+            return self._done[number]
         path = self._folder / f"records-{number:05d}-of-{self._shards:05d}.array_record"
         with files.atomic_write(path) as part:
             rows = self._write(number, part, items)
             count = sum(1 if row.mask is None else 2 for row in rows)
             shard = Shard(path.name, count, part.stat().st_size, _sha256(part))
         _write_json(self._folder / records.PROGRESS / f"{number:05d}.json", [shard, rows])
-        return shard, rows
+        return ShardResult(shard, rows)
 
-    def _is_whole(self, shard: Shard) -> bool:
+    def _is_complete(self, shard: Shard) -> bool:
         path = self._folder / shard.file
         return path.is_file() and path.stat().st_size == shard.bytes and _sha256(path) == shard.sha256
 
@@ -209,12 +218,12 @@ class _Packer:
                 lengths = [*map(len, contents), 0]
                 rows.append(Row(item.image, item.mask, number, position, *lengths[:2], *[*sizes, None][:2]))
                 position += len(contents)
-                self._tell(item.bytes)
+                self._advance(item.bytes)
         finally:
             writer.close()
         return rows
 
-    def _tell(self, packed: int, kept: int = 0) -> None:
+    def _advance(self, packed: int, kept: int = 0) -> None:
         with self._lock:
             self.kept += kept
             self._progress(packed)
@@ -222,12 +231,12 @@ class _Packer:
 
 def _sha256(path: pathlib.Path) -> str:
     with open(path, "rb") as file:
-        os.fsync(file.fileno())  # What is noted as whole must outlive a crash of the machine.
+        os.fsync(file.fileno())  # Shards that count as complete must survive a crash of the machine.
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_lists(data, sources: Sources, folder: pathlib.Path) -> str:
-    """Writes the lists, the label map and the names of the classes; returns the name of the split."""
+    """Writes the lists, the label map and the class names; returns the name of the split."""
     root = pathlib.Path(sources.labeled.root)
     splits = folder / (_SPLITS if os.path.isabs(os.path.expanduser(data.splits)) else data.splits)
     texts = {folder / _CLASSES: "".join(f"{name}\n" for name in data.classes).encode()}

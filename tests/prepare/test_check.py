@@ -6,16 +6,16 @@ import pytest
 from PIL import Image
 
 from configs import custom, shapes
-from dssn_jax.prepare import check, check_report, pack
-from dssn_jax.prepare import prepare as own_images
-from dssn_jax.prepare.prepare import DefectsError
+from dssn_jax.prepare import check_report, prepare
+from dssn_jax.prepare.check import KINDS, check_data
+from dssn_jax.prepare.pack import pack_files
 from input_pipeline.errors import DataError
 from tests.input_pipeline.own_images import make_root, save_image, save_mask
 
 
 @pytest.fixture
 def sound(tmp_path):
-    """A root without a defect, and its lists: 6 labeled, 3 unlabeled, 2 validation images; classes a, b, c."""
+    """Returns a root without a defect, with lists: 6 labeled, 3 unlabeled, 2 validation images; classes a, b, c."""
     masks = {f"x{n}": (n % 3,) for n in range(6)} | {"v0": (0, 1), "v1": (2,)}
     root = make_root(tmp_path / "root", masks, unlabeled=("u0", "u1", "u2"))
     write(root / "train.txt", [f"x{n}" for n in range(6)])
@@ -37,13 +37,15 @@ def findings(report):
 
 def test_sound_data(sound, capsys, tmp_path):
     save_mask(sound / "masks/x0.png", (0, 0, 0, 255))
-    report = own_images.check(configure(sound), str(tmp_path / "report.json"))
+    report = prepare.check(configure(sound), to=str(tmp_path / "report.json"))
     assert report.findings == () and report.defects == 0
-    assert report.images == {"labeled": 6, "unlabeled": 3, "val": 2}
+    assert {name: split.images for name, split in report.splits.items()} == {"labeled": 6, "unlabeled": 3, "val": 2}
+    labeled, val = report.splits["labeled"], report.splits["val"]
     # x0: six rows of 8 pixels are a, two are ignored; x3: all a; x1, x4: b; x2, x5: c. v0: half a, half b; v1: c.
-    assert report.pixels["labeled"].tolist() == [48 + 64, 128, 128] and report.ignored["labeled"] == 16
-    assert report.pixels["val"].tolist() == [32, 32, 64]
-    assert report.occurrences["labeled"].tolist() == [2, 2, 2] and report.occurrences["val"].tolist() == [1, 1, 1]
+    assert labeled.pixels.tolist() == [48 + 64, 128, 128] and labeled.ignored == 16
+    assert val.pixels.tolist() == [32, 32, 64]
+    assert labeled.occurrences.tolist() == [2, 2, 2] and val.occurrences.tolist() == [1, 1, 1]
+    assert report.splits["unlabeled"].pixels is None
     text = capsys.readouterr().out
     assert "nothing to fix" in text
     row = next(line.split() for line in text.splitlines() if line.startswith("0 a"))
@@ -53,8 +55,8 @@ def test_sound_data(sound, capsys, tmp_path):
     assert saved["sizes"]["unlabeled"] == {"smallest": "8x8", "median": "8x8", "largest": "8x8"}
 
 
-def test_every_defect_is_told(sound, capsys):
-    """One of each, in a single look."""
+def test_every_defect_is_reported(sound, capsys):
+    """One defect of each kind, in a single check."""
     png = (sound / "images/x0.png").read_bytes()
     (sound / "images/x0.png").write_bytes(png[: len(png) // 2])
     (sound / "images/x1.png").unlink()
@@ -68,11 +70,11 @@ def test_every_defect_is_told(sound, capsys):
     save_image(sound / "unlabeled/u2.png", 9, size=30)
     Image.open(sound / "unlabeled/u0.png").convert("L").save(sound / "unlabeled/u0.png")
     write(sound / "train.txt", ["x0", "x1", "x2", "x3", "x4", "x5", "u0", "u0", "v0"], "images/x9.png\n")
-    with pytest.raises(DefectsError, match=f"the data of {sound}: 9 to fix"):
-        own_images.check(configure(sound))
-    report = check(configure(sound))
-    found = {kind: (finding.level, "\n".join(finding.items)) for kind, finding in findings(report).items()}
-    for kind, level, parts in (
+    with pytest.raises(prepare.DefectsError, match=f"the data of {sound}: 9 to fix"):
+        prepare.check(configure(sound))
+    report = check_data(configure(sound))
+    reported = {kind: "\n".join(finding.items) for kind, finding in findings(report).items()}
+    for kind, level, texts in (
         (
             "layout",
             "fix",
@@ -89,55 +91,57 @@ def test_every_defect_is_told(sound, capsys):
         ("unlike_sizes", "note", ["unlabeled/u2.png: 30x30"]),
         ("unlike_colors", "note", ["unlabeled/u0.png"]),
     ):
-        assert found[kind][0] == level
-        for part in parts:
-            assert part in found[kind][1], (kind, part, found[kind][1])
-    assert set(found) == {
+        assert KINDS[kind].level == level
+        for text in texts:
+            assert text in reported[kind], (kind, text, reported[kind])
+    assert set(reported) == {
         "layout", "unreadable_images", "unreadable_masks", "size_mismatches", "uncovered_values", "leaks", "duplicates",
         "repeated", "classes_not_in_labeled", "unlike_sizes", "unlike_colors",
     }  # fmt: skip
     # x3 has no mask of its size, x4 and x5 no known values, x2 no mask; u0 counts twice, x0 and x1 by their masks.
-    assert report.masks == {"labeled": 5, "val": 2}
+    assert {name: split.masks for name, split in report.splits.items()} == {"labeled": 5, "unlabeled": None, "val": 2}
     text = capsys.readouterr().out
     assert str(sound) not in text.partition("\nclass")[2]  # Names are those below the root.
     assert text.count("FIX") == 6 and "9 to fix" in text
 
 
 def test_folders(tmp_path):
-    """Images without masks, masks without images, images in two folders, classes that do not validate."""
+    """Images without masks, masks without images, images in two lists, classes without validation images."""
     root = make_root(tmp_path, {"a": (0,), "b": (0,), "c": (255,), "d": (0,)}, images=("x",))
     save_mask(root / "masks/y.png", (0,))
-    found = findings(check(custom.get_config(f"root={root},val=0.5")))
-    assert "1 images in images have no mask: images/x.png" in found["layout"].items[0]
-    assert found["unused_masks"].items == ("masks/y.png",)
-    assert found["classes_not_in_labeled"].items == found["classes_not_in_val"].items == ("b", "c")
-    assert found["empty_masks"].items == (str(root / "masks/c.png"),)
-    assert found["labeled_in_unlabeled"].level == "note"
+    reported = findings(check_data(custom.get_config(f"root={root},val=0.5")))
+    assert "1 images in images have no mask: images/x.png" in reported["layout"].items[0]
+    assert reported["unused_masks"].items == ("masks/y.png",)
+    assert reported["classes_not_in_labeled"].items == reported["classes_not_in_val"].items == ("b", "c")
+    assert reported["empty_masks"].items == (str(root / "masks/c.png"),)
+    assert reported["labeled_in_unlabeled"].items == ("2 of 2 labeled images",)
 
 
 def test_packed_data(sound, tmp_path):
-    """What was packed is looked through as the files are."""
-    before = check(configure(sound))
-    packed = pack(configure(sound), str(tmp_path / "packed"))
+    """A packed data set gives the report of its files."""
+    before = check_data(configure(sound))
+    packed = pack_files(configure(sound), str(tmp_path / "packed"))
     config = configure(sound)
     config.data.update({"source": "array_record", "root": str(tmp_path / "packed"), "split": packed.split})
-    after = check(config)
-    assert after.images == before.images and after.sizes == before.sizes and after.findings == before.findings
-    assert after.pixels["labeled"].tolist() == before.pixels["labeled"].tolist()
+    after = check_data(config)
+    assert after.findings == before.findings
+    for name, split in before.splits.items():
+        assert after.splits[name].images == split.images and after.splits[name].sizes == split.sizes
+    assert after.splits["labeled"].pixels.tolist() == before.splits["labeled"].pixels.tolist()
 
 
 def test_items_are_counted_not_all_printed(sound):
     for n in range(6):
         (sound / f"images/x{n}.png").unlink()
-    report = check(configure(sound))
-    text = check_report.text(report)
+    report = check_data(configure(sound))
+    text = check_report.to_text(report)
     assert text.count("missing file") == 5 and "... 1 more" in text and "6 to fix" in text
-    assert len(check_report.as_json(report)["findings"][0]["items"]) == 6
+    assert len(check_report.to_json(report)["findings"][0]["items"]) == 6
 
 
 def test_names_that_a_terminal_cannot_show(sound):
     (sound / "unlabeled/\udcff.png").write_bytes(b"")
-    text = check_report.text(check(configure(sound)))
+    text = check_report.to_text(check_data(configure(sound)))
     text.encode()
     assert r"\xff.png: " in text
 
@@ -147,19 +151,19 @@ def test_large_images(tmp_path):
     for name in "ab":
         Image.new("RGB", (3000, 4)).save(root / f"images/{name}.png")
         Image.fromarray(np.zeros((4, 3000), np.uint8)).save(root / f"masks/{name}.png")
-    assert findings(check(custom.get_config(f"root={root}")))["large"].items[0].endswith("3000 pixels")
+    assert findings(check_data(custom.get_config(f"root={root}")))["large"].items[0].endswith("3000 pixels")
 
 
 def test_nothing_to_check(tmp_path):
-    with pytest.raises(DataError, match="generated images"):
-        check(shapes.get_config())
+    with pytest.raises(DataError, match="images are generated"):
+        check_data(shapes.get_config())
     root = make_root(tmp_path, {"a": (0,), "b": (0,)})
     with pytest.raises(DataError, match="no such folder"):
-        check(custom.get_config(f"root={root},masks=absent"))
+        check_data(custom.get_config(f"root={root},masks=absent"))
 
 
-def test_exif_and_color_maps_are_looked_through(tmp_path):
-    """What training reads is what is checked: turned images, masks of colors."""
+def test_exif_and_color_maps(tmp_path):
+    """The check reads what training reads: rotated images, masks of colors."""
     root = make_root(tmp_path, {"a": (0,), "b": (0,)})
     image, exif = Image.new("RGB", (4, 8), (9, 9, 9)), Image.Exif()
     exif[0x0112] = 6
@@ -172,6 +176,6 @@ def test_exif_and_color_maps_are_looked_through(tmp_path):
     Image.fromarray(colors).save(root / "masks/a.png")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(root / "masks/b.png")
     (root / "map.txt").write_text("0 0 0 a\n255 0 0 b\n")
-    report = check(custom.get_config(f"root={root},label_map=map.txt"))
+    report = check_data(custom.get_config(f"root={root},label_map=map.txt"))
     assert not report.defects
-    assert (report.pixels["labeled"] + report.pixels["val"]).tolist() == [16 + 64, 16, 0]
+    assert (report.splits["labeled"].pixels + report.splits["val"].pixels).tolist() == [16 + 64, 16, 0]
