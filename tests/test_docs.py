@@ -127,5 +127,10 @@ def test_code_names_modules_that_exist():
             assert importlib.util.find_spec(module), f"{file}: {module}"
 
 
+def test_readme_lists_every_data_set():
+    for file in (ROOT / "configs").glob("*.py"):
+        assert "def get_config(argument" not in file.read_text() or f"| `configs/{file.name}` |" in PAGES["README.md"]
+
+
 def test_readme_is_short():
     assert len(PAGES["README.md"].splitlines()) <= 140
