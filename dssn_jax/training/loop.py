@@ -4,7 +4,7 @@ A run is initialized in this order, so that bad input is refused before anything
 
 1. Keys that the run in the work directory, if any, has chosen are inherited, and the configuration is validated.
 2. The data are opened; keys that are still unset are chosen from the data and the devices (`plan`).
-3. The learner is built: network, method, optimizer.
+3. The learner (network, method, optimizer) and the evaluator are built.
 4. For a new run, pretrained weights are read and fitted to the network.
 5. The work directory is created; the log starts.
 6. The latest checkpoint is restored, or refused if the run would not continue exactly. Without one, the state is
@@ -24,7 +24,7 @@ from etils import epath
 from configs import checks
 from dssn_jax import distributed
 from dssn_jax.evaluation import metrics
-from dssn_jax.evaluation.evaluate import Evaluator, log_progress
+from dssn_jax.evaluation.evaluate import log_progress
 from dssn_jax.training.image_summaries import ImageSummaries
 from dssn_jax.training.prefetch import DevicePrefetcher
 from dssn_jax.training.run import Run, batch_sizes, describe, plan, run_info
@@ -87,7 +87,7 @@ class Trainer:
         """Continues the run in `workdir`, or starts it from `weights` (None: random ones)."""
         self._run, self._learner, self._config = run, run.learner, run.learner.config
         self._workdir, mesh = workdir.path, run.learner.mesh
-        self._evaluator = Evaluator(self._learner)
+        self._evaluator = run.evaluator
         self._scores = metrics.new_scores(metrics.ranking(self._config))
         self._records = {name: digest(getattr(run.sources, name)) for name in ("labeled", "unlabeled")}
         self._checkpointer = checkpoint.Checkpointer(workdir.path, self._scores["metric"])

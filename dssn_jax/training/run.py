@@ -1,10 +1,11 @@
-"""What a run trains: the learner, the data and the length, from a configuration; writes nothing."""
+"""What a run trains, on what and for how long: built from a configuration before anything is written."""
 
 from typing import NamedTuple
 
 import jax
 
 from dssn_jax import auto_config
+from dssn_jax.evaluation.evaluate import Evaluator
 from dssn_jax.learner import learner as learner_lib
 from dssn_jax.learner.learner import Learner
 from dssn_jax.validate import validate_training
@@ -17,13 +18,14 @@ class Run(NamedTuple):
     """What is trained, on what and for how long."""
 
     learner: Learner  # Its config has a value for every key.
+    evaluator: Evaluator
     sources: Sources
     length: RunLength
     chosen: list[str]  # Why auto-configuration chose the values that were unset.
 
 
 def plan(config) -> Run:
-    """Opens the data, fills in unset keys and builds the learner for all devices; writes nothing.
+    """Opens the data, fills in unset keys and builds learner and evaluator for all devices; writes nothing.
 
     Raises ConfigError or DataError for what cannot be trained.
     """
@@ -33,7 +35,8 @@ def plan(config) -> Run:
     config, chosen = auto_config.fill_in(config, sources, devices)
     validate_training(config, len(devices))  # Given and chosen values together.
     length = run_length(sources, config)
-    return Run(learner_lib.build(config, length=length), sources, length, chosen)
+    learner = learner_lib.build(config, length=length)
+    return Run(learner, Evaluator(learner), sources, length, chosen)
 
 
 def batch_sizes(config) -> dict[str, int]:

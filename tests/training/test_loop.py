@@ -256,7 +256,8 @@ def test_checkpoints_are_ranked_by_the_configured_metric(tiny_config, tmp_path):
     assert summary["best_score"] == summary["student"]["best"]["pixel_accuracy"]
     assert restore.restore(tmp_path).step == summary["best_step"]
     with pytest.raises(ConfigError, match="unknown config.eval.metric 'iou'; did you mean 'miou'"):
-        loop.train(tiny_config("supervised", eval__metric="iou"), tmp_path)
+        loop.train(tiny_config("supervised", eval__metric="iou"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_missing_checkpoints_are_named(tiny_config, trained, tmp_path):

@@ -1,0 +1,41 @@
+"""Which checks apply to a network that is only applied, and which to training."""
+
+import pytest
+
+from configs.checks import ConfigError
+from dssn_jax.validate import validate_evaluation, validate_model, validate_training
+
+
+def test_batches_matter_to_training_alone(tiny_config):
+    config = tiny_config(data__labeled_batch=3, train__accumulation=2)
+    validate_model(config)
+    validate_evaluation(config)
+    with pytest.raises(ConfigError, match=r"labeled_batch is 3; expected a multiple of 1 devices x 2 micro-batches"):
+        validate_training(config, device_count=1)
+
+
+def test_labeled_images_per_step_are_split_over_the_devices(tiny_config):
+    """Twice data.labeled_batch, for the supervised baseline."""
+    config = tiny_config("supervised", data__labeled_batch=3)
+    validate_training(config, device_count=6)
+    with pytest.raises(ConfigError, match=r"is 3, which makes 6 images per step \(config.method.labeled_batch_factor"):
+        validate_training(config, device_count=4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "check"),
+    [
+        ("model__encoder", "resnet51", validate_model),
+        ("model__dtype", "float16", validate_model),
+        ("eval__mode", "whole", validate_evaluation),
+        ("eval__scales", (0.0,), validate_evaluation),
+        ("eval__batch", 0, validate_evaluation),
+        ("views__hue", 0.6, lambda config: validate_training(config, 1)),
+        ("views__operations", (3, 1), lambda config: validate_training(config, 1)),
+        ("optimizer__name", "lion", lambda config: validate_training(config, 1)),
+        ("method__feature_dropout", 1.0, lambda config: validate_training(config, 1)),
+    ],
+)
+def test_the_key_is_named(tiny_config, key, value, check):
+    with pytest.raises(ConfigError, match=f"config.{key.replace('__', '.')}"):
+        check(tiny_config(**{key: value}))
