@@ -129,7 +129,8 @@ def test_code_names_modules_that_exist():
 
 def test_readme_lists_every_data_set():
     for file in (ROOT / "configs").glob("*.py"):
-        assert "def get_config(argument" not in file.read_text() or f"| `configs/{file.name}` |" in PAGES["README.md"]
+        if re.search(r"^def get_config\(argument", file.read_text(), re.M):
+            assert f"| `configs/{file.name}` |" in PAGES["README.md"]
 
 
 def test_readme_is_short():
