@@ -12,7 +12,7 @@ from input_pipeline.split_lists import LIST_SUFFIX, Entry
 
 UNMASKED = ("refuse", "unlabeled")
 OVERLAP = ("allow", "refuse")
-# Of the formats that photos and scans come in and Pillow reads: BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF, WebP.
+# Formats of photos and scans that Pillow reads: BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF, WebP.
 IMAGE_SUFFIXES = (
     ".apng", ".bmp", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx",
     ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
@@ -132,13 +132,13 @@ def held_out_count(fraction: float, images: int) -> int:
 
 
 def _from_lists(lists: split_lists.SplitLists, splits: Sequence[str]) -> Layout:
-    found, defects = {}, []
+    named, defects = {}, []
     for name in splits:
         path = getattr(lists, name)
         entries, wrong = split_lists.parse_list(path, labeled=name != "unlabeled")
-        found[name] = SplitEntries(entries, path)
+        named[name] = SplitEntries(entries, path)
         defects += wrong
-    return Layout(**found, defects=tuple(defects))
+    return Layout(**named, defects=tuple(defects))
 
 
 def _from_folders(root: str, data) -> Layout:

@@ -262,7 +262,7 @@ def test_resume(folder, config, workers):
     iterator.close()
     restored = train_iterator(dataset, config)
     if not workers:
-        next(restored)  # It may have started. With workers this only takes time: they are started anew all the same.
+        next(restored)  # It may have started; with workers the test would only be slower, because they restart.
     restored.set_state(state)
     assert restored.get_state() == state
     for step, batch in enumerate(_take(restored, 3), start=3):
