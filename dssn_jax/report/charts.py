@@ -1,114 +1,87 @@
-"""Charts of runs, as plotly.js draws them: plain dicts of traces and layout, colored and themed by the page.
+"""Charts of runs for plotly.js: plain dicts of traces and layout, which the script of the page colors and themes.
 
-Color tells the run, the dash the network. Traces of a curve hold in "meta" what the page needs to show it over epochs
-or time instead of steps, and every trace the run that it belongs to, so that runs can be hidden.
+Color identifies the run, the dash the network. The "meta" of a curve holds what the page needs to draw it over epochs
+or time instead of steps, and that of every trace the index of its run, so that runs can be hidden.
 """
 
 import numpy as np
 
-from dssn_jax import visualize as pictures
-from dssn_jax.evaluation.scores import NETWORKS
+from dssn_jax import visualize
+from dssn_jax.evaluation.metrics import METRICS, NETWORKS
 from dssn_jax.report.runs import Run, Series
 
-# Of runs: told apart on white and on black, the first ones also with the common kinds of color blindness.
+# Colors of runs: distinct on white and on black, the first ones also with common kinds of color blindness.
 COLORS = ("#3b82f6", "#f97316", "#10b981", "#db2777", "#a78bfa", "#ca8a04", "#06b6d4", "#84cc16")
 DASHES = {"student": "dot", "teacher": "solid"}
-SCORES = "Scores"  # The section of the page with the numbers of student and teacher.
-# The other sections, and how the names of their metrics begin; the first that fits.
+SCORES = "Scores"  # The section of the metrics of student and teacher.
+# The other sections, and the prefixes of the names of their metrics; the first match counts.
 SECTIONS = {"Losses": ("loss", "contrast"), "Selected pixels": ("mask_ratio",), "Optimization and speed": ("",)}
-TITLES = {
-    "miou": "Mean IoU, %",
-    "pixel_accuracy": "Pixel accuracy, %",
-    "frequency_weighted_iou": "Frequency-weighted IoU, %",
-    "loss": "Total loss",
-    "loss_x": "Labeled loss L_x",
-    "loss_s1": "Strong view 1, L_s1",
-    "loss_s2": "Strong view 2, L_s2",
-    "loss_fp1": "Feature view 1, L_fp1",
-    "loss_fp2": "Feature view 2, L_fp2",
-    "contrast_image": "Contrast, image level",
-    "contrast_feature": "Contrast, feature level",
-    "mask_ratio": "Share selected, weak view",
-    "mask_ratio_s1": "Share selected, strong view 1",
-    "mask_ratio_s2": "Share selected, strong view 2",
-    "lr": "Learning rate, backbone",
-    "grad_norm": "Gradient norm",
-    "images_per_second": "Images/s",
-    "waiting": "Share of time waiting for data",
-}
-CELL_TEXT = 24  # Most classes for which the cells of a confusion matrix hold their number.
+CELL_TEXT = 24  # Confusion matrices of more classes show no numbers in their cells.
 
 
 def color(index: int) -> str:
-    """The color of the run with this place on the page."""
+    """Returns the color of the run with this index on the page."""
     return COLORS[index % len(COLORS)]
 
 
 def curves(runs: list[Run]) -> dict[str, list[dict]]:
-    """A chart for each recorded number, with a line for each run and network, by section of the page."""
-    metrics: dict[str, list[dict]] = {}
-    for index, run in enumerate(runs):
-        for name, series in run.series.items():
-            if series.values.ndim == 1:
-                metric, network = _split(name)
-                metrics.setdefault(metric, []).append(_line(index, run, network, series))
-    order = list(TITLES)
+    """Returns the charts of each section: one per metric, with a line per run and network."""
     sections: dict[str, list[dict]] = {section: [] for section in (SCORES, *SECTIONS)}
-    for metric in sorted(metrics, key=lambda metric: order.index(metric) if metric in order else len(order)):
-        section = next(name for name, starts in SECTIONS.items() if metric.startswith(starts))
-        if any(trace["meta"]["network"] for trace in metrics[metric]):
-            section = SCORES
-        sections[section].append(_chart(TITLES.get(metric, metric), "curve", metrics[metric], yaxis=_range(metric)))
+    for name, metric in METRICS.items():
+        lines = [_line(i, run, network, run.series[f"{name}_{network}"]) for i, run, network in _evaluated(runs)]
+        if lines:
+            sections[SCORES].append(_chart(f"{metric.title}, %", lines, {"rangemode": "tozero"}))
+    scores = {f"{name}_{network}" for name in (*METRICS, "iou") for network in NETWORKS}
+    others = dict.fromkeys(name for run in runs for name in run.series if name not in scores)
+    for name in sorted(others, key=lambda name: not name.startswith("loss")):  # The losses first.
+        section = next(title for title, prefixes in SECTIONS.items() if name.startswith(prefixes))
+        lines = [_line(i, run, None, run.series[name]) for i, run in enumerate(runs) if name in run.series]
+        yaxis = {} if name in ("lr", "grad_norm") or name.startswith("contrast") else {"rangemode": "tozero"}
+        sections[section].append(_chart(name, lines, yaxis))
     return sections
 
 
 def class_bars(runs: list[Run]) -> list[dict]:
-    """IoU of each class at the last evaluation, a bar for each run and network."""
-    traces, classes = [], []
-    for index, run in enumerate(runs):
-        for network in run.networks:
-            series = run.series.get(f"iou_{network}")
-            if series is not None:
-                classes += [name for name in run.classes if name not in classes]
-                step, values = int(series.steps[-1]), series.values[-1].tolist()
-                trace = {"type": "bar", "x": run.classes, "y": _plain(values), "name": f"{run.label} {network}"}
-                trace["marker"] = {"color": color(index), "opacity": 1.0 if network == run.networks[-1] else 0.45}
-                trace["hovertemplate"] = f"%{{x}}: %{{y:.2f}}<extra>{run.label} {network}, step {step}</extra>"
-                traces.append(trace | {"meta": {"run": index}})
+    """Returns a chart of the IoU of each class at the last evaluation, with a bar per run and network; [] if none."""
+    traces, classes = [], {}
+    for index, run, network in _evaluated(runs):
+        series, name = run.series[f"iou_{network}"], f"{run.label} {network}"
+        classes |= dict.fromkeys(run.classes)
+        traces.append({
+            "type": "bar", "x": run.classes, "y": _json_numbers(series.values[-1]), "name": name,
+            "marker": {"color": color(index), "opacity": 1.0 if network == run.networks[-1] else 0.45},
+            "hovertemplate": f"%{{x}}: %{{y:.2f}}<extra>{name}, step {series.steps[-1]:.0f}</extra>",
+            "meta": {"run": index},
+        })  # fmt: skip
     if not traces:
         return []
     axes = {"xaxis": {"type": "category", "showgrid": False}, "yaxis": {"range": [0, 100], "title": {"text": "IoU, %"}}}
     layout = {"barmode": "group", "bargap": 0.25, **axes}
-    chart = {"title": "", "kind": "bars", "traces": traces, "layout": layout}
-    return [chart | {"width": len(classes) * (10 * len(traces) + 14)}]
+    width = len(classes) * (10 * len(traces) + 14)
+    return [{"title": "", "kind": "bars", "traces": traces, "layout": layout, "width": width}]
 
 
 def class_curves(runs: list[Run]) -> list[dict]:
-    """IoU over the run: a chart for each class with a line for each run and network."""
-    charts: dict[str, list[dict]] = {}
+    """Returns a chart of the IoU over the run for each class, with a line per run and network."""
+    lines: dict[str, list[dict]] = {}
     swatches: dict[str, str] = {}
-    for index, run in enumerate(runs):
-        for network in run.networks:
-            series = run.series.get(f"iou_{network}")
-            for k, name in enumerate(run.classes if series is not None else ()):
-                swatches.setdefault(name, _hex(pictures.palette(k + 1)[k]))
-                line = Series(series.steps, series.values[:, k], series.seconds)
-                charts.setdefault(name, []).append(_line(index, run, network, line))
-    return [
-        _chart(name, "curve", traces, yaxis={"range": [0, 100]}) | {"swatch": swatches[name]}
-        for name, traces in charts.items()
-    ]
+    for index, run, network in _evaluated(runs):
+        series = run.series[f"iou_{network}"]
+        for k, name in enumerate(run.classes):
+            swatches.setdefault(name, _hex(visualize.palette(k + 1)[k]))
+            lines.setdefault(name, []).append(_line(index, run, network, series._replace(values=series.values[:, k])))
+    return [_chart(name, traces, {"range": [0, 100]}) | {"swatch": swatches[name]} for name, traces in lines.items()]
 
 
 def confusion(run: Run, network: str) -> dict:
-    """The confusion matrix of the last evaluation: of the pixels of each class, how many were called what, per cent."""
+    """Returns the confusion matrix of the last evaluation: predictions of the pixels of each class, in percent."""
     counts = run.confusions[network]
-    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     trace = {
-        "type": "heatmap", "x": run.classes, "y": run.classes, "z": np.round(shares, 2).tolist(),
+        "type": "heatmap", "x": run.classes, "y": run.classes, "z": np.round(percent, 2).tolist(),
         "colorscale": "Cividis", "zmin": 0, "zmax": 100, "xgap": 1, "ygap": 1,
         "colorbar": {"thickness": 10}, "showscale": len(run.classes) > CELL_TEXT,
-        "hovertemplate": "%{y} called %{x}: %{z:.2f} %<extra></extra>",
+        "hovertemplate": "%{y} predicted as %{x}: %{z:.2f} %<extra></extra>",
     }  # fmt: skip
     if len(run.classes) <= CELL_TEXT:
         trace["texttemplate"] = "%{z:.0f}"
@@ -119,10 +92,9 @@ def confusion(run: Run, network: str) -> dict:
     return chart | {"height": side + 80, "width": side}
 
 
-def _split(name: str) -> tuple[str, str | None]:
-    """Splits "miou_teacher" into ("miou", "teacher"); numbers of no network have None."""
-    metric, _, network = name.rpartition("_")
-    return (metric, network) if network in NETWORKS else (name, None)
+def _evaluated(runs: list[Run]) -> list[tuple[int, Run, str]]:
+    """Returns (index, run, network) for each evaluated network."""
+    return [(index, run, network) for index, run in enumerate(runs) for network in run.networks]
 
 
 def _line(index: int, run: Run, network: str | None, series: Series) -> dict:
@@ -130,27 +102,22 @@ def _line(index: int, run: Run, network: str | None, series: Series) -> dict:
     few = len(series.steps) < 40
     return {
         "type": "scatter", "mode": "lines+markers" if few else "lines", "name": label,
-        "x": series.steps.astype(int).tolist(), "y": _plain(series.values.tolist()),
+        "x": series.steps.astype(int).tolist(), "y": _json_numbers(series.values),
         "line": {"color": color(index), "width": 2, "dash": DASHES.get(network, "solid")}, "marker": {"size": 5},
         "meta": {
             "run": index,
-            "network": network,
-            "seconds": _plain(series.seconds.tolist()),
-            "steps_per_epoch": run.facts.get("steps_per_epoch"),
+            "seconds": _json_numbers(series.seconds),
+            "steps_per_epoch": run.info.get("steps_per_epoch"),
         },
     }  # fmt: skip
 
 
-def _chart(title: str, kind: str, traces: list[dict], yaxis: dict) -> dict:
-    return {"title": title, "kind": kind, "traces": traces, "layout": {"yaxis": yaxis}}
+def _chart(title: str, lines: list[dict], yaxis: dict) -> dict:
+    return {"title": title, "kind": "curve", "traces": lines, "layout": {"yaxis": yaxis}}
 
 
-def _range(metric: str) -> dict:
-    return {"rangemode": "tozero"} if metric.startswith(("loss", "miou", "mask_ratio", "images", "waiting")) else {}
-
-
-def _plain(values: list[float]) -> list[float | None]:
-    """Numbers that JSON can hold: rounded to 5 digits, None where not finite."""
+def _json_numbers(values: np.ndarray) -> list[float | None]:
+    """Rounds values to 5 digits; None replaces what is not finite, which JSON cannot hold."""
     return [float(f"{value:.5g}") if np.isfinite(value) else None for value in values]
 
 

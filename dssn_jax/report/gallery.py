@@ -1,196 +1,188 @@
-"""Pictures for the page: validation images with the best and the worst prediction, and what training sees."""
+"""Pictures for the report: best and worst validation images, and training images with their views and pseudo-labels."""
 
 import base64
 import functools
 import io
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 
-from configs import checks
-from dssn_jax import visualize as pictures
-from dssn_jax.evaluation import evaluate, metrics
-from dssn_jax.learner import learner as experiment
+from dssn_jax import sharding, visualize
+from dssn_jax.evaluation import metrics
+from dssn_jax.evaluation.evaluate import Evaluator, log_progress
+from dssn_jax.learner import learner as learner_lib
+from dssn_jax.learner.learner import Learner
+from dssn_jax.learner.state import deployed
 from dssn_jax.report.runs import Run
-from dssn_jax.training import image_summaries as panels
-from dssn_jax.workdir import checkpoint
+from dssn_jax.training.image_summaries import ImageSummaries
 from dssn_jax.workdir.recorder import logger
-from input_pipeline.errors import DataError
-from input_pipeline.pipeline import train_dataset
-from input_pipeline.sources.open import Source
+from dssn_jax.workdir.restore import Restored, restore
+from input_pipeline.batch import Batch
+from input_pipeline.errors import UserError
+from input_pipeline.pipeline import run_length, train_dataset
+from input_pipeline.sources.open import Source, Sources, open_source
 
-SHOWN = 4  # Best and worst validation images each, and training images.
-LONGEST = 480  # Pixels of the longer side of a picture on the page; larger ones are made smaller.
+SHOWN = 4  # Best, worst and training images of each kind.
+LONGEST = 480  # Longer side of a picture on the page, pixels; larger pictures are reduced.
 
 
 class Picture(NamedTuple):
-    """A picture with a line under it."""
+    """An encoded picture with its caption."""
 
     caption: str
     uri: str  # A data URI.
-    width: int  # Pixels, as `height`.
-    height: int
+    width: int  # Pixels.
+    height: int  # Pixels.
 
 
 class Row(NamedTuple):
-    """Pictures of one image."""
+    """The pictures of one image."""
 
     title: str
     pictures: list[Picture]
 
 
 class Gallery(NamedTuple):
-    """The pictures of one run, and words about them."""
+    """The pictures of one run."""
 
-    note: str  # From which checkpoint and network they are, or why there are none.
+    note: str  # Checkpoint and network of the pictures, or why there are none.
     validation: dict[str, list[Row]] = {}  # "Best" and "Worst".
     training: dict[str, list[Row]] = {}  # "Unlabeled images" and "Labeled images".
 
 
-class Scored(NamedTuple):
+class ScoredImage(NamedTuple):
     """A validation image with its prediction."""
 
     name: str
-    miou: float  # Per cent, over the classes that are in the image or in the prediction.
+    miou: float  # In percent, over the classes in the image or in the prediction.
     image: np.ndarray  # uint8 [H, W, 3]
     label: np.ndarray  # uint8 [H, W]
     prediction: np.ndarray  # uint8 [H, W]
 
 
 def draw(run: Run, images: int) -> Gallery:
-    """Predicts with the best checkpoint of `run` (the latest if none was evaluated) and draws what comes out.
+    """Draws pictures of the best checkpoint of `run`, or the latest if nothing was evaluated yet.
 
-    At most `images` validation images are looked at. A run whose data or checkpoint cannot be used gives a gallery
-    without pictures that says why.
+    The best and the worst are chosen among at most `images` validation images. If the data or the checkpoint cannot be
+    used, the gallery has no pictures and its note has the reason.
     """
     if not images:
-        return Gallery("No pictures were asked for.")
+        return Gallery("No pictures: --images=0.")
     try:
-        return _draw(run, images)
-    except (checks.ConfigError, DataError, checkpoint.CheckpointError) as error:
+        val = open_source(run.config, "val")
+        restored = restore(run.workdir, None, config=run.config, mesh=sharding.make_mesh(jax.local_devices()[:1]))
+        note, validation = _draw_validation(restored, val, images, run.label)
+    except UserError as error:
         logger.warning("%s: no pictures: %s", run.label, error)
         return Gallery(f"No pictures: {error}")
-
-
-def _draw(run: Run, images: int) -> Gallery:
-    parts = experiment.build(run.config, jax.local_devices()[:1])
-    saved = checkpoint.Checkpointer(run.workdir, read_only=True)
     try:
-        step = saved.resolve("best" if run.networks else "latest")
-        state, _ = saved.restore(step, parts.abstract_state(), run.config)
-    finally:
-        saved.close()
-    network, variables = list(state.networks().items())[-1]
-    val = _Some(parts.sources.val, images)
-    scored = score(parts, variables, val, run.label)
-    note = f"Predicted by the {network} of step {step}. Best and worst of {len(val)} validation images"
-    note += f", spread evenly over all {len(parts.sources.val)}." if len(val) < len(parts.sources.val) else "."
-    colors = functools.partial(_overlaid, num_classes=len(run.classes))
+        return Gallery(note, validation, _draw_training(restored, val))
+    except UserError as error:
+        logger.warning("%s: no pictures of training images: %s", run.label, error)
+        return Gallery(f"{note} No pictures of training images: {error}", validation)
+
+
+def _draw_validation(restored: Restored, val: Source, images: int, label: str) -> tuple[str, dict[str, list[Row]]]:
+    """Returns the note of the gallery, and the rows of the best and the worst validation images."""
+    network = deployed(restored.networks)
+    indices = np.unique(np.linspace(0, len(val) - 1, min(images, len(val))).round().astype(int)).tolist()
+    logger.info("%s: scoring %d validation images for the report", label, len(indices))
+    scored = score_images(restored.learner, restored.networks[network], val, indices)
+    note = f"Predictions of the {network} at step {restored.step}: best and worst of {len(indices)} validation images"
+    note += f", spread evenly over all {len(val)}." if len(indices) < len(val) else "."
+    overlay = _overlay(restored.learner)
     shown = min(SHOWN, len(scored) // 2)
     ends = {"Best": scored[::-1][:shown], "Worst": scored[:shown]}
-    return Gallery(
-        note,
-        {title: [_validation_row(each, colors) for each in end] for title, end in ends.items()},
-        _training_rows(parts, state, len(run.classes)),
+    return note, {title: [_validation_row(image, overlay) for image in end] for title, end in ends.items()}
+
+
+def score_images(learner: Learner, variables: dict, val: Source, indices: list[int]) -> list[ScoredImage]:
+    """Predicts records of `val` and returns the `SHOWN` worst and the `SHOWN` best, in ascending order of mean IoU."""
+    config, evaluator, progress = learner.config, Evaluator(learner), log_progress(len(indices))
+    confusion = functools.partial(
+        metrics.confusion_matrix, num_classes=len(config.data.classes), ignore=config.data.ignore
     )
-
-
-class _Some:
-    """At most so many records of a source, spread evenly over it; an `Source`."""
-
-    def __init__(self, source: Source, count: int):
-        self._source = source
-        self._indices = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)).tolist()
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self._source[self._indices[index]]
-
-    def name(self, index: int) -> str:
-        return self._source.name(self._indices[index])
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self._source.size(self._indices[index])
-
-
-def score(parts: experiment.Experiment, variables: dict, val, label: str) -> list[Scored]:
-    """Predicts the images of the source `val` whole; returns the `SHOWN` worst and best ones, the worst first."""
-    config = parts.config
-    evaluator = evaluate.Evaluator(parts.model, config, parts.mesh)
-    logger.info("%s: scoring %d validation images for the report", label, len(val))
-    progress, done, kept = evaluate.log_progress(len(val)), 0, []
-    for group in evaluator.groups(val):
-        maps = evaluator.class_maps(variables, group)
-        for row, name in enumerate(group.names):
-            height, width = group.sizes[row]
-            image, label, found = (array[row, :height, :width] for array in (group.images, group.labels, maps))
-            miou = image_miou(found, label, len(config.data.classes), config.data.ignore)
+    confusions_of = jax.jit(jax.vmap(confusion))
+    done, kept = 0, []
+    for batch in evaluator.batches(val, indices=indices):
+        predictions = evaluator.class_maps(variables, batch)
+        confusions = np.asarray(confusions_of(predictions, batch.labels))
+        for row, index in enumerate(batch.indices):
+            miou = image_miou(confusions[row])
             if miou is not None:
-                kept.append(Scored(name, miou, image, label, found))
+                height, width = batch.sizes[row]
+                arrays = (array[row, :height, :width] for array in (batch.images, batch.labels, predictions))
+                kept.append(ScoredImage(val.name(index), miou, *arrays))
         kept.sort(key=lambda scored: scored.miou)
         kept = kept[:SHOWN] + kept[SHOWN:][-SHOWN:]  # The others need not stay in memory.
-        done += len(group.names)
+        done += len(batch.indices)
         progress(done)
     return kept
 
 
-def image_miou(prediction: np.ndarray, label: np.ndarray, num_classes: int, ignore: int) -> float | None:
-    """Mean IoU of one image, per cent, over the classes in it or in its prediction; None if every pixel is ignored."""
-    valid = label != ignore
-    cells = label[valid].astype(int) * num_classes + prediction[valid]
-    confusion = np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
-    there = confusion.sum(0) + confusion.sum(1) > 0
-    return 100 * float(metrics.iou(confusion)[there].mean()) if there.any() else None
+def image_miou(confusion: np.ndarray) -> float | None:
+    """Returns the mean IoU, in percent, over the classes in an image or its prediction; None if all is ignored."""
+    present = confusion.sum(0) + confusion.sum(1) > 0
+    return 100 * float(metrics.iou(confusion)[present].mean()) if present.any() else None
 
 
-def _validation_row(scored: Scored, colors) -> Row:
-    shown = {
+def _validation_row(scored: ScoredImage, overlay: Callable) -> Row:
+    pictures = {
         "image": scored.image,
-        "truth": colors(scored.image, scored.label),
-        "prediction": colors(scored.image, scored.prediction),
+        "truth": overlay(scored.image, scored.label),
+        "prediction": overlay(scored.image, scored.prediction),
     }
-    return Row(f"{scored.name}: {scored.miou:.1f}", [_picture(*item) for item in shown.items()])
+    return Row(f"{scored.name}: {scored.miou:.1f}", [_picture(*item) for item in pictures.items()])
 
 
-def _training_rows(parts: experiment.Experiment, state, num_classes: int) -> dict[str, list[Row]]:
-    """What the step before the checkpoint saw of its first images."""
-    dataset = train_dataset(parts.sources, parts.config)
-    batch = {name: array[:SHOWN] for name, array in dataset[max(int(state.step) - 1, 0)].items()}
-    seen = panels.Panels(parts, SHOWN).seen(state, batch)
-    color = functools.partial(pictures.colorize, num_classes=num_classes)
-    overlaid = functools.partial(_overlaid, num_classes=num_classes)
+def _draw_training(restored: Restored, val: Source) -> dict[str, list[Row]]:
+    """Draws the first images of the batch of the step before the checkpoint, with the views of that step."""
+    config = restored.learner.config
+    sources = Sources(open_source(config, "labeled"), open_source(config, "unlabeled"), val)
+    # With the length of the run, on which the schedules of the method depend.
+    learner = learner_lib.build(config, restored.learner.mesh, run_length(sources, config))
+    batch = train_dataset(sources, config)[max(restored.step - 1, 0)]
+    batch = Batch(*(None if field is None else field[:SHOWN] for field in batch))
+    state = learner.init_state().replace(
+        step=np.int32(restored.step), student=restored.networks["student"], teacher=restored.networks.get("teacher")
+    )
+    views = ImageSummaries(learner, SHOWN).views(state, batch)
+    colorize, overlay = _colorize(learner), _overlay(learner)
     rows = {}
-    if "pseudo_label" in seen:
-        views = {"weak view": seen["image_u"]}
-        views |= {f"strong view {i}": seen[f"image_s{i}"] for i in (1, 2) if f"image_s{i}" in seen}
-        views["pseudo-label"] = color(seen["pseudo_label"])
-        views["selected"] = pictures.mask(seen["selected"])
-        views["prediction"] = overlaid(seen["image_u"], seen["prediction_u"])
-        rows["Unlabeled images"] = _rows(views)
+    if "image_u" in views:
+        columns = {"weak view": views["image_u"]}
+        columns |= {f"strong view {i + 1}": image for i, image in enumerate(views["strong"])}
+        columns["pseudo-label"] = colorize(views["pseudo_label"])
+        columns["selected"] = visualize.mask(views["selected"])
+        columns["prediction"] = overlay(views["image_u"], views["prediction_u"])
+        rows["Unlabeled images"] = _rows(columns)
     rows["Labeled images"] = _rows({
-        "weak view": seen["image_x"],
-        "truth": overlaid(seen["image_x"], seen["label_x"]),
-        "prediction": overlaid(seen["image_x"], seen["prediction_x"]),
+        "weak view": views["image_x"],
+        "truth": overlay(views["image_x"], views["label_x"]),
+        "prediction": overlay(views["image_x"], views["prediction_x"]),
     })  # fmt: skip
     return rows
 
 
 def _rows(columns: dict[str, np.ndarray]) -> list[Row]:
-    """Columns of pictures by caption, each uint8 [n, H, W, 3] -> a row for each of the n images."""
+    """Turns columns of n pictures by caption, each uint8 [n, H, W, 3], into n rows."""
     count = len(next(iter(columns.values())))
     return [Row("", [_picture(caption, column[i]) for caption, column in columns.items()]) for i in range(count)]
 
 
-def _overlaid(image: np.ndarray, class_map: np.ndarray, num_classes: int) -> np.ndarray:
-    return pictures.overlay(image, class_map, num_classes)
+def _colorize(learner: Learner) -> Callable:
+    return functools.partial(visualize.colorize, num_classes=len(learner.config.data.classes))
+
+
+def _overlay(learner: Learner) -> Callable:
+    return functools.partial(visualize.overlay, num_classes=len(learner.config.data.classes))
 
 
 def _picture(caption: str, image: np.ndarray) -> Picture:
-    """Encodes uint8 [H, W, 3]: small pictures as they are (PNG), others as JPEG of at most `LONGEST` pixels."""
+    """Encodes uint8 [H, W, 3]: small pictures without loss as PNG, others as JPEG of at most `LONGEST` pixels."""
     picture, file = Image.fromarray(image), io.BytesIO()
     small = max(picture.size) <= LONGEST // 3
     picture.thumbnail((LONGEST, LONGEST))

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the charts of the page in its colours, and answers its buttons.
+// Draws the charts in the colors of the page, and handles its buttons.
 const specs = JSON.parse(document.getElementById("charts").textContent);
 const plots = [...document.querySelectorAll(".plot")];
 const options = { responsive: true, displaylogo: false, displayModeBar: false };
@@ -7,21 +7,21 @@ const longest = Math.max(0, ...specs.flatMap((spec) => spec.traces.flatMap((trac
 const unit = longest > 3 * 3600 ? { name: "hours", seconds: 3600 } : { name: "minutes", seconds: 60 };
 let axis = "step";
 
-// Layout that all charts share, in the colours of the light or the dark page.
+// Returns the layout of a chart, in the colors of the light or the dark page.
 function themed(spec) {
   const style = getComputedStyle(document.documentElement);
-  const colour = (name) => style.getPropertyValue(name).trim();
-  const lines = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line"), automargin: true };
+  const color = (name) => style.getPropertyValue(name).trim();
+  const lines = { gridcolor: color("--line"), zerolinecolor: color("--line"), linecolor: color("--line"), automargin: true };
   const layout = structuredClone(spec.layout);
   return {
     ...layout,
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: colour("--text"), family: style.fontFamily || "sans-serif", size: 12 },
+    font: { color: color("--text"), family: style.fontFamily || "sans-serif", size: 12 },
     margin: { l: 44, r: 10, t: 8, b: 36 },
     showlegend: false,
     hovermode: spec.kind === "curve" ? "x unified" : "closest",
-    hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text") } },
+    hoverlabel: { bgcolor: color("--card"), bordercolor: color("--line"), font: { color: color("--text") } },
     xaxis: { ...lines, ...(spec.kind === "curve" ? axisOptions() : {}), ...layout.xaxis },
     yaxis: { ...lines, ...layout.yaxis },
   };
@@ -31,7 +31,7 @@ function axisOptions() {
   return { title: { text: axis === "time" ? unit.name : axis, standoff: 4 }, rangemode: "tozero" };
 }
 
-// Where the points of a curve lie on the chosen axis; nowhere if the run did not record it.
+// Returns the x values of a curve on the chosen axis; null where the run did not record them.
 function positions(trace) {
   const { seconds, steps_per_epoch: perEpoch } = trace.meta;
   if (axis === "epoch") return trace.x.map((step) => (perEpoch ? step / perEpoch : null));
@@ -62,7 +62,7 @@ function draw() {
 for (const button of document.querySelectorAll("button.axis")) {
   button.addEventListener("click", () => {
     axis = button.dataset.axis;
-    document.querySelectorAll("button.axis").forEach((each) => each.setAttribute("aria-pressed", String(each === button)));
+    document.querySelectorAll("button.axis").forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
     draw();
   });
 }
@@ -71,12 +71,12 @@ for (const button of document.querySelectorAll("button.run")) {
   button.addEventListener("click", () => {
     const show = button.getAttribute("aria-pressed") === "false";
     button.setAttribute("aria-pressed", String(show));
-    document.querySelectorAll(`[data-of-run="${button.dataset.run}"]`).forEach((each) => { each.hidden = !show; });
+    document.querySelectorAll(`[data-of-run="${button.dataset.run}"]`).forEach((element) => { element.hidden = !show; });
     draw();
   });
 }
 
-// Pictures open large; small ones keep their pixels sharp.
+// A click enlarges a picture; small ones are scaled without smoothing.
 const dialog = document.getElementById("enlarged");
 for (const image of document.querySelectorAll(".pictures img")) {
   image.classList.toggle("pixelated", image.width < 200);

@@ -1,4 +1,4 @@
-"""The page itself: what is on it, rendered by the template `page.html` into one file that needs no network."""
+"""The run report: one HTML file about one or several runs, which needs no network; `--mode=report`."""
 
 import pathlib
 from collections.abc import Sequence
@@ -9,43 +9,40 @@ from etils import epath
 
 from configs import defaults
 from configs.checks import check_output_file
-from dssn_jax import visualize as pictures
+from dssn_jax import visualize
+from dssn_jax.evaluation.metrics import METRICS
 from dssn_jax.report import charts, gallery, runs
 from dssn_jax.report.runs import Run
-from dssn_jax.workdir import files, recorder
+from dssn_jax.workdir import files
 from dssn_jax.workdir.recorder import duration, logger
 
 FOLDER = pathlib.Path(__file__).parent
 
 
-def report(workdirs: Sequence[str], to: str | None = None, images: int = 200) -> epath.Path:
-    """Writes the page about the runs in `workdirs`; `--mode=report`.
+def report(workdirs: Sequence[str], *, to: str | None = None, images: int = 200) -> epath.Path:
+    """Writes the page about the runs in `workdirs` and returns its path.
 
     Args:
       workdirs: of the runs, finished or not.
       to: the file; None: report.html in the first of `workdirs`.
-      images: most validation images of each run to choose the best and the worst from; 0: no pictures.
-
-    Returns:
-      The path of the page.
+      images: number of validation images per run among which the best and the worst are chosen; 0: no pictures.
 
     Raises:
       WorkdirError: a folder that is not the work directory of a run. Nothing is written then.
       ConfigError: `to` cannot be written.
     """
-    recorder.log_to(None)
     shown = runs.read(workdirs)
     path = epath.Path(to or shown[0].workdir / "report.html")
     check_output_file(path)
     page = render(shown, [gallery.draw(run, images) for run in shown])
-    with files.whole(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text(page)
     logger.info("wrote %s (%.1f MB)", path, path.stat().length / 1e6)
     return path
 
 
 def render(shown: list[Run], galleries: list[gallery.Gallery]) -> str:
-    """Returns the page as HTML."""
+    """Returns the page as HTML, from the template `page.html`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -53,14 +50,13 @@ def render(shown: list[Run], galleries: list[gallery.Gallery]) -> str:
     drawn: list[dict] = []  # The charts in the order of their places on the page.
 
     def place(chart: dict) -> int:
-        """Takes a chart and tells its number, by which the page's script finds it."""
+        """Appends a chart and returns its index, by which the page's script finds it."""
         drawn.append(chart)
         return len(drawn) - 1
 
     return environment.get_template("page.html").render(
         runs=[_card(index, run) for index, run in enumerate(shown)],
         galleries=galleries,
-        legend=_legend(shown),
         curves=charts.curves(shown),
         bars=charts.class_bars(shown),
         class_curves=charts.class_curves(shown),
@@ -72,7 +68,7 @@ def render(shown: list[Run], galleries: list[gallery.Gallery]) -> str:
         scores=_scores(shown),
         differences=_differences(shown),
         configs=[runs.flatten(run.config) for run in shown],
-        classes=_class_legend(shown),
+        classes=_class_colors(shown),
         place=place,
         drawn=drawn,
         plotly=plotly.offline.get_plotlyjs(),
@@ -80,24 +76,26 @@ def render(shown: list[Run], galleries: list[gallery.Gallery]) -> str:
 
 
 def _card(index: int, run: Run) -> dict:
-    """What the head of the page says of a run."""
-    facts, images = run.facts, run.facts.get("images", {})
+    """Returns the overview of a run at the top of the page."""
+    network = run.config.model.encoder
+    if "parameters" in run.info:
+        network += f", {run.info['parameters'] / 1e6:.1f} M parameters"
+    images = run.info.get("images", {})
     rows = {
         "State": _state(run),
         "Steps": f"{run.steps} of {run.total_steps or '?'}",
         "Time": duration(run.seconds) if run.seconds else "not recorded",
-        "Devices": facts.get("devices", "not recorded"),
-        "Network": f"{run.config.model.encoder}, {facts['parameters'] / 1e6:.1f} M parameters"
-        if "parameters" in facts
-        else run.config.model.encoder,
+        "Devices": run.info.get("devices", "not recorded"),
+        "Network": network,
         "Images": ", ".join(f"{count} {name}" for name, count in images.items()) or "not recorded",
         "Folder": str(run.workdir),
     }
     scores = {
-        network: [f"{miou:.2f} at step {step}" for miou, step in (run.best(network), run.last(network))]
+        network: [f"{score:.2f} at step {step}" for score, step in (run.best(network), run.last(network, run.metric))]
         for network in run.networks
     }
-    return {"label": run.label, "name": run.config.name, "color": charts.color(index), "rows": rows, "scores": scores}
+    card = {"label": run.label, "name": run.config.name, "color": charts.color(index), "rows": rows}
+    return card | {"metric": METRICS[run.metric].title, "scores": scores}
 
 
 def _state(run: Run) -> str:
@@ -108,38 +106,31 @@ def _state(run: Run) -> str:
     return f"not finished; last record {run.recorded:%Y-%m-%d %H:%M}"
 
 
-def _legend(shown: list[Run]) -> list[dict]:
-    return [{"label": run.label, "color": charts.color(index)} for index, run in enumerate(shown)]
-
-
-def _class_legend(shown: list[Run]) -> dict[str, str]:
-    """Colors of the classes in the pictures."""
+def _class_colors(shown: list[Run]) -> dict[str, str]:
+    """Returns the colors of the classes in the pictures."""
     return {
         name: f"rgb{tuple(int(value) for value in color)}"
         for run in shown
-        for name, color in zip(run.classes, pictures.palette(len(run.classes)), strict=True)
+        for name, color in zip(run.classes, visualize.palette(len(run.classes)), strict=True)
     }
 
 
 def _scores(shown: list[Run]) -> dict:
-    """A table of the IoU of each class at the last evaluation: {"columns": [...], "rows": {class: [...]}}."""
-    columns, tables = [], []
+    """Returns the table of the last scores: {"columns": [...], "rows": {class or title of a metric: [...]}}."""
+    columns, classes, tables = [], {}, []
     for run in shown:
+        classes |= dict.fromkeys(run.classes if run.networks else ())
         for network in run.networks:
-            series = run.series.get(f"iou_{network}")
-            if series is not None:
-                columns.append(f"{run.label} {network}")
-                tables.append(dict(zip(run.classes, series.values[-1], strict=True)) | {"mean": run.last(network)[0]})
-    names = list(dict.fromkeys(name for table in tables for name in table if name != "mean"))
-    rows = {
-        name: [f"{table[name]:.2f}" if name in table else "" for table in tables]
-        for name in ([*names, "mean"] if tables else [])
-    }
-    return {"columns": columns, "rows": rows}
+            columns.append(f"{run.label} {network}")
+            ious = dict(zip(run.classes, run.series[f"iou_{network}"].values[-1], strict=True))
+            tables.append((ious, {metric.title: run.last(network, name)[0] for name, metric in METRICS.items()}))
+    rows = {name: [f"{ious[name]:.2f}" if name in ious else "" for ious, _ in tables] for name in classes}
+    titles = [metric.title for metric in METRICS.values()] if tables else []
+    return {"columns": columns, "rows": rows, "metrics": {t: [f"{m[t]:.2f}" for _, m in tables] for t in titles}}
 
 
 def _differences(shown: list[Run]) -> list[tuple[str, str, list[str]]]:
-    """Keys in which the runs differ (of one run: from the defaults), as (key, default, value in each run)."""
+    """Returns (key, default, value in each run) of keys in which the runs, or one run and the defaults, differ."""
     configs = [runs.flatten(run.config) for run in shown]
     default = runs.flatten(defaults.get_config())
     compared = configs if len(configs) > 1 else [*configs, default]

@@ -1,4 +1,4 @@
-"""The run report: its numbers, and the page in a real browser."""
+"""The run report: its numbers, and the page in a browser."""
 
 import base64
 import io
@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dssn_jax.evaluation import scores
-from dssn_jax.learner import learner as experiment
-from dssn_jax.report import charts, gallery, report, runs
-from dssn_jax.training import loop as train
+from dssn_jax import commands
+from dssn_jax.evaluation import metrics
+from dssn_jax.report import charts, gallery, runs
+from dssn_jax.report.page import report
+from dssn_jax.training.run import plan, run_info
 from dssn_jax.workdir import checkpoint, files, recorder
-from dssn_jax.workdir import restore as saved_run
-from tests.test_main import run_main
+from dssn_jax.workdir.restore import WorkdirError
+from tests.input_pipeline.own_images import make_root
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HEADLESS = [
@@ -29,10 +30,10 @@ HEADLESS = [
 
 
 def record(config, workdir, steps):
-    """Leaves what training leaves after so many steps (with made-up numbers, which need no compilation)."""
-    rng, parts = np.random.default_rng(0), experiment.build(config)
+    """Writes what training leaves after `steps` steps, with made-up numbers, which need no compilation."""
+    rng, run = np.random.default_rng(0), plan(config)
     record = recorder.Recorder(files.Folder(workdir), 0)
-    kept, state = scores.new(), parts.initial_state()
+    scores, state = metrics.new_scores(), run.learner.init_state()
     for step in range(1, steps + 1):
         names = ["loss", "loss_x", "lr", "grad_norm", "images_per_second", "waiting"]
         if config.method.strong_views:
@@ -41,14 +42,14 @@ def record(config, workdir, steps):
         record.scalars(step, {name: float(value) for name, value in zip(names, rng.random(len(names)), strict=True)})
         if step % config.train.eval_every == 0:
             counts = {network: rng.integers(100, size=(6, 6)) for network in state.networks()}
-            found = {network: scores.of_confusion(count, config.data.classes) for network, count in counts.items()}
-            scores.update(kept, step, found)
-            record.evaluation(step, found, counts)
+            scored = {network: metrics.scores_of(count, config.data.classes) for network, count in counts.items()}
+            metrics.update_scores(scores, step, scored)
+            record.evaluation(step, scored, counts)
     record.close()
     saved, settings = checkpoint.Checkpointer(workdir), json.loads(config.to_json())
-    saved.save(steps, state, {"config": settings, "scores": kept | {"best_step": steps}}, 50.0)
+    saved.save(steps, state, {"config": settings, "scores": scores | {"best_step": steps}}, 50.0)
     saved.close()
-    for name, content in (("config", settings), ("run", train.facts(parts)), ("summary", kept)):
+    for name, content in (("config", settings), ("run", run_info(run)), ("summary", scores)):
         recorder.write_json(workdir / f"{name}.json", content)
 
 
@@ -70,7 +71,7 @@ def page(trained):
 def browse(page, folder):
     """Opens a page in a browser without network.
 
-    Returns the DOM after its scripts, a screenshot as integers [H, W, 3], and the URLs that the page asked hosts for.
+    Returns the DOM after its scripts, a screenshot as integers [H, W, 3], and the URLs of its requests to hosts.
     """
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
@@ -89,7 +90,7 @@ def is_remote(url):
     return not url.startswith(("file:", "data:", "blob:"))
 
 
-def test_requests_of_a_page_are_noticed(tmp_path):
+def test_requests_of_a_page_are_recorded(tmp_path):
     page = tmp_path / "page.html"
     page.write_text('<img src="http://example.invalid/a.png">')
     assert "http://example.invalid/a.png" in browse(page, tmp_path)[2]
@@ -99,19 +100,20 @@ def test_the_page_in_a_browser(page, tmp_path):
     dom, screenshot, requests = browse(page, tmp_path)
     assert requests == []
     scripts = re.compile(r"<(script|style)\b.*?</\1>", re.DOTALL)
-    dom = scripts.sub("", dom)  # What is left can be seen.
+    dom = scripts.sub("", dom)  # Only what is visible.
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", dom)
-    # Drawn by the page's script: 3 scores, 8 losses, 3 shares, 4 of optimization and speed, 6 classes; bars; matrices.
+    # Charts: 3 scores, 8 losses, 3 selected shares, 4 of optimization and speed, 6 classes, bars, 3 matrices.
     assert len(re.findall(r'class="plot js-plotly-plot"', dom)) == 3 + 8 + 3 + 4 + 6 + 1 + 3
     assert len(re.findall(r'class="trace scatter', dom)) == 3 * 3 + (8 + 2) + 3 + 4 * 2 + 6 * 3
     assert len(re.findall(r'class="trace bars"', dom)) == 3
     assert len(re.findall(r'class="hm"', dom)) == 3
     for text in (
+        "Pixel accuracy, %",
         "dssn",
         "supervised",
         "triangle",
         "cross",
-        "Strong view 2, L_s2",
+        "loss_s2",
         "Worst validation images",
         "selected",
     ):
@@ -137,17 +139,17 @@ def test_scores_are_those_of_the_summary(trained):
         for network in run.networks:
             best, last = summary[network]["best"], summary[network]["last"]
             assert run.best(network) == (pytest.approx(best["miou"]), best["step"])
-            assert run.last(network) == (pytest.approx(last["miou"]), last["step"])
+            assert run.last(network, "miou") == (pytest.approx(last["miou"]), last["step"])
             np.testing.assert_allclose(run.series[f"iou_{network}"].values[-1], list(last["iou"].values()))
             counts = run.confusions[network]
             union = counts.sum(0) + counts.sum(1) - np.diag(counts)
             np.testing.assert_allclose(100 * np.diag(counts) / np.maximum(union, 1), list(last["iou"].values()))
-            shares = np.array(charts.confusion(run, network)["traces"][0]["z"])
-            np.testing.assert_allclose(shares.sum(1)[counts.sum(1) > 0], 100, atol=0.05)
+            percent = np.array(charts.confusion(run, network)["traces"][0]["z"])
+            np.testing.assert_allclose(percent.sum(1)[counts.sum(1) > 0], 100, atol=0.05)
 
 
-def test_runs_that_are_under_way(trained, tmp_path):
-    """Without evaluations, data or checkpoint, and before the first step, the page shows what there is."""
+def test_unfinished_runs(trained, tmp_path):
+    """Before the first step, and without evaluation, data or checkpoint, the page shows what is recorded."""
     workdir = tmp_path / "going"
     workdir.mkdir()
     config = json.loads((trained / "dssn" / "config.json").read_text())
@@ -159,12 +161,12 @@ def test_runs_that_are_under_way(trained, tmp_path):
     lines = (trained / "dssn" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (workdir / "metrics.jsonl").write_text("".join(line for line in lines if "miou" not in line)[:-30])
     text = report([str(workdir)]).read_text()
-    assert "Not evaluated yet" in text and "Total loss" in text and "5 of 6" in text
+    assert "Not evaluated yet" in text and "loss_s2" in text and "5 of 6" in text
     assert re.search(r"No pictures: .*/nowhere", text) and "<img src" not in text
     assert [path.name for path in workdir.iterdir() if "part" in path.name] == []
 
 
-def test_folders_that_are_no_runs(trained, tmp_path):
+def test_folders_that_are_no_runs(trained, tmp_path, capsys):
     run = str(trained / "dssn")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text('{"data": ')
@@ -172,12 +174,13 @@ def test_folders_that_are_no_runs(trained, tmp_path):
         ([run, str(tmp_path / "nowhere")], "nowhere: no such folder"),
         ([str(tmp_path), run], "no config.json in it"),
         ([str(tmp_path / "damaged")], "config.json: damaged"),
-        ([run, f"{run}/../dssn"], "named twice"),
+        ([run, f"{run}/../dssn"], "given twice"),
     ):
-        with pytest.raises(saved_run.WorkdirError, match=message):
+        with pytest.raises(WorkdirError, match=message):
             report(workdirs)
-    done = run_main("--mode=report", f"--workdir={tmp_path}")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no config.json in it" in done.stderr
+    assert commands.run(["--mode=report", f"--workdir={tmp_path}"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no config.json in it" in error
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
@@ -190,6 +193,25 @@ def test_labels_tell_runs_apart():
 def test_miou_of_an_image_by_hand():
     label = np.array([[0, 0, 1], [1, 255, 2]], np.uint8)
     prediction = np.array([[0, 1, 1], [1, 3, 1]], np.uint8)
-    # Class 0: 1 of 2; class 1: 2 of 4; class 2: 0 of 1; class 3 only where ignored.
-    assert gallery.image_miou(prediction, label, 5, 255) == pytest.approx(100 * (1 / 2 + 2 / 4 + 0) / 3)
-    assert gallery.image_miou(prediction, np.full_like(label, 255), 5, 255) is None
+    # Class 0: 1 of 2; class 1: 2 of 4; class 2: 0 of 1; class 3 is predicted only where ignored.
+    confusion = np.asarray(metrics.confusion_matrix(prediction, label, 5, 255))
+    assert gallery.image_miou(confusion) == pytest.approx(100 * (1 / 2 + 2 / 4 + 0) / 3)
+    assert gallery.image_miou(np.zeros((5, 5), int)) is None
+
+
+def test_data_without_training_images(trained, tmp_path):
+    """The validation images are drawn without the training data, at their own names and scores."""
+    workdir = tmp_path / "run"
+    shutil.copytree(trained / "dssn", workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    root = make_root(tmp_path / "root", {"a": (0, 1), "b": (2,), "c": (255,)}, size=48)
+    (root / "splits").mkdir()
+    (root / "splits/val.txt").write_text("".join(f"images/{name}.png masks/{name}.png\n" for name in "abc"))
+    config["data"] |= {"source": "folder", "root": str(root), "split": "", "splits": "splits"}
+    (workdir / "config.json").write_text(json.dumps(config))
+    (run,) = runs.read([str(workdir)])
+    drawn = gallery.draw(run, images=3)
+    assert "best and worst of 3 validation images" in drawn.note and "No pictures of training images" in drawn.note
+    titles = {row.title.partition(":")[0] for rows in drawn.validation.values() for row in rows}
+    assert titles == {"images/a.png", "images/b.png"}  # Every pixel of c is ignored.
+    assert drawn.training == {}
