@@ -9,8 +9,6 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from dssn_jax.methods.strong_augment import RANGES
-
 
 def strong_view(image: np.ndarray, views, rng: np.random.Generator) -> np.ndarray:
     """Returns a strong view of `image`: jitter, gray and blur, each with its probability, then random operations.
@@ -115,6 +113,22 @@ def hue(picture: Image.Image, shift: float) -> Image.Image:
     steps = int(shift * 255)
     h = h.point([(value + steps) % 256 for value in range(256)])
     return Image.merge("HSV", (h, s, v)).convert("RGB")
+
+
+# Ranges of the parameters as the original has them, both ends included; integers give integers.
+RANGES = {
+    "identity": None,
+    "autocontrast": None,
+    "equalize": None,
+    "blur": (0.1, 2.0),
+    "contrast": (0.05, 0.95),
+    "brightness": (0.05, 0.95),
+    "color": (0.05, 0.95),
+    "sharpness": (0.05, 0.95),
+    "posterize": (4, 8),
+    "solarize": (1, 256),
+    "hue": (-0.5, 0.5),
+}
 
 
 def _parameter(span: tuple | None) -> Callable[[np.random.Generator], float | int | None]:

@@ -17,7 +17,7 @@ from input_pipeline.sources.folder import FolderSource
 from input_pipeline.sources.open import Sources, digest, open_source, open_sources
 from input_pipeline.split_lists import Entry, read_list
 
-CAMVID = os.path.join(os.path.dirname(__file__), "../../../shared/camvid")
+CAMVID = os.path.join(os.path.dirname(__file__), "../../../../shared/camvid")
 
 
 def _source(tmp_path, image, mask=None, classes=21, labeled=True):
