@@ -24,20 +24,27 @@ LOG = "log.txt"
 DEBUG_LOG = "debug.txt"  # Warnings of libraries.
 METRICS = "metrics.jsonl"
 CONFUSION = "confusion.json"
-RUN = "run.json"  # `dssn_jax.training.loop.run_info`.
+RUN = "run.json"  # `dssn_jax.training.run.run_info`.
 
 logger = logging.getLogger("dssn")
-# Orbax and grain log to absl's logger, JAX to its own; the last is that of the module `warnings`.
-_LIBRARIES = ("absl", "jax", "gcsfs", "py.warnings")
+# Logger -> least level that is shown on the screen. Orbax and grain log to absl's logger and raise what matters; the
+# last logger is that of the module `warnings`.
+_LIBRARIES = {
+    "absl": logging.CRITICAL,
+    "jax": logging.ERROR,
+    "gcsfs": logging.ERROR,
+    "py.warnings": logging.CRITICAL,
+}
 
 
 def quiet_libraries() -> None:
-    """Keeps the log lines of libraries, and Python's warnings, off the screen; see `keep_library_warnings`."""
+    """Keeps warnings of libraries, and Python's own, off the screen; see `keep_library_warnings`."""
     logging.captureWarnings(True)
-    for name in _LIBRARIES:
+    for name, level in _LIBRARIES.items():
+        screen = logging.StreamHandler()
+        screen.setLevel(level)
         library = logging.getLogger(name)
-        library.handlers = [logging.NullHandler()]
-        library.propagate = False
+        library.handlers, library.propagate = [screen], False
 
 
 def keep_library_warnings(folder: os.PathLike) -> Callable[[], None]:
