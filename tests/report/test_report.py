@@ -108,7 +108,7 @@ def test_the_page_in_a_browser(page, tmp_path):
     assert len(re.findall(r'class="trace bars"', dom)) == 3
     assert len(re.findall(r'class="hm"', dom)) == 3
     for text in (
-        "Pixel accuracy, %",
+        "Pixel accuracy",
         "dssn",
         "supervised",
         "triangle",
