@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -186,7 +187,8 @@ def test_predict(workdir, folder, tmp_path, capsys):
 
 
 def test_report(workdir, tmp_path):
-    options = [f"--workdir={workdir},{workdir}", f"--to={tmp_path / 'page.html'}", "--images=0"]
+    shutil.copytree(workdir, tmp_path / "copy")
+    options = [f"--workdir={workdir},{tmp_path / 'copy'}", f"--to={tmp_path / 'page.html'}", "--images=0"]
     assert commands.run(["--mode=report", *options]) == 0
     assert (tmp_path / "page.html").read_text().startswith("<!")
 
