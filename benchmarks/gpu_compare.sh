@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The methods compared on CamVid (benchmarks/compare.py) on a GPU, in pieces of 10 minutes and without a download:
+# The methods compared on CamVid (experiments/compare.py) on a GPU, in pieces of 10 minutes and without a download:
 # ResNet-50, bfloat16, splits 1_16 and 1_8, the same steps for all methods. The same command does the next piece.
 #
 #   benchmarks/gpu_compare.sh DATA [OUT] [WHEELS]
@@ -9,7 +9,7 @@
 #   runs.tar.gz, the runs without checkpoints and programs. A piece on another machine that finds it there, or in the
 #   folder that RESUME names, goes on after the runs that were finished.
 # WHEELS: folder of wheels to install first, as in benchmarks/gpu.sh (matplotlib and what it needs, for the plot; it can
-#   be drawn elsewhere too: unpack runs.tar.gz in OUT, then python -m benchmarks.compare --out=OUT --table-only).
+#   be drawn elsewhere too: unpack runs.tar.gz in OUT, then python -m experiments.compare --out=OUT --table-only).
 # Variables:
 #   WORK      where the runs, their checkpoints and compiled programs lie: up to 1 GB for a run in progress, half for a
 #             finished one (default: /tmp/dssn_gpu_compare_work)
@@ -39,7 +39,7 @@ if [ ! -d "$work/runs" ] && [ -f "$finished" ]; then
     tar -xzf "$finished" -C "$work" || exit
 fi
 compare() { # METHOD ...: within what is left of the piece.
-    "$python" -m benchmarks.compare --config="configs/camvid.py:encoder=resnet50,crop=${CROP:-321}" --methods "$@" \
+    "$python" -m experiments.compare --config="configs/camvid.py:encoder=resnet50,crop=${CROP:-321}" --methods "$@" \
         --splits ${SPLITS:-1_16 1_8} --seeds "${SEEDS:-3}" --keep="${KEEP:-best}" --out="$work" \
         --minutes="$(awk "BEGIN {print $minutes - ($(date +%s) - $started) / 60}")" \
         --set data.root="$data" model.dtype=bfloat16 train.steps="${STEPS:-2000}" train.eval_every=200 \
