@@ -19,6 +19,8 @@ from dssn_jax.report.page import report
 from dssn_jax.training.run import plan, run_info
 from dssn_jax.workdir import checkpoint, files, recorder
 from dssn_jax.workdir.restore import WorkdirError
+from input_pipeline.pipeline import train_dataset
+from input_pipeline.sources.open import open_sources
 from tests.input_pipeline.own_images import make_root
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -123,13 +125,20 @@ def test_the_page_in_a_browser(page, tmp_path):
         assert (np.abs(screenshot - color).max(-1) < 3).sum() > 2000
 
 
-def test_pictures_are_images_of_the_run(page, trained):
-    sources = re.findall(r'<img src="data:image/(?:png|jpeg);base64,([^"]+)"', page.read_text())
-    sizes = [Image.open(io.BytesIO(base64.b64decode(source))).size for source in sources]
+def test_pictures_are_images_of_the_run(page, trained, tiny_config):
+    encoded = re.findall(r'<img src="data:image/(?:png|jpeg);base64,([^"]+)"', page.read_text())
+    pictures = [Image.open(io.BytesIO(base64.b64decode(text))) for text in encoded]
+    sizes = [picture.size for picture in pictures]
     best_and_worst, unlabeled, labeled = 2 * 2 * 3 * 3, 4 * 6, 2 * 4 * 3
     assert len(sizes) == best_and_worst + unlabeled + labeled
     assert sizes.count((48, 48)) == best_and_worst  # Whole images; the others are training crops.
     assert sizes.count((33, 33)) == unlabeled + labeled
+    # The first run's validation pictures are followed by its training pictures, those of the last step.
+    training = pictures[best_and_worst // 2 :]
+    batch = train_dataset(open_sources(tiny_config()), tiny_config())[5]
+    for i in range(4):
+        np.testing.assert_array_equal(training[6 * i], batch.image_u[i])
+        np.testing.assert_array_equal(training[unlabeled + 3 * i], batch.image_x[i])
 
 
 def test_scores_are_those_of_the_summary(trained):
