@@ -8,7 +8,7 @@ GAP = 2  # Pixels between the pictures of a panel.
 
 
 def palette(num_classes: int) -> np.ndarray:
-    """Returns the colors of PASCAL VOC, uint8 [num_classes, 3]: bits of the class id spread over red, green and blue."""
+    """Returns the colors of PASCAL VOC, uint8 [num_classes, 3]: bits of the id spread over red, green and blue."""
     ids = np.arange(num_classes)
     colors = np.zeros((num_classes, 3), int)
     for level in range(8):
