@@ -1,1 +1,1 @@
-"""Scripts that print a table."""
+"""Scripts that measure times, bytes and memory, and print a table."""

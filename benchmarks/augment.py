@@ -1,11 +1,12 @@
 """Times strong views on the device against Pillow's on one core: `python -m benchmarks.augment --json=augment.json`.
 
-Columns: ms an image of the batch, of each operation alone and of whole views; for Pillow on one core; their ratio.
+Columns: ms per image of each operation alone, then of whole views; for Pillow on one core; their ratio.
 """
 
 import argparse
 import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,17 @@ from PIL import Image
 
 from benchmarks import tables
 from configs import cityscapes, pascal
-from dssn_jax.methods import strong_augment as augment
+from dssn_jax.methods import strong_augment
 from input_pipeline.sources.shapes import ShapesSource
 from tests.reference import photometric
 
 COLUMNS = ("what", "crop", "batch", "device_ms", "pillow_ms", "ratio")
+PARAMETERS = {"posterize": 6, "solarize": 128}  # Of the operations; others: 0.5.
+PILLOW_VIEWS = 10  # Views per measurement with Pillow: they differ in the operations drawn.
 
 
-def time_call(call, seconds: float = 1.0) -> float:
-    """ms of a call, the best of a few stretches."""
+def time_call(call: Callable[[], object], seconds: float) -> float:
+    """Returns the ms of the fastest of the calls that take `seconds` together."""
     call()
     best, deadline = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < deadline:
@@ -32,16 +35,43 @@ def time_call(call, seconds: float = 1.0) -> float:
     return 1000 * best
 
 
-def row(what: str, images: np.ndarray, on_device, on_host, seconds: float) -> dict:
-    """Measures a jitted function of the images and a function of one picture."""
+def measure(what: str, images: np.ndarray, on_device: Callable, on_host: Callable, seconds: float) -> dict:
+    """Measures a function of the images uint8 [N, H, W, 3] and one of a single image [H, W, 3]; returns a row."""
     batch = jnp.asarray(images)
     compiled = jax.jit(on_device).lower(batch).compile()
     device = time_call(lambda: jax.block_until_ready(compiled(batch)), seconds) / len(images)
-    pillow = time_call(lambda: [on_host(image) for image in images[:2]], seconds) / len(images[:2])
-    return {
-        "what": what, "crop": images.shape[1], "batch": len(images), "device_ms": device, "pillow_ms": pillow,
-        "ratio": pillow / device,
-    }  # fmt: skip
+    pillow = time_call(lambda: on_host(images[0]), seconds)
+    row = {"what": what, "crop": images.shape[1], "batch": len(images)}
+    return row | {"device_ms": device, "pillow_ms": pillow, "ratio": pillow / device}
+
+
+def measure_operation(name: str, images: np.ndarray, seconds: float) -> dict:
+    """Measures one of `strong_augment.OPERATIONS` against Pillow's."""
+    parameter = PARAMETERS.get(name, 0.5)
+    values = jnp.full(len(images), parameter, jnp.float32)
+    operation, pillow = strong_augment.OPERATIONS[name], getattr(photometric, name)
+    return measure(
+        name,
+        images,
+        lambda batch: operation(batch, values),
+        lambda image: np.asarray(pillow(Image.fromarray(image), parameter)),
+        seconds,
+    )
+
+
+def measure_views(name: str, views, images: np.ndarray, seconds: float) -> dict:
+    """Measures the strong views of `config.views`."""
+    augment, rng = strong_augment.from_config(views), np.random.default_rng(0)
+
+    def on_device(batch):
+        return strong_augment.apply(batch, strong_augment.draw(jax.random.PRNGKey(0), len(batch), augment), augment)
+
+    def on_host(image):
+        for _ in range(PILLOW_VIEWS):
+            photometric.strong_view(image, views, rng)
+
+    row = measure(name, images, on_device, on_host, seconds)
+    return row | {key: row[key] / PILLOW_VIEWS for key in ("pillow_ms", "ratio")}
 
 
 def main() -> None:
@@ -49,42 +79,14 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=513)
     parser.add_argument("--batch", type=int, default=32, help="images: two views of 8 images and of their partners")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each measurement")
-    parser.add_argument("--json", type=pathlib.Path, help="where to write the results")
+    parser.add_argument("--json", type=pathlib.Path, help="file of the results")
     arguments = parser.parse_args()
     source = ShapesSource(arguments.crop, 4, 0, part="train", labeled=False)
     images = np.stack([source[i % 4]["image"] for i in range(arguments.batch)])
-    rows, rng, middle = [], np.random.default_rng(0), {"posterize": 6, "solarize": 128}
-    for operation in augment.OPERATIONS[1:]:
-        name = operation.__name__
-        parameter = middle.get(name, 0.5)
-        given = jnp.full(len(images), parameter, jnp.float32)
-        on_host = getattr(photometric, name)
-        rows.append(
-            row(
-                name,
-                images,
-                lambda batch, operation=operation, given=given: operation(batch, given),
-                lambda image, on_host=on_host, value=parameter: np.asarray(on_host(Image.fromarray(image), value)),
-                arguments.seconds,
-            )  # fmt: skip
-        )
-        tables.show(rows[-1:], COLUMNS)
+    operations = [name for name in strong_augment.OPERATIONS if name != "identity"]
+    rows = [measure_operation(name, images, arguments.seconds) for name in operations]
     for name, module in (("view, cityscapes", cityscapes), ("view, pascal", pascal)):
-        views = module.get_config().views
-        recipe = augment.from_config(views)
-
-        def make(batch, recipe=recipe):
-            return augment.strong_views(batch, augment.draw(jax.random.PRNGKey(0), len(batch), recipe), recipe)
-
-        def by_pillow(image, views=views):
-            for _ in range(10):  # Views differ in what they do: ten a call.
-                photometric.strong_view(image, views, rng)
-
-        found = row(name, images, make, by_pillow, arguments.seconds)
-        found |= {"pillow_ms": found["pillow_ms"] / 10, "ratio": found["ratio"] / 10}
-        rows.append(found)
-        tables.show(rows[-1:], COLUMNS)
-    print()
+        rows.append(measure_views(name, module.get_config().views, images, arguments.seconds))
     tables.show(rows, COLUMNS)
     tables.write(arguments.json, {"device": jax.devices()[0].device_kind, "rows": rows})
 

@@ -1,7 +1,7 @@
-"""Time and peak memory of converting weights: `python -m benchmarks.convert_memory --backbone=resnet101`.
+"""Time and peak memory of converting weights: `python -m benchmarks.convert_memory --encoder=resnet101`.
 
-Makes a checkpoint in the original's form (student and teacher, with an optimizer's state) and converts it to a work
-directory and back, each in a process of its own, through main.py. Needs PyTorch.
+Writes a checkpoint in the form of the original (student with the optimizer's state) and converts it, as student and
+teacher, to a work directory and back, each with main.py in a process of its own. Needs PyTorch.
 """
 
 import argparse
@@ -17,14 +17,14 @@ CONFIGS = {"resnet50": "cityscapes", "resnet101": "pascal", "xception": "coco"}
 CLASSES = {"cityscapes": 19, "pascal": 21, "coco": 81}
 
 
-def write_checkpoint(backbone: str, classes: int, path: str) -> None:
-    """Writes random weights as the original's training does."""
+def write_checkpoint(encoder: str, classes: int, path: str) -> None:
+    """Writes a checkpoint of random weights in the form of the original's training."""
     import numpy as np
     import torch
 
     from tests.reference import torch_twin
 
-    model = torch_twin.DeepLabV3Plus(backbone, classes)
+    model = torch_twin.DeepLabV3Plus(encoder, classes)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -34,40 +34,41 @@ def write_checkpoint(backbone: str, classes: int, path: str) -> None:
     torch.save(checkpoint, path)
 
 
-def measure(*options: str) -> tuple[float, float]:
-    """Runs `main.py --mode=convert` with options; returns its seconds and its peak resident memory, MiB."""
+def measure(work: str, *options: str) -> dict:
+    """Runs `main.py --mode=convert` with options; returns a row with seconds and peak resident memory."""
     started = time.monotonic()
     process = subprocess.Popen([sys.executable, "main.py", "--mode=convert", *options], cwd=ROOT)
-    # A process starts with its parent's peak, so this one, which imports neither JAX nor PyTorch, must stay small.
+    # A process starts with the peak of its parent, so this one imports neither JAX nor PyTorch.
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"converting failed: {' '.join(options)}")
-    return time.monotonic() - started, usage.ru_maxrss / 1024
+    return {"work": work, "seconds": time.monotonic() - started, "peak MiB": round(usage.ru_maxrss / 1024)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", choices=sorted(CONFIGS), default="resnet101")
+    parser.add_argument("--encoder", choices=sorted(CONFIGS), default="resnet101")
     parser.add_argument("--write", help=argparse.SUPPRESS)  # The checkpoint to write, in a process of its own.
     arguments = parser.parse_args()
-    backbone, dataset = arguments.backbone, CONFIGS[arguments.backbone]
+    encoder, dataset = arguments.encoder, CONFIGS[arguments.encoder]
     if arguments.write:
-        write_checkpoint(backbone, CLASSES[dataset], arguments.write)
+        write_checkpoint(encoder, CLASSES[dataset], arguments.write)
         return
     with tempfile.TemporaryDirectory(prefix="dssn_convert_") as folder:
         best, run = f"{folder}/best.pth", f"{folder}/run"
-        command = [sys.executable, "-m", "benchmarks.convert_memory", f"--backbone={backbone}", f"--write={best}"]
+        command = [sys.executable, "-m", "benchmarks.convert_memory", f"--encoder={encoder}", f"--write={best}"]
         subprocess.run(command, cwd=ROOT, check=True)
-        config = f"--config=configs/{dataset}.py:encoder={backbone}"
+        config = f"--config=configs/{dataset}.py:encoder={encoder}"
         rows = [
-            ("checkpoint -> work directory", measure(config, f"--from={best}", f"--teacher={best}", f"--to={run}")),
-            ("work directory -> .pth", measure(f"--from={run}", f"--to={folder}/back.pth")),
-            ("work directory -> .safetensors", measure(f"--from={run}", f"--to={folder}/back.safetensors")),
-            ("backbone -> .safetensors", measure(f"--from={best}", f"--to={folder}/b.safetensors", "--part=backbone")),
+            measure("checkpoint -> work directory", config, f"--from={best}", f"--teacher={best}", f"--to={run}"),
+            measure("work directory -> .pth", f"--from={run}", f"--to={folder}/back.pth"),
+            measure("work directory -> .safetensors", f"--from={run}", f"--to={folder}/back.safetensors"),
+            measure("encoder -> .safetensors", f"--from={best}", f"--to={folder}/b.safetensors", "--part=encoder"),
         ]
-    print(f"\n{backbone}, {CLASSES[dataset]} classes{'':14s} {'seconds':>8s} {'peak MiB':>9s}")
-    for name, (seconds, memory) in rows:
-        print(f"{name:34s} {seconds:8.1f} {memory:9.0f}")
+    from benchmarks import tables  # Imports JAX.
+
+    print(f"\n{encoder}, {CLASSES[dataset]} classes")
+    tables.show(rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What padding to a few sizes saves an evaluation: `python -m benchmarks.eval_sizes`.
 
-Evaluates one network on a folder of generated images of many sizes, padded to at most `config.eval.buckets` sizes, and
-image by image at their own sizes, one compilation each. Prints compilations, seconds and mean IoU of both, and checks
-that both count the same pixels. Times include compiling, which is what a user waits for.
+Evaluates a network on generated images of many sizes, first padded to at most `config.eval.buckets` sizes, then one by
+one at their own sizes, with a program for each. Prints the compiled programs, seconds and mean IoU of both, and checks
+that both count the same pixels. Times include compiling, because users wait for it too.
 """
 
 import argparse
@@ -11,102 +11,84 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
-from benchmarks import tables
+from benchmarks import tables, train_step
 from configs import pascal
-from dssn_jax.evaluation import evaluate, metrics
-from dssn_jax.learner import learner as experiment
-from experiments import folder as files
+from dssn_jax.evaluation import metrics
+from dssn_jax.evaluation.evaluate import Evaluator
+from experiments import folder
+from experiments.compilations import Compilations
 from input_pipeline.class_names import SHAPES_CLASSES
-
-COMPILATION = "/jax/core/compile/backend_compile_duration"  # JAX reports each under this name.
-
-
-class Compilations:
-    """Counts XLA compilations of this process and their seconds."""
-
-    def __init__(self):
-        self.count, self.seconds = 0, 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def _heard(self, event: str, seconds: float, **_) -> None:
-        if event == COMPILATION:
-            self.count += 1
-            self.seconds += seconds
-
-    def reset(self) -> None:
-        self.count, self.seconds = 0, 0.0
+from input_pipeline.eval_batches import EvalBatch
+from input_pipeline.sources.open import Source, open_source
 
 
-def sizes_of(images: int, different: int, smallest: int, largest: int) -> list[files.Size]:
-    """`images` sizes, `different` of them, drawn like those of photographs: wide and tall ones."""
+def random_sizes(images: int, different: int, smallest: int, largest: int) -> list[folder.Size]:
+    """Returns the sizes of `images` wide and tall images, `different` ones among them."""
     rng = np.random.default_rng(0)
-    found: dict[files.Size, None] = {}
-    while len(found) < different:
-        found[tuple(rng.integers(smallest, largest, 2, endpoint=True).tolist())] = None
-    return list(itertools.islice(itertools.cycle(found), images))
+    sizes: dict[folder.Size, None] = {}
+    while len(sizes) < different:
+        sizes[tuple(rng.integers(smallest, largest, 2, endpoint=True).tolist())] = None
+    return list(itertools.islice(itertools.cycle(sizes), images))
 
 
-def configuration(root: pathlib.Path, backbone: str, batch: int):
-    config = pascal.get_config(f"split=183,encoder={backbone},method=supervised")
-    config.data.root, config.data.classes, config.eval.batch = str(root), SHAPES_CLASSES, batch
-    config.data.splits = str(root / "splits/pascal")
+def configure(root: str, encoder: str, batch: int):
+    """Returns the configuration of an evaluation of the images in the folder `root`."""
+    config = pascal.get_config(f"split=183,encoder={encoder},method=supervised")
+    config.data.root, config.data.classes, config.eval.batch = root, SHAPES_CLASSES, batch
+    config.data.splits = f"{root}/splits/pascal"
     return config
 
 
-def one_by_one(evaluator: evaluate.Evaluator, source) -> Iterator:
-    """Each image as a group of its own, at its own size."""
-    return itertools.chain.from_iterable(evaluator.groups(source, indices=[index]) for index in range(len(source)))
+def one_by_one(evaluator: Evaluator, source: Source) -> Iterator[EvalBatch]:
+    """Yields each image in a batch of its own, at its own size."""
+    return itertools.chain.from_iterable(evaluator.batches(source, indices=[index]) for index in range(len(source)))
 
 
-def measure(name: str, evaluator, networks: dict, groups: Iterable, compilations: Compilations) -> tuple[dict, dict]:
-    """Evaluates once; returns a row of the table and the confusion matrices."""
-    compilations.reset()
+def measure(name: str, config, padded: bool, compilations: Compilations) -> tuple[dict, np.ndarray]:
+    """Evaluates once; returns a row of the table and the confusion matrix."""
+    learner = train_step.build(config, jax.devices()[:1])
+    networks = learner.init_state().networks()
+    evaluator, source = Evaluator(learner), open_source(config, "val")
+    compilations.take()
     started = time.perf_counter()
-    confusions = evaluator(networks, groups)
-    seconds = time.perf_counter() - started
-    miou = 100 * float(metrics.iou(confusions["student"]).mean())
-    row = {"evaluation": name, "compilations": compilations.count, "of it s": compilations.seconds, "s": seconds}
-    print(f"{name}: {compilations.count} compilations, {seconds:.1f} s", flush=True)
-    return row | {"mIoU": miou}, confusions
+    batches = evaluator.batches(source) if padded else one_by_one(evaluator, source)
+    confusion = evaluator(networks, batches)["student"]
+    seconds, counts = time.perf_counter() - started, compilations.take()
+    row = {"evaluation": name, "programs": counts["compiled"] + counts["loaded"]}
+    row |= {"compile s": counts["compile_seconds"], "s": seconds, "mIoU": 100 * metrics.mean_iou(confusion)}
+    tables.show([row])
+    return row, confusion
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--sizes", type=int, default=120, help="different ones among them")
+    parser.add_argument("--sizes", type=int, default=120, help="number of different sizes")
     parser.add_argument("--smallest", type=int, default=48, help="smallest side, pixels")
     parser.add_argument("--largest", type=int, default=128, help="largest side, pixels")
-    parser.add_argument("--backbone", default="resnet18w16")
+    parser.add_argument("--encoder", default="resnet18w16")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--json", type=pathlib.Path, help="where to write the results")
+    parser.add_argument("--json", type=pathlib.Path, help="file of the results")
     arguments = parser.parse_args()
-    sizes = sizes_of(arguments.images, arguments.sizes, arguments.smallest, arguments.largest)
+    sizes = random_sizes(arguments.images, arguments.sizes, arguments.smallest, arguments.largest)
     compilations = Compilations()
-    rows, found = [], []
     with tempfile.TemporaryDirectory() as root:
-        files.write(pathlib.Path(root), sizes, validation=len(sizes))
-        for name, batch in (("padded to a few sizes", arguments.batch), ("one compilation a size", 1)):
-            config = configuration(pathlib.Path(root), arguments.backbone, batch)
-            parts = experiment.build(config, jax.devices()[:1])
-            networks = parts.initial_state().networks()
-            evaluator, source = evaluate.Evaluator(parts.model, config, parts.mesh), parts.sources.val
-            groups = evaluator.groups(source) if batch > 1 else one_by_one(evaluator, source)
-            row, confusions = measure(name, evaluator, networks, groups, compilations)
-            rows.append(row)
-            found.append(confusions["student"])
-    tables.show(rows)
-    ratio = rows[1]["s"] / rows[0]["s"]
-    differing = int(np.abs(found[0] - found[1]).sum() // 2)
-    print(
-        f"{ratio:.1f} times the time without padding; {differing} of {found[0].sum()} pixels differ (float32 rounding)"
-    )
+        folder.write(pathlib.Path(root), sizes, val=len(sizes))
+        config = configure(root, arguments.encoder, arguments.batch)
+        padded, padded_counts = measure("padded to a few sizes", config, True, compilations)
+        config.eval.batch = 1
+        alone, counts = measure("each at its own size", config, False, compilations)
+    ratio = alone["s"] / padded["s"]
+    differing = int(np.abs(padded_counts - counts).sum() // 2)
+    print(f"{ratio:.1f} times the time without padding; {differing} of {counts.sum()} pixels differ (float32 rounding)")
+    rows = [padded, alone]
     tables.write(arguments.json, {"arguments": {**vars(arguments), "json": None}, "rows": rows, "ratio": ratio})
-    return 0 if found[0].sum() == found[1].sum() else 1
+    return 0 if padded_counts.sum() == counts.sum() else 1
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, within 10 minutes and without a download.
+# Every measurement that needs a GPU, within 10 minutes and without downloads.
 #
 #   benchmarks/gpu.sh [PART] [OUT] [WHEELS]
 #
-# PART: all (default) | step | train | golden. A part that is run alone has the whole time.
-#   step    the table of benchmarks/step.py, its rows in the order of their importance  -> OUT/step.json
-#   train   a short run of the VOC recipe on generated JPEGs: the share of time it waits for data  -> OUT/train.jsonl
-#           alone, also the speed of the strong views and of the input pipeline -> OUT/augment.json, OUT/input.json
+# PART: all (default) | step | train | golden. A single part has all of the time.
+#   step    the table of benchmarks/step.py, most important rows first -> OUT/step.json
+#   train   a short run of the VOC recipe on generated JPEGs: the share of time it waits for data -> OUT/train.jsonl
+#           as a single part also the speed of strong views and input pipeline -> OUT/augment.json, OUT/input.json
 #   golden  the golden numbers, in float64 on the GPU -> OUT/golden.txt
 # OUT: folder of the results (default: the variable OUT, else /tmp/dssn_gpu).
-# WHEELS: folder of wheels to install first, where packages of requirements.txt are missing and no index can be reached;
-#   made elsewhere by: pip download --no-deps --only-binary=:all: --python-version 3.12 -d WHEELS grain array-record \
-#     ml-collections tensorboardX simplejpeg  (with --platform where that machine is another)
-# PYTHON: the interpreter (default: .venv/bin/python if there is one, else python3).
+# WHEELS: folder of wheels to install first, where packages of requirements.txt are missing and no index can be reached.
+#   Made on another machine by: pip download --no-deps --only-binary=:all: --python-version 3.12 -d WHEELS grain \
+#     array-record ml-collections tensorboardX simplejpeg tabulate  (with --platform if its platform differs)
+# PYTHON: the interpreter (default: .venv/bin/python if it exists, else python3).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 part=${1:-all} out=${2:-${OUT:-/tmp/dssn_gpu}} wheels=${3:-}
@@ -30,13 +30,13 @@ export PYTHONUNBUFFERED=1
 "$python" -c 'import jax; print(jax.__version__, jax.devices()); assert jax.default_backend() == "gpu"' || exit
 
 if [ "$part" = golden ] || [ "$part" = all ]; then
-    # Few and short cases first; those that find no time are left out.
+    # Short cases first; those for which no time is left are skipped.
     budget=$([ "$part" = all ] && echo 60 || left)
     JAX_PLATFORMS=cuda timeout "$budget" "$python" -m tests.golden tests/data/golden 2>&1 | tee "$out/golden.txt"
 fi
 if [ "$part" = train ] || [ "$part" = all ]; then
     budget=$([ "$part" = all ] && echo 170 || echo $(($(left) - 150)))
-    "$python" -m benchmarks.folder /tmp/dssn_gpu_data || exit
+    "$python" -m experiments.folder /tmp/dssn_gpu_data || exit
     timeout "$budget" "$python" main.py --config=configs/pascal.py:split=183 --config.data.root=/tmp/dssn_gpu_data \
         --config.model.dtype=bfloat16 --config.ema.batch_stats_epochs=0 --config.train.log_every=20 \
         --config.train.steps=400 --config.train.eval_every=400 --config.train.checkpoint_every=400 \

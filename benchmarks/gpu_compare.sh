@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# The methods compared on CamVid (experiments/compare.py) on a GPU, in pieces of 10 minutes and without a download:
-# ResNet-50, bfloat16, splits 1_16 and 1_8, the same steps for all methods. The same command does the next piece.
+# Compares the methods on CamVid (experiments/compare.py) on a GPU, in pieces of 10 minutes and without downloads:
+# ResNet-50, bfloat16, splits 1_16 and 1_8, the same steps for all methods. Repeat the command for the next piece.
 #
 #   benchmarks/gpu_compare.sh DATA [OUT] [WHEELS]
 #
 # DATA: folder of CamVid (images, masks, splits).
 # OUT: folder of the results (default: the variable OUT, else /tmp/dssn_gpu_compare): results.json, .md, .png, .svg, and
-#   runs.tar.gz, the runs without checkpoints and programs. A piece on another machine that finds it there, or in the
-#   folder that RESUME names, goes on after the runs that were finished.
-# WHEELS: folder of wheels to install first, as in benchmarks/gpu.sh (matplotlib and what it needs, for the plot; it can
-#   be drawn elsewhere too: unpack runs.tar.gz in OUT, then python -m experiments.compare --out=OUT --table-only).
+#   runs.tar.gz, the runs without checkpoints and programs. A piece on another machine continues from it if it is there,
+#   or in the folder RESUME.
+# WHEELS: folder of wheels to install first, as in benchmarks/gpu.sh (for the plot also matplotlib and what it needs; or
+#   draw it elsewhere: unpack runs.tar.gz in OUT, then python -m experiments.compare --out=OUT --table-only).
 # Variables:
-#   WORK      where the runs, their checkpoints and compiled programs lie: up to 1 GB for a run in progress, half for a
-#             finished one (default: /tmp/dssn_gpu_compare_work)
-#   MINUTES   of this piece (9); the last step, evaluation and save come after
-#   STEPS     of each run (2000)     SEEDS  (3)     SPLITS  (1_16 1_8)     CROP  (321)
+#   WORK      folder of the runs with checkpoints and compiled programs: up to 1 GB for a run in progress, half of that
+#             for a finished one (default: /tmp/dssn_gpu_compare_work)
+#   MINUTES   of this piece (9); the last step, evaluation and save come on top
+#   STEPS     per run (2000)     SEEDS  (3)     SPLITS  (1_16 1_8)     CROP  (321)
 #   METHODS   (supervised dssn unimatch fixmatch, then all)     KEEP  checkpoints of finished runs (best; all, none)
-#   SETTINGS  more KEY=VALUE for all runs (none)
-#   PYTHON    the interpreter (default: .venv/bin/python if there is one, else python3)
+#   SETTINGS  further KEY=VALUE for all runs (none)
+#   PYTHON    the interpreter (default: .venv/bin/python if it exists, else python3)
 set -uo pipefail
 started=$(date +%s)
 data=$(realpath "${1:?the folder of CamVid is missing: benchmarks/gpu_compare.sh DATA [OUT] [WHEELS]}") || exit
@@ -38,7 +38,7 @@ finished=${RESUME:-$out}/runs.tar.gz
 if [ ! -d "$work/runs" ] && [ -f "$finished" ]; then
     tar -xzf "$finished" -C "$work" || exit
 fi
-compare() { # METHOD ...: within what is left of the piece.
+compare() { # METHOD ...: in the time left of the piece.
     "$python" -m experiments.compare --config="configs/camvid.py:encoder=resnet50,crop=${CROP:-321}" --methods "$@" \
         --splits ${SPLITS:-1_16 1_8} --seeds "${SEEDS:-3}" --keep="${KEEP:-best}" --out="$work" \
         --minutes="$(awk "BEGIN {print $minutes - ($(date +%s) - $started) / 60}")" \
@@ -48,7 +48,7 @@ compare() { # METHOD ...: within what is left of the piece.
 status=0
 if [ -n "${METHODS:-}" ]; then
     compare $METHODS || status=$?
-else # The main question first, for all seeds; then the parts of DSSN.
+else # The main question first, for all seeds; then the ablations of DSSN.
     compare supervised dssn unimatch fixmatch && compare all || status=$?
 fi
 cp "$work"/results.* "$out"

@@ -1,7 +1,7 @@
-"""Whether what makes a step faster moves results: runs of the shapes by form and seed, and their mean IoU.
+"""Whether faster forms of the training step change results: `python -m benchmarks.precision --json=precision.json`.
 
-`python -m benchmarks.precision --json=precision.json` trains DSSN on the generated shapes with each form and seed, one
-run after another, and prints the mean IoU at the end of each, per cent, with mean and standard deviation over seeds.
+Trains DSSN on the generated shapes with each form and seed, one run after the other, and prints the mean IoU after the
+last step, in percent, with mean and standard deviation over seeds.
 """
 
 import argparse
@@ -15,32 +15,32 @@ import tempfile
 from benchmarks import tables
 
 FORMS = {
-    "float32": ["--config.model.dtype=float32"],
-    "bfloat16": ["--config.model.dtype=bfloat16"],
-    "float32, lean": ["--config.model.dtype=float32", "--config.method.perturb_labeled=False"],
-    "float32, host views": ["--config.model.dtype=float32", "--config.views.device=False"],
+    "float32": {"model.dtype": "float32"},
+    "bfloat16": {"model.dtype": "bfloat16"},
+    "float32, lean": {"model.dtype": "float32", "method.perturb_labeled": False},
 }
 NETWORKS = ("student", "teacher")
 
 
-def train(options: list[str], seed: int, argument: str) -> dict[str, float]:
+def train(form: str, seed: int, argument: str) -> dict[str, float]:
     """Trains once; returns the last mean IoU of each network."""
+    keys = FORMS[form] | {"seed": seed, "train.pictures": 0}
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, "main.py", f"--config=configs/shapes.py:{argument}", f"--workdir={workdir}"]
-        command += [f"--config.seed={seed}", "--config.train.pictures=0", *options]
+        command += [f"--config.{key}={value}" for key, value in keys.items()]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         summary = json.loads((pathlib.Path(workdir) / "summary.json").read_text())
     return {network: summary[network]["last"]["miou"] for network in NETWORKS}
 
 
 def table(scores: dict[str, list[dict]]) -> list[dict]:
-    """A row for each form and network."""
+    """Returns a row per form and network."""
     rows = []
     for form, runs in scores.items():
         for network in NETWORKS:
             values = [run[network] for run in runs]
-            deviation = statistics.stdev(values) if len(values) > 1 else None
-            row = {"form": form, "network": network, "mean": statistics.mean(values), "deviation": deviation}
+            std = statistics.stdev(values) if len(values) > 1 else None
+            row = {"form": form, "network": network, "mean": statistics.mean(values), "std": std}
             rows.append(row | {f"seed {i}": value for i, value in enumerate(values)})
     return rows
 
@@ -48,14 +48,14 @@ def table(scores: dict[str, list[dict]]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds: 0, 1, ...")
     parser.add_argument("--argument", default="steps=200", help="argument of configs/shapes.py")
-    parser.add_argument("--json", type=pathlib.Path, help="where to write the results")
+    parser.add_argument("--json", type=pathlib.Path, help="file of the results")
     arguments = parser.parse_args()
     scores = {form: [] for form in arguments.forms}
     for seed in range(arguments.seeds):
         for form in arguments.forms:
-            scores[form].append(train(FORMS[form], seed, arguments.argument))
+            scores[form].append(train(form, seed, arguments.argument))
             print(f"{form}, seed {seed}: {scores[form][-1]}", flush=True)
             tables.write(arguments.json, {"argument": arguments.argument, "scores": scores})
     tables.show(table(scores))

@@ -1,38 +1,46 @@
 """Times the whole training step, ours and PyTorch's, side by side: `python -m benchmarks.step --json=step.json`.
 
-Each row runs in a process of its own, so that none sees the memory of another, and within the time of --seconds; rows
-come in the order of their importance and the table is complete at any time. On a CPU take --small.
+Each row runs in a process of its own, so that no process holds memory of another, within the time of --seconds. The
+most important rows come first and results are written after each. On a CPU use --small.
 
-Columns: ms an iteration; images/s (labeled and unlabeled together); peak memory, GiB; TFLOP of an iteration, counted
-by XLA in our program before optimization (for PyTorch: the same number, the work being the same); share of the rate of
-a large bfloat16 matrix product (float32 on a CPU) measured in the same process; CPU seconds an iteration, which
-other work on the machine disturbs less than the time; seconds until the first step is done.
-`jax` includes making the strong views; PyTorch's batch holds them.
+Columns: ms per iteration; images/s (labeled and unlabeled together); peak memory, GiB; TFLOP per iteration, counted by
+XLA in our program before optimization (for PyTorch: the same number, because the work is the same); share of the rate
+of a large bfloat16 matrix product (float32 on a CPU) measured in the same process; CPU seconds per iteration, which
+other load on the machine disturbs less than the time; seconds until the first step is done. `jax` includes making the
+strong views; the batch of PyTorch has them ready-made.
 """
 
 import argparse
-import functools
+import importlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
-from benchmarks import tables
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import tables, train_step
+from dssn_jax import sharding
 
 RECIPES = {
     "voc_r101": "pascal:encoder=resnet101",
     "voc_r50": "pascal:encoder=resnet50",
     "cityscapes_r101": "cityscapes:encoder=resnet101",
+    "cityscapes_r50": "cityscapes:encoder=resnet50",
 }
+# Forms of our step, with the keys that they set; those of PyTorch are in `torch_step.FORMS`.
 OURS = {
     "jax": {},
     "jax_lean": {"method.perturb_labeled": False},
     "jax_float32": {"model.dtype": "float32"},
     "jax_float32_lean": {"model.dtype": "float32", "method.perturb_labeled": False},
 }
-# (recipe, form, batch), the most telling first; batch 0: the largest that fits.
+# (recipe, form, batch), the most important first; batch 0: the largest that fits.
 ROWS = (
     ("voc_r101", "jax", 8), ("voc_r101", "bf16_compiled", 8), ("voc_r101", "published", 8), ("voc_r101", "tf32", 8),
     ("voc_r101", "jax_lean", 8), ("voc_r101", "bf16", 8), ("voc_r101", "jax", 0), ("cityscapes_r101", "jax", 8),
@@ -49,134 +57,115 @@ COLUMNS = (
 
 
 def configure(recipe: str, crop: int, batch: int, options: dict):
-    """The configuration of a recipe with `batch` labeled and as many unlabeled images."""
-    from configs import cityscapes, pascal
-
-    name, _, argument = {**RECIPES, "cityscapes_r50": "cityscapes:encoder=resnet50"}[recipe].partition(":")
-    config = {"pascal": pascal, "cityscapes": cityscapes}[name].get_config(argument + (f",crop={crop}" if crop else ""))
+    """Returns the configuration of a recipe with `batch` labeled and as many unlabeled images; crop 0: the recipe's."""
+    name, _, argument = RECIPES[recipe].partition(":")
+    config = importlib.import_module(f"configs.{name}").get_config(argument + (f",crop={crop}" if crop else ""))
     config.data.labeled_batch = config.data.unlabeled_batch = batch
     config.model.dtype = "bfloat16"
-    config.ema.batch_stats_epochs = 0  # As from the second epoch on: one teacher forward.
-    if crop:  # As many pixels of a group as at the recipe's crop.
+    config.ema.batch_stats_epochs = 0  # As from the second epoch on: one forward pass of the teacher.
+    if crop:  # The same share of the pixels of a group as at the recipe's crop.
         config.method.ohem_min_kept = int(config.method.ohem_min_kept * (crop / 801) ** 2)
     config.update_from_flattened_dict(options)
     return config
 
 
-def random_batch(config, seed: int = 0) -> dict:
-    """What the input pipeline sends: noise, with a tenth of the pixels padding, and boxes of a third of the crop."""
-    import numpy as np
+def time_steps(step: Callable, wait: Callable, seconds: float) -> dict[str, float]:
+    """Times steps that are enqueued one after the other for `seconds`.
 
-    rng, crop = np.random.default_rng(seed), config.data.crop
-    labeled, unlabeled = config.data.labeled_batch, config.data.unlabeled_batch
-    batch = {"image_x": rng.integers(256, size=(labeled, crop, crop, 3), dtype=np.uint8)}
-    batch["label_x"] = rng.integers(len(config.data.classes), size=(labeled, crop, crop), dtype=np.uint8)
-    batch["label_x"][:, : crop // 10] = config.data.ignore
-    for kind in "um":
-        batch[f"image_{kind}"] = rng.integers(256, size=(unlabeled, crop, crop, 3), dtype=np.uint8)
-        batch[f"valid_{kind}"] = np.ones((unlabeled, crop, crop), bool)
-        batch[f"valid_{kind}"][:, : crop // 10] = False
-    for box in ("box1", "box2"):
-        batch[box] = np.tile(np.array([crop // 4, crop // 4, 3 * crop // 4, 2 * crop // 3], np.int32), (unlabeled, 1))
-    return batch
+    Args:
+      step: starts a step and returns its result.
+      wait: waits for a result, or for a list of them.
+      seconds: time for the measurement, at least 3 and at most 50 steps.
 
-
-def time_steps(take, wait, seconds: float) -> dict[str, float]:
-    """Returns {"ms", "cpu_s"} of a step, enqueued one behind the other, and "first_s", until the first was done."""
+    Returns:
+      {"ms", "cpu_s"} per step, and "first_s" until the first step was done.
+    """
     started = time.perf_counter()
-    wait(take())
+    wait(step())
     first = time.perf_counter() - started
-    one = time.perf_counter()
-    wait([take() for _ in range(2)])
-    one = (time.perf_counter() - one) / 2
+    started = time.perf_counter()
+    wait([step() for _ in range(2)])
+    one = (time.perf_counter() - started) / 2
     steps = max(3, min(50, int(seconds / one)))
     started, cpu = time.perf_counter(), time.process_time()
-    wait([take() for _ in range(steps)])
+    wait([step() for _ in range(steps)])
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     return {"ms": 1000 * seconds / steps, "cpu_s": cpu / steps, "first_s": first}
 
 
 def measure_jax(config, seconds: float) -> dict:
     """Times our step; see `measure`."""
-    import jax
-    import jax.numpy as jnp
-
-    from dssn_jax import models, sharding
-    from dssn_jax.learner import optimizer
-    from dssn_jax.learner import state as train_state
-    from dssn_jax.learner import step as train_step
-    from dssn_jax.methods import method as methods
-    from dssn_jax.methods import strong_augment as augment
-
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    model = models.build(config.model, len(config.data.classes))
-    method = methods.from_config(config, steps_per_epoch=100)
-    sgd, schedule = optimizer.from_config(config.optimizer, 1000)
-    step = train_step.compile_step(model, method, sgd, schedule, config.data, augment.from_config(config.views), mesh)
-    initialize = jax.jit(functools.partial(train_state.initialize, model, sgd, method.has_teacher))
-    state, batch = initialize(train_state.keys(0)), sharding.put_batch(random_batch(config), mesh)
-    jax.block_until_ready(state)
+    learner = train_step.build(config, jax.devices()[:1])
+    state = learner.init_state()
+    batch = sharding.put_batch(train_step.random_batch(config), learner.mesh)
+    jax.block_until_ready((state, batch))
     started = time.perf_counter()
-    lowered = step.lower(state, batch)
-    flops = lowered.cost_analysis()["flops"]
-    step = lowered.compile()
+    lowered = learner.make_train_step().lower(state, batch)
+    compiled = lowered.compile()
     compile_seconds = time.perf_counter() - started
-    memory = step.memory_analysis()
 
-    def take():
+    def step() -> dict:
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = compiled(state, batch)
         return metrics
 
-    found = time_steps(take, jax.block_until_ready, seconds)
-    found["first_s"] += compile_seconds
-    stats = jax.devices()[0].memory_stats() or {}
+    times = time_steps(step, jax.block_until_ready, seconds)
+    times["first_s"] += compile_seconds
+    memory, stats = compiled.memory_analysis(), jax.devices()[0].memory_stats() or {}
     planned = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-    size, dtype = (8192, jnp.bfloat16) if jax.default_backend() != "cpu" else (1024, jnp.float32)
-    a = jax.random.normal(jax.random.PRNGKey(0), (size, size), dtype)
+    return times | {
+        "flop": lowered.cost_analysis()["flops"],
+        "ceiling": matmul_rate(),
+        "bytes": stats.get("peak_bytes_in_use", planned),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "limit_bytes": stats.get("bytes_limit"),
+        "device": jax.devices()[0].device_kind,
+        "version": f"jax {jax.__version__}",
+    }
+
+
+def matmul_rate() -> float:
+    """Returns the FLOP/s of a large matrix product, in bfloat16 (on a CPU in float32)."""
+    size, dtype = (1024, jnp.float32) if jax.default_backend() == "cpu" else (8192, jnp.bfloat16)
+    matrix = jax.random.normal(jax.random.PRNGKey(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
-    matmul_ms = time_steps(lambda: product(a, a), jax.block_until_ready, 1.0)["ms"]
-    return found | {
-        "flop": flops, "ceiling": 2 * size**3 / matmul_ms * 1e3,
-        "bytes": stats.get("peak_bytes_in_use", planned), "argument_bytes": memory.argument_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes, "limit_bytes": stats.get("bytes_limit"),
-        "device": jax.devices()[0].device_kind, "version": f"jax {jax.__version__}",
-    }  # fmt: skip
+    ms = time_steps(lambda: product(matrix, matrix), jax.block_until_ready, 1.0)["ms"]
+    return 2 * size**3 / ms * 1e3
 
 
 def measure_torch(config, form: str, seconds: float) -> dict:
     """Times PyTorch's step; see `measure`."""
-    import numpy as np
     import torch
 
     from tests.reference import torch_step
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     form = torch_step.FORMS[form]
-    kept = config.method.ohem_min_kept * 2 if config.method.labeled_loss == "ohem" else 0
-    step = torch_step.Step(config.model.encoder, len(config.data.classes), form, device, kept)
-    raw, crop = random_batch(config), config.data.crop
+    min_kept = config.method.ohem_min_kept * 2 if config.method.labeled_loss == "ohem" else 0
+    step = torch_step.Step(config.model.encoder, len(config.data.classes), form, device, min_kept)
+    raw, crop = train_step.random_batch(config), config.data.crop
     normal = np.random.default_rng(1).standard_normal((config.data.unlabeled_batch, crop, crop, 3), np.float32)
     inside = np.zeros((config.data.unlabeled_batch, crop, crop), bool)
     inside[:, crop // 4 : 3 * crop // 4, crop // 4 : 2 * crop // 3] = True
-    arrays = dict.fromkeys(("x", "u", "m", "s1", "s2"), normal) | {"label": raw["label_x"]}
-    arrays |= {"valid_u": raw["valid_u"], "valid_m": raw["valid_m"], "box1": inside, "box2": inside}
-    batch = torch_step.batch_of(arrays, form, device)
-    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
-    found = time_steps(lambda: step(batch), lambda _: synchronise(), seconds)
-    found["version"] = f"torch {torch.__version__}"
-    return found | ({"bytes": torch.cuda.max_memory_allocated()} if device == "cuda" else {})
+    arrays = dict.fromkeys(("x", "u", "m", "s1", "s2"), normal) | {"label": raw.label_x}
+    arrays |= {"valid_u": raw.valid_u, "valid_m": raw.valid_m, "box1": inside, "box2": inside}
+    batch = torch_step.to_device(arrays, form, device)
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = time_steps(lambda: step(batch), lambda _: synchronize(), seconds)
+    times["version"] = f"torch {torch.__version__}"
+    return times | ({"bytes": torch.cuda.max_memory_allocated()} if device == "cuda" else {})
 
 
 def measure(recipe: str, form: str, crop: int, batch: int, seconds: float) -> dict:
-    """Measures one row in this process: {"ms", "first_s"} and what else is known."""
+    """Measures a row in this process: {"ms", "cpu_s", "first_s", ...}."""
     config = configure(recipe, crop, batch, OURS.get(form, {}))
-    found = measure_jax(config, seconds) if form in OURS else measure_torch(config, form, seconds)
-    return {"recipe": recipe, "form": form, "crop": config.data.crop, "batch": batch, **found}
+    times = measure_jax(config, seconds) if form in OURS else measure_torch(config, form, seconds)
+    return {"recipe": recipe, "form": form, "crop": config.data.crop, "batch": batch, **times}
 
 
 def run_row(row: tuple, crop: int, arguments, deadline: float) -> dict:
-    """Measures a row in a new process; a row that fails or finds no time says so."""
+    """Measures a row in a new process; "note" is why a row has no times."""
     recipe, form, batch = row
     left = deadline - time.monotonic()
     named = {"recipe": recipe, "form": form, "crop": crop or None, "batch": batch}
@@ -198,8 +187,8 @@ def run_row(row: tuple, crop: int, arguments, deadline: float) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def largest_batch(row: dict, devices: int = 1) -> int:
-    """The largest multiple of 4 images whose step should fit, from the memory of a measured one; 0 if unknown."""
+def largest_batch(row: dict) -> int:
+    """Returns the largest multiple of 4 images that should fit, from the memory of a measured row; 0 if unknown."""
     if not row.get("limit_bytes"):
         return 0
     free = 0.97 * row["limit_bytes"] - row["argument_bytes"]
@@ -207,7 +196,7 @@ def largest_batch(row: dict, devices: int = 1) -> int:
 
 
 def present(rows: list[dict]) -> list[dict]:
-    """The columns of the table from what was measured."""
+    """Returns the rows of the table from those that were measured."""
     works = {(row["recipe"], row["batch"]): row for row in rows if row.get("flop") and "lean" not in row["form"]}
     table = []
     for row in rows:
@@ -227,10 +216,12 @@ def present(rows: list[dict]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="small crops and batches, for a CPU")
-    parser.add_argument("--only", default="", help="only rows that hold this, as voc_r101 or jax")
+    parser.add_argument(
+        "--only", default="", help="only rows whose recipe and form contain this, such as voc_r101 or jax"
+    )
     parser.add_argument("--seconds", type=float, default=3600, help="time for all rows")
-    parser.add_argument("--measure", type=float, default=3.0, help="seconds that each row is timed for")
-    parser.add_argument("--json", type=pathlib.Path, help="where to write the results")
+    parser.add_argument("--measure", type=float, default=3.0, help="seconds of timing per row")
+    parser.add_argument("--json", type=pathlib.Path, help="file of the results")
     parser.add_argument("--row", nargs=4, help=argparse.SUPPRESS)  # Recipe, form, crop, batch: one row, as JSON.
     arguments = parser.parse_args()
     if arguments.row:

@@ -50,7 +50,9 @@ def check_keys(arguments: Iterable[str], defaults) -> None:
 def unreadable_config_file(path: str) -> str:
     """Returns the error message for a config file that cannot be read, with the known files of `configs/`."""
     folder = pathlib.Path(__file__).parent
-    known = sorted(f"configs/{file.name}" for file in folder.glob("*.py") if "get_config(argument" in file.read_text())
+    known = sorted(
+        f"configs/{file.name}" for file in folder.glob("*.py") if "\ndef get_config(argument" in file.read_text()
+    )
     return f"config file {path!r} cannot be read{suggest(path, known)}"
 
 

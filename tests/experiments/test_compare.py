@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import shapes
 from configs.checks import ConfigError, differences
@@ -16,7 +17,7 @@ from dssn_jax.methods import method as methods
 from dssn_jax.training.loop import DivergedError
 from dssn_jax.validate import validate_training
 from dssn_jax.workdir import recorder
-from experiments import compare, compare_plots, compare_results, compilations
+from experiments import compare, compare_plots, compare_results, compilations, prediction_picture
 from input_pipeline.batch import labeled_rows
 
 CONFIG = "configs/shapes.py:steps=20"
@@ -285,6 +286,23 @@ def cache_settings():
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+def test_a_real_run_is_trained_tabled_and_pictured(cache_settings, keep_programs, monkeypatch, tmp_path):
+    settings = (
+        "data.shapes.size=48 data.shapes.unlabeled=8 data.shapes.val=4 data.labeled_batch=4 data.unlabeled_batch=8 "
+        "model.decoder_channels=16 model.aspp_dilations=(2,) train.eval_every=2"
+    )
+    config = "configs/shapes.py:encoder=resnet10w16,crop=33,steps=2"
+    command = f"compare --config={config} --methods supervised --splits 4 --seeds 1 --set {settings} --out={tmp_path}"
+    monkeypatch.setattr("sys.argv", command.split())
+    compare.main()
+    assert "| supervised |" in (tmp_path / "results.md").read_text()
+    picture = tmp_path / "picture.png"
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path / "runs/supervised_4_seed0"), "--rows=2", f"--to={picture}"])
+    prediction_picture.main()
+    with Image.open(picture) as image:
+        assert image.size == (3 * 3 * 50, 3 * 2 * 50)  # Magnified columns and rows of 48 pixels and a gap of 2.
 
 
 def test_programs_are_compiled_once(cache_settings, tmp_path):

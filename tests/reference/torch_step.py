@@ -1,8 +1,9 @@
-"""The whole training step of DSSN in PyTorch, written from `method.md`: what `benchmarks.step` compares ours with.
+"""The training step of DSSN in PyTorch, written from docs/method.md: `benchmarks.step` compares ours with it.
 
-Same work as ours but for the strong views' colors, which its batch holds ready-made, as the original's loaders make
-them: the teacher labels both weak views in one forward, the student sees labeled and weak images with two perturbed
-copies of the features, then both strong views; all loss terms; SGD in two groups; moving average of the teacher.
+The work is that of our step except for the colors of the strong views, which its batch has ready-made, as from the
+original's loaders: the teacher labels both weak views in one forward pass; the student predicts labeled and weak images
+with two perturbed copies of the features, then both strong views; all loss terms; SGD with two learning rates; EMA of
+the teacher.
 """
 
 import copy
@@ -18,7 +19,7 @@ IGNORE = 255
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A way to run the step."""
+    """Precision and layout in which the step runs."""
 
     tf32: bool = False
     bfloat16: bool = False
@@ -35,18 +36,18 @@ FORMS = {
 
 
 class Step:
-    """Call it with a batch of `batch_of`; it takes one step and returns the terms (on the device, not waited for)."""
+    """Takes a step with a batch of `to_device` when called; returns the loss terms without waiting for the device."""
 
-    def __init__(self, backbone: str, classes: int, form: Form, device: str, ohem_min_kept: int = 0, lr=(0.002, 0.02)):
-        """`ohem_min_kept` (of a group of two images) makes the labeled term OHEM and selects every pixel."""
+    def __init__(self, encoder: str, classes: int, form: Form, device: str, ohem_min_kept: int = 0):
+        """Builds networks and optimizer; `ohem_min_kept` (per two images) makes L_x OHEM and selects every pixel."""
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = form.tf32
         torch.backends.cudnn.benchmark = True
         self.form, self.device, self.ohem_min_kept = form, device, ohem_min_kept
         layout = torch.channels_last if form.channels_last else torch.contiguous_format
-        self.student = torch_twin.DeepLabV3Plus(backbone, classes).to(device, memory_format=layout).train()
+        self.student = torch_twin.DeepLabV3Plus(encoder, classes).to(device, memory_format=layout).train()
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
-        outside = [p for name, p in self.student.named_parameters() if not name.startswith("backbone")]
-        groups = [{"params": self.student.backbone.parameters(), "lr": lr[0]}, {"params": outside, "lr": lr[1]}]
+        decoder = [p for name, p in self.student.named_parameters() if not name.startswith("backbone")]
+        groups = [{"params": self.student.backbone.parameters(), "lr": 0.002}, {"params": decoder, "lr": 0.02}]
         self.optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-4)
         self._forward = torch.compile(self._losses) if form.compiled else self._losses
 
@@ -55,7 +56,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         self.optimizer.step()
-        self._move_teacher()
+        self._update_ema()
         return {name: term.detach() for name, term in terms.items()}
 
     def _losses(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -82,34 +83,34 @@ class Step:
         return {"loss": 0.5 * (terms["loss_x"] + 0.25 * views + 0.01 * contrasts), **terms}
 
     @torch.no_grad()
-    def _move_teacher(self, keep: float = 0.996) -> None:
+    def _update_ema(self, decay: float = 0.996) -> None:
         pairs = zip(self.teacher.state_dict().values(), self.student.state_dict().values(), strict=True)
         old, new = zip(*[pair for pair in pairs if pair[0].is_floating_point()], strict=True)
-        torch._foreach_lerp_(list(old), list(new), 1 - keep)
+        torch._foreach_lerp_(list(old), list(new), 1 - decay)
 
 
 def labeled_term(logits: torch.Tensor, label: torch.Tensor, ohem_min_kept: int) -> torch.Tensor:
-    """Cross-entropy, or with `ohem_min_kept` that of the hard pixels of groups of two images."""
+    """Returns the cross-entropy (Eq. 2), or with `ohem_min_kept` OHEM over groups of two images (Eq. 3)."""
     if not ohem_min_kept:
         return F.cross_entropy(logits, label, ignore_index=IGNORE)
     groups = zip(logits.split(2), label.split(2), strict=True)
     return torch.stack([ohem(*group, 0.7, ohem_min_kept) for group in groups]).mean()
 
 
-def consistency(logits: torch.Tensor, labeler: torch.Tensor, valid: torch.Tensor, select_all: bool) -> torch.Tensor:
-    """Cross-entropy to the argmax of `labeler`, where class-aware selection (or all) and `valid` say so."""
+def consistency(logits: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor, select_all: bool) -> torch.Tensor:
+    """Returns the cross-entropy to the argmax of the logits `teacher` (Eq. 4), on class-aware (Eq. 6) or all pixels."""
     selected = valid
     if not select_all:
-        probabilities = labeler.softmax(1)
+        probabilities = teacher.softmax(1)
         largest = probabilities.amax((2, 3), keepdim=True)
         gamma = torch.where(largest > 0.92, 0.96 * largest, largest)
         selected = (probabilities > gamma).any(1) & valid
-    loss = F.cross_entropy(logits, labeler.argmax(1), reduction="none")
+    loss = F.cross_entropy(logits, teacher.argmax(1), reduction="none")
     return (loss * selected).sum() / valid.sum().clamp(min=1)
 
 
 def ohem(logits: torch.Tensor, label: torch.Tensor, threshold: float, min_kept: int) -> torch.Tensor:
-    """Cross-entropy of hard pixels of a group: method.md, "Loss"."""
+    """Returns the cross-entropy of the hard pixels of a group (Eq. 3)."""
     valid = label != IGNORE
     loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
     probability = torch.where(valid, torch.exp(-loss.detach()), 1.0)
@@ -120,13 +121,13 @@ def ohem(logits: torch.Tensor, label: torch.Tensor, threshold: float, min_kept: 
 
 
 def contrast(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of logits standardized over the classes."""
+    """Returns the mean squared difference of logits standardized over the classes (Eq. 5)."""
     a, b = ((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True) for x in (a, b))
     return (a - b).square().mean()
 
 
-def batch_of(arrays: dict, form: Form, device: str) -> dict[str, torch.Tensor]:
-    """Brings NumPy arrays to the device: images float32 [N, H, W, 3] as NCHW, labels as int64, masks as they are."""
+def to_device(arrays: dict, form: Form, device: str) -> dict[str, torch.Tensor]:
+    """Copies NumPy arrays to the device: images float32 [N, H, W, 3] as NCHW, labels as int64, masks unchanged."""
     layout = torch.channels_last if form.channels_last else torch.contiguous_format
     batch = {}
     for name, array in arrays.items():

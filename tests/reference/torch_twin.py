@@ -1,6 +1,6 @@
-"""The networks in PyTorch, written from `method.md` and papers: what tests and benchmarks compare ours with.
+"""The networks in PyTorch, written from docs/method.md and papers: the reference of tests and benchmarks.
 
-Module names are those of the original's state dicts. Not part of the package: needs PyTorch.
+Modules have the names of the original's state dicts. Needs PyTorch.
 """
 
 import functools
@@ -15,7 +15,7 @@ RESNET_STAGES = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
 
 def conv(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, dilation: int = 1, **options) -> nn.Conv2d:
-    """Convolution without bias that keeps the size but for its stride."""
+    """Returns a convolution with "same" padding, by default without bias."""
     padding = dilation * (kernel - 1) // 2
     options = {"bias": False, **options}
     return nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, **options)
@@ -30,7 +30,7 @@ def resize(x: torch.Tensor, size) -> torch.Tensor:
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride), 1x1; the shortcut is projected where `downsample` is given."""
+    """1x1, 3x3 (with the stride) and 1x1 convolution; `average` pools before the projection of the shortcut."""
 
     def __init__(self, inputs: int, width: int, stride: int, dilation: int, project: bool, average: nn.Module | None):
         super().__init__()
@@ -51,7 +51,7 @@ class Bottleneck(nn.Module):
 
 
 def average_pool(stage: int, stride: int) -> nn.Module:
-    """What timm's `downsample_avg` puts before the 1x1 convolution; dilated stages have stride 1 and the same size."""
+    """Returns the pooling of timm's `downsample_avg` before the 1x1 convolution; with stride 1 it keeps the size."""
     if stage == 0:
         return nn.Identity()
     if stride == 2:
@@ -60,10 +60,10 @@ def average_pool(stage: int, stride: int) -> nn.Module:
 
 
 class ResNet(nn.Module):
-    """ResNet of output stride 16 or 8: the last stage, or the last two, are dilated instead of strided.
+    """ResNet of output stride 16 or 8: the last one or two stages are dilated instead of strided.
 
-    Stems: the original's (`deep`), torchvision's (`7x7`), timm's resnet50d's (`deep_narrow`); the latter's `average`
-    shortcuts, or `strided` ones.
+    Stems: `deep` (the original), `7x7` (torchvision), `deep_narrow` (timm's resnet50d). Shortcuts: `strided`, or
+    `average` (timm's resnet50d).
     """
 
     channels = (256, 2048)
@@ -80,7 +80,7 @@ class ResNet(nn.Module):
             )  # fmt: skip
         self.bn1 = nn.BatchNorm2d(inputs)
         strides = {16: (1, 2, 2, 1), 8: (1, 2, 1, 1)}[output_stride]
-        # Of the first block of each stage, and of its others.
+        # (Of the first block, of the other blocks) per stage.
         dilations = {16: ((1, 1), (1, 1), (1, 1), (1, 2)), 8: ((1, 1), (1, 1), (1, 2), (2, 4))}[output_stride]
         for stage, blocks in enumerate(stages):
             width = 64 * 2**stage
@@ -99,7 +99,7 @@ class ResNet(nn.Module):
 
 
 class SeparableConv(nn.Module):
-    """3x3 depthwise, 1x1 pointwise, each with batch norm; a ReLU before, or one after each."""
+    """3x3 depthwise and 1x1 pointwise convolution, each with batch norm; a ReLU before both, or after each."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, dilation: int = 1, relu_first: bool = True):
         super().__init__()
@@ -115,7 +115,7 @@ class SeparableConv(nn.Module):
 
 
 class XceptionBlock(nn.Module):
-    """Three separable convolutions; without a projection the shortcut is relu(input): method.md, "Network"."""
+    """Three separable convolutions; without a projection the shortcut is relu(input) (docs/method.md)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, dilation: int = 1, grow_first: bool = True):
         super().__init__()
@@ -129,14 +129,14 @@ class XceptionBlock(nn.Module):
         self.sepconv3 = SeparableConv(outputs, outputs, stride, dilation)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the output and the second convolution's."""
+        """Returns the output, and that of the second convolution."""
         shortcut = F.relu(x) if self.skip is None else self.skipbn(self.skip(x))
         middle = self.sepconv2(self.sepconv1(x))
         return self.sepconv3(middle) + shortcut, middle
 
 
 class Xception(nn.Module):
-    """Aligned Xception-65 of output stride 16, or 8: block 3 is not strided, and what follows is dilated."""
+    """Aligned Xception-65 of output stride 16, or 8: block 3 is not strided, and later blocks are dilated."""
 
     channels = (256, 2048)
 
@@ -187,7 +187,7 @@ class ASPP(nn.Module):
 
 
 class DeepLabV3Plus(nn.Module):
-    """DeepLabV3+ as method.md, "Network", has it. Images [B, 3, H, W] -> logits [B, K, H, W]."""
+    """DeepLabV3+ (docs/method.md): images [B, 3, H, W] -> logits [B, K, H, W]."""
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class DeepLabV3Plus(nn.Module):
         self.classifier = conv(256, num_classes, bias=True)
 
     def forward(self, x: torch.Tensor, views: int = 0):
-        """Logits of `x`; with `views` > 0 a tuple of them and of so many channel-dropout views of the features."""
+        """Returns logits, or with `views` > 0 a tuple: also those of `views` channel-dropout copies of the features."""
         c1, c4 = self.backbone(x)
         if not views:
             return self.decode(c1, c4, x.shape[2:])
