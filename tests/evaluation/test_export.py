@@ -19,12 +19,12 @@ from dssn_jax.workdir.recorder import write_json
 from tests.evaluation import workdirs
 
 GUIDE = pathlib.Path(__file__).parents[2] / "docs/using_a_model.md"
-# Runs the example, then the same network on all images at once; where this package is not to be found.
+# Runs the example, then the same network on all images at once, where this package cannot be imported.
 AFTER = """
 import importlib.util
 assert importlib.util.find_spec("dssn_jax") is None
 batch = np.load("images.npy")
-np.savez("found.npz", class_ids=network.call(batch)[0], probability=network.call(batch)[1])
+np.savez("outputs.npz", class_ids=network.call(batch)[0], probability=network.call(batch)[1])
 """
 
 
@@ -61,7 +61,7 @@ def test_the_example_of_the_guide(trained, tmp_path):
     normalized = ((images / 255 - mean) / std).astype(np.float32)
     apply = jax.jit(learner.network.apply)
     expected = np.asarray(jax.nn.softmax(apply(networks["teacher"], normalized)))
-    outputs = np.load(tmp_path / "found.npz")
+    outputs = np.load(tmp_path / "outputs.npz")
     assert outputs["class_ids"].dtype == np.uint8 and outputs["class_ids"].shape == (3, 40, 50)
     # Rounding may flip a pixel between two equally likely classes.
     assert (outputs["class_ids"] != expected.argmax(-1)).mean() < 0.002

@@ -88,7 +88,7 @@ def test_class_maps_have_the_largest_probability(setting, options):
     np.testing.assert_allclose(confidence[inside], probabilities.max(-1)[inside], rtol=1e-9)
 
 
-class Whole(nn.Module):
+class Unpadded(nn.Module):
     """A network that takes no extent and only sizes that are multiples of 7: the mean color of a pixel, as logits."""
 
     num_classes, size_multiple, supports_padding, image_dtype = 2, 7, False, jnp.float32
@@ -103,18 +103,18 @@ def test_networks_without_padding_see_the_stretched_image():
     images = np.full((1, 14, 14, 3), 9.0)
     images[0, :10, :13] = ramp
     extent = Extent(jnp.array([10]), jnp.array([13]))
-    scores = Inference(Whole()).scores({}, jnp.asarray(images), extent)
+    scores = Inference(Unpadded()).scores({}, jnp.asarray(images), extent)
     np.testing.assert_allclose(scores[0, :10, :13, 0], ramp[..., 0], atol=1e-6)  # Nothing of the padding's 9.
-    halved = Inference(Whole(), scales=(0.5,)).scores({}, jnp.asarray(images), extent)  # 5 x 6 pixels, in 7 x 7.
+    halved = Inference(Unpadded(), scales=(0.5,)).scores({}, jnp.asarray(images), extent)  # 5 x 6 pixels, in 7 x 7.
     np.testing.assert_allclose(halved[0, :10, :13, 0], 1 / (1 + np.exp(-2 * ramp[..., 0])), atol=0.01)
 
 
 def test_windows_and_crops_that_do_not_fit_are_refused(tiny_config):
     config = tiny_config(eval__mode="sliding_window", eval__crop=20)
     with pytest.raises(ConfigError, match="is 20; resnet10w16 needs a multiple of 7"):
-        inference.from_config(config, Whole())
+        inference.from_config(config, Unpadded())
     with pytest.raises(ConfigError, match="config.eval.crop and config.data.crop are 0; config.eval.mode=sliding"):
-        inference.from_config(tiny_config(eval__mode="sliding_window", data__crop=0), Whole())
+        inference.from_config(tiny_config(eval__mode="sliding_window", data__crop=0), Unpadded())
 
 
 def test_interpolation_within_extents_by_hand():

@@ -11,7 +11,7 @@ from input_pipeline.sources.open import open_sources
 ROWS = 3
 
 
-def seen(program):
+def draw(program):
     """Returns (the summaries' views after a step, its batch, the learner, the state before the step)."""
     learner = program.learner
     batch = train_dataset(open_sources(learner.config), learner.config)[0]
@@ -21,7 +21,7 @@ def seen(program):
 
 
 def test_pictures_are_those_of_the_step(program):
-    views, batch, learner, before = seen(program("dssn"))
+    views, batch, learner, before = draw(program("dssn"))
     key = stream_key(before.rng, before.step, VIEWS)
     strong = np.asarray(strong_augment.strong_views(batch, learner.strong_augment, key))
     assert len(views["strong"]) == 2
@@ -38,5 +38,5 @@ def test_pictures_are_those_of_the_step(program):
 
 
 def test_supervised_training_has_pictures_of_labeled_images_alone(program):
-    views, *_ = seen(program("supervised"))
+    views, *_ = draw(program("supervised"))
     assert set(views) == {"image_x", "label_x", "prediction_x"}
