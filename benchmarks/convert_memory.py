@@ -40,7 +40,8 @@ def measure(work: str, *options: str) -> dict:
     process = subprocess.Popen([sys.executable, "main.py", "--mode=convert", *options], cwd=ROOT)
     # A process starts with the peak of its parent, so this one imports neither JAX nor PyTorch.
     _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
         sys.exit(f"converting failed: {' '.join(options)}")
     return {"work": work, "seconds": time.monotonic() - started, "peak MiB": round(usage.ru_maxrss / 1024)}
 

@@ -81,7 +81,6 @@ def test_our_step_is_timed(tiny_config):
     assert row["flop"] > 1e8 and row["ceiling"] > 0 and row["bytes"] > row["argument_bytes"]
 
 
-@pytest.mark.slow
 def test_the_step_of_pytorch_is_timed(tiny_config, monkeypatch):
     pytest.importorskip("torch")
     tensors.register_bottleneck(monkeypatch)
