@@ -32,7 +32,10 @@ from dssn_jax.learner.state import TrainState
 from input_pipeline.pipeline import RunLength
 
 # Files that take longest start first, so that no process works alone at the end.
-LONGEST_FIRST = ("training/test_loop.py", "learner/test_step.py", "test_distributed.py", "test_golden.py")
+LONGEST_FIRST = (
+    "training/test_loop.py", "learner/test_step.py", "test_golden.py", "test_distributed.py", "test_faults.py",
+    "learner/test_tpu.py", "input_pipeline/test_pipeline.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
