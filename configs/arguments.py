@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from configs import defaults, methods
-from configs.checks import ConfigError, check_choice, suggest
+from configs.checks import ConfigError, check_choice, check_values, suggest
+from configs.kinds import Text, show
 
 
 def parse(argument: str | None, **default_values) -> dict:
@@ -17,14 +18,16 @@ def parse(argument: str | None, **default_values) -> dict:
     for item in filter(None, (argument or "").split(",")):
         key, equals, text = item.partition("=")
         if not equals:
-            raise ConfigError(f"config argument {item!r} is not of the form key=value")
+            raise ConfigError(f"config argument {show(item)} is not of the form key=value")
         if key not in default_values:
-            raise ConfigError(f"unknown config argument {key!r}{suggest(key, default_values)}")
+            raise ConfigError(f"unknown config argument {show(key)}{suggest(key, default_values)}")
+        if not Text().accepts(text):
+            raise ConfigError(f"config argument {key}={show(text)}; expected {Text()}")
         try:
             values[key] = type(default_values[key])(text)
         except ValueError:
             kind = type(default_values[key]).__name__
-            raise ConfigError(f"config argument {key}={text!r} is not of type {kind}") from None
+            raise ConfigError(f"config argument {key}={show(text)} is not of type {kind}") from None
     check_choice("method", values["method"], methods.METHODS)
     return values
 
@@ -37,6 +40,8 @@ def recipe(dataset: str, values: dict, classes: Sequence[str], splits: Sequence[
       values: parsed arguments, with at least encoder, method and crop.
       classes: class names.
       splits: names of the published splits, if the argument split must be one of them.
+
+    Raises ConfigError for a value that a key does not accept.
     """
     if splits:
         check_choice("split", values["split"], splits)
@@ -47,6 +52,7 @@ def recipe(dataset: str, values: dict, classes: Sequence[str], splits: Sequence[
     config.data.crop = values["crop"]
     config.model.encoder = values["encoder"]
     methods.apply(config, values["method"])
+    check_values(config)  # Before the data set's settings compute with them.
     return config
 
 

@@ -1,8 +1,11 @@
 """Checks of configuration keys and names that need no JAX, so that a mistyped command line is answered at once."""
 
+import os
 import pathlib
 from collections.abc import Collection, Iterable
 
+from configs.defaults import KEYS
+from configs.kinds import STORAGE, Choice, Path, Section, show
 from input_pipeline.errors import UserError, did_you_mean
 
 
@@ -25,6 +28,41 @@ def check_choice(what: str, value: str, known: Iterable[str]) -> None:
     known = list(known)
     if value not in known:
         raise ConfigError(f"unknown {what} {value!r}{suggest(value, known)}")
+
+
+def check_values(config, keys: Section = KEYS, path: str = "config") -> None:
+    """Raises ConfigError for the first value of `config` (section `path`) that is not of the kind of its key."""
+    if not hasattr(config, "keys"):
+        raise ConfigError(f"{path} is {show(config)}; expected a section with the keys {', '.join(keys)}")
+    for name in sorted({*config} - {*keys}):
+        raise ConfigError(f"unknown config key {f'{path}.{name}'!r}{suggest(name, keys)}")
+    for name, key in keys.items():
+        if name not in config:
+            raise ConfigError(f"{path}.{name} is missing; configurations start from configs.defaults.get_config()")
+        value = config[name]
+        if isinstance(key, Section):
+            check_values(value, key, f"{path}.{name}")
+        elif not key.kind.accepts(value):
+            is_name = isinstance(key.kind, Choice) and isinstance(value, str)
+            near = did_you_mean(value, map(str, key.kind.names)) if is_name else ""
+            raise ConfigError(f"{path}.{name} is {show(value)}; expected {key.kind}{near}")
+
+
+def check_path(flag: str, path: str) -> str:
+    """Returns the value of a flag with ~ expanded; raises ConfigError for one that names no path."""
+    kind = Path(STORAGE)
+    if not path.strip() or not kind.accepts(path):
+        raise ConfigError(f"{flag}={path}: expected {kind}")
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(f"{flag}={path}: there is no such user; ./{path} is a path that begins with ~")
+    return expanded
+
+
+def shorten(message, most: int = 300) -> str:
+    """Returns a message of another library in one line of at most `most` characters."""
+    text = " ".join(str(message).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def check_output_file(path: pathlib.Path) -> None:

@@ -25,7 +25,7 @@ import os
 
 from configs import arguments
 from configs.checks import ConfigError, check_choice
-from input_pipeline import layout
+from configs.defaults import KEYS
 from input_pipeline.class_names import read_class_names
 from input_pipeline.errors import DataError
 
@@ -44,7 +44,7 @@ def get_config(argument: str | None = None):
     if not os.path.isdir(root):
         raise ConfigError(f"configs/custom.py:root={values['root']}: no such folder; expected that of your images")
     _check_splits(root, values)
-    check_choice("unmasked", values["unmasked"], layout.UNMASKED)
+    check_choice("unmasked", values["unmasked"], KEYS["data"]["folders"]["unmasked"].kind.names)
     config = arguments.recipe("custom", values, _class_names(os.path.join(root, values["names"])))
     shown = {"root": values["root"], "split": values["split"] or "-"}
     config.name = arguments.describe("custom", shown | {key: values[key] for key in ("encoder", "method")})

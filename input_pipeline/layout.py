@@ -7,11 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from input_pipeline import split_lists
-from input_pipeline.errors import DataError, first_names
+from input_pipeline.errors import DataError, first_names, printable
 from input_pipeline.split_lists import LIST_SUFFIX, Entry
 
-UNMASKED = ("refuse", "unlabeled")
-OVERLAP = ("allow", "refuse")
 # Formats of photos and scans that Pillow reads: BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF, WebP.
 IMAGE_SUFFIXES = (
     ".apng", ".bmp", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx",
@@ -84,16 +82,38 @@ def find_root(data) -> str:
 
 
 def images_below(folder: str) -> list[str]:
-    """Returns the paths of the images in a folder and its sub-folders, relative to it and sorted."""
-    names = []
-    for where, _, files in os.walk(folder, followlinks=True):
+    """Returns the paths of the images in a folder and its sub-folders, relative to it and sorted.
+
+    Links are followed, but not into a folder that they are in, where they would lead in circles.
+
+    Raises:
+      DataError: a folder that cannot be read.
+    """
+    names, inside = [], {folder: {_identity(folder)}}  # Of each folder: itself and those that it is in.
+    for where, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+        above = inside.pop(where)
+        for name in list(folders):
+            path = os.path.join(where, name)
+            if (own := _identity(path)) in above:
+                folders.remove(name)
+            else:
+                inside[path] = above | {own}
         names += [os.path.relpath(os.path.join(where, file), folder) for file in files]
     return sorted(name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
 
 
+def _identity(folder: str) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename}: this folder cannot be read: {error.strerror}")
+
+
 def image_path(root: str, entry: Entry) -> str:
-    """Returns the normalized path of the image, equal for all spellings of it in lists."""
-    return os.path.normpath(os.path.join(root, entry.image))
+    """Returns the real path of the image, equal for all spellings of it in lists and for links to it."""
+    return os.path.realpath(os.path.join(root, entry.image))
 
 
 def shuffled(entries: Iterable[Entry], salt: str) -> list[Entry]:
@@ -227,11 +247,12 @@ def _with_masks(root: str, folders, key: str, masks: str, defects: list[str]) ->
         candidates = by_stem.get(stem, [])
         if len(candidates) > 1:
             names = first_names(candidates, _REPORTED)
-            defects.append(f"{os.path.join(root, image)}: several masks, {names}; expected one")
+            defects.append(f"{printable(os.path.join(root, image))}: several masks, {names}; expected one")
         elif not candidates:
             unmasked.append(Entry(image, None))
         elif (mask := candidates[0]) in image_of:
-            defects.append(f"{os.path.join(root, mask)}: mask of two images, {image_of[mask]} and {image}")
+            two = first_names((image_of[mask], image))
+            defects.append(f"{printable(os.path.join(root, mask))}: mask of two images, {two}")
         else:
             image_of[mask] = image
             pairs.append(Entry(image, mask))

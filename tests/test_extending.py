@@ -13,7 +13,7 @@ PAGE = ROOT / "docs/extending.md"
 PACKAGES = ("configs", "dssn_jax", "input_pipeline")
 # Where the page says that code goes, other than to the end of the file -> the line it follows, or (False) precedes.
 PLACES = {
-    "in _model()": ("    return model\n", False),
+    "in _MODEL": ("    encoder=Key(", False),
     "in METHODS": ("METHODS = {\n", True),
     "at the top of RULES": ("RULES = [\n", True),
 }
@@ -21,7 +21,7 @@ FILES = {
     "An encoder and a decoder": 5,
     "A method": 2,
     "A data set": 1,  # And a row in the README.
-    "An optimizer": 1,  # And a comment in configs/defaults.py.
+    "An optimizer": 1,  # And configs/defaults.py, for new options.
     "A metric": 1,
 }
 

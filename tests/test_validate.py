@@ -1,9 +1,11 @@
 """Which checks apply to a network that is only applied, and which to training."""
 
+import numpy as np
 import pytest
 
 from configs.checks import ConfigError
 from dssn_jax.validate import validate_evaluation, validate_model, validate_training
+from input_pipeline.transforms.cutmix import cutmix_box
 
 
 def test_batches_matter_to_training_alone(tiny_config):
@@ -34,8 +36,35 @@ def test_labeled_images_per_step_are_split_over_the_devices(tiny_config):
         ("views__operations", (3, 1), lambda config: validate_training(config, 1)),
         ("optimizer__name", "lion", lambda config: validate_training(config, 1)),
         ("method__feature_dropout", 1.0, lambda config: validate_training(config, 1)),
+        ("seed", -1, validate_model),
+        ("eval__crop", 1, validate_evaluation),
+        ("data__crop", 7, validate_evaluation),
     ],
 )
 def test_the_key_is_named(tiny_config, key, value, check):
     with pytest.raises(ConfigError, match=f"config.{key.replace('__', '.')}"):
         check(tiny_config(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("area", "aspect", "accepted"),
+    [
+        ((0.02, 0.4), (0.3, 1 / 0.3), True),
+        ((0.0, 0.0), (1.0, 1.0), True),
+        ((0.0, 0.9), (0.95, 1.05), True),
+        ((0.9, 1.0), (1.0, 1.0), False),  # A box of all of the crop has one place.
+        ((0.5, 0.5), (0.01, 0.5), False),  # Such boxes are as wide as the crop, or wider.
+        ((0.1, 0.4), (5.0, 9.0), False),
+    ],
+)
+def test_cutmix_boxes_must_fit(tiny_config, area, aspect, accepted):
+    """Boxes are drawn until one fits: an accepted range must not take long."""
+    config = tiny_config(views__cutmix_area=area, views__cutmix_aspect=aspect, views__cutmix=1.0)
+    if accepted:
+        validate_training(config, 1)
+        rng = np.random.default_rng(0)
+        draws = [cutmix_box(33, config.views, rng) for _ in range(100)]
+        assert all(0 <= low <= high <= 33 for box in draws for low, high in (box[::2], box[1::2]))
+    else:
+        with pytest.raises(ConfigError, match="config.views.cutmix_area is .*config.views.cutmix_aspect"):
+            validate_training(config, 1)

@@ -57,8 +57,6 @@ def check(model) -> None:
     """Raises ConfigError if `config.model` names an unknown network, or a variant that its encoder does not have."""
     check_choice("config.model.encoder", model.encoder, ENCODERS)
     check_choice("config.model.decoder", model.decoder, DECODERS)
-    if model.output_stride not in (8, 16):
-        raise ConfigError(f"config.model.output_stride is {model.output_stride}; expected 8 or 16")
     defaults = get_config().model
     for key in sorted({key for entry in ENCODERS.values() for variant in entry.variants for key in variant}):
         known = list(dict.fromkeys(variant.get(key, defaults[key]) for variant in variants(model.encoder)))

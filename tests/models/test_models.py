@@ -138,7 +138,6 @@ def test_gradients_of_batch_norm_are_those_of_its_formula(dtype):
     [
         ({"encoder": "resnet5"}, "did you mean 'resnet50'"),
         ({"decoder": "deeplab"}, "did you mean 'deeplabv3plus'"),
-        ({"output_stride": 4}, "expected 8 or 16"),
         ({"encoder": "xception", "stem": "7x7"}, "config.model.stem is '7x7'; xception has only 'deep'"),
         ({"encoder": "resnet50", "stem": "9x9"}, "unknown config.model.stem '9x9'.*known: deep, 7x7, deep_narrow"),
     ],
