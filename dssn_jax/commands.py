@@ -4,18 +4,23 @@
 """
 
 import functools
-import importlib
+import importlib.machinery
+import importlib.util
+import os
 import re
+import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from configs import defaults
-from configs.checks import ConfigError, check_choice, check_keys, unreadable_config_file
+from configs import checks, defaults
+from configs.checks import ConfigError, shorten
+from configs.kinds import show
 from input_pipeline.errors import UserError
 
 _string = flags.DEFINE_string
@@ -55,6 +60,7 @@ _FLAGS = {
     "processes": (_count, "Number of processes of the run."),
     "process": (_count, "Index of this process, from 0."),
 }
+_PATHS = ("workdir", "from", "to", "teacher")
 _COMMON_FLAGS = ("mode", "coordinator", "processes", "process")  # Every mode takes them.
 
 
@@ -123,9 +129,35 @@ def define_flags(arguments: Sequence[str]) -> flags.FlagValues:
         "config", None, "Config file, with arguments after a colon: configs/pascal.py:split=183,method=dssn. "
         "--config.KEY=VALUE overrides a key of configs/defaults.py.", values, sys_argv=list(arguments),
     )  # fmt: skip
+    values["config"].parser = _ConfigFile()
     for name, (define, text) in _FLAGS.items():
         define(name, None, help=text, flag_values=values)
     return values
+
+
+class _ConfigFile(flags.ArgumentParser):
+    """Parser of FILE:ARGUMENT; whatever goes wrong in the file, which is a program, becomes a ConfigError."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        path, *rest = argument.split(":", 1)
+        if not os.path.isfile(path):
+            raise ConfigError(checks.unreadable_config_file(path))
+        spec = importlib.util.spec_from_loader("config_file", importlib.machinery.SourceFileLoader("config_file", path))
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+            if not hasattr(module, "get_config"):
+                raise ConfigError(f"{path} is no config file: it has no function get_config")
+            config = module.get_config(*rest)
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+            where = f", line {lines[-1]}" if lines else ""
+            raise ConfigError(f"config file {path}{where}: {type(error).__name__}: {shorten(error)}") from None
+        if not isinstance(config, ConfigDict):
+            raise ConfigError(f"config file {path}: get_config returns {show(config)}; expected a ConfigDict")
+        return config.lock()
 
 
 def help_text() -> str:
@@ -144,26 +176,24 @@ def help_text() -> str:
 
 def parse(arguments: Sequence[str]) -> tuple[Mode, flags.FlagValues]:
     """Parses a command line (without the program's name); raises ConfigError for the first mistake in it."""
-    check_keys([re.sub(r"^--?(no)?config\.", "--config.", argument) for argument in arguments], defaults.get_config())
+    checks.check_keys(
+        [re.sub(r"^--?(no)?config\.", "--config.", argument) for argument in arguments], defaults.get_config()
+    )
     values = define_flags(arguments)
-    sys.modules.pop("config_config", None)  # The config file of an earlier `run`, into which ml_collections would load.
     try:
         _, *rest = values(["main.py", *arguments])
-        getattr(values["config"].value, "name", None)  # A config file that cannot be read raises on its first use.
+    except UserError:
+        raise
     except flags.Error as error:
-        raise ConfigError(str(error)) from None
-    except OSError:
-        # Overrides load the file before the flag has a value, so the path comes from the arguments.
-        path = re.search(r"^--?config[=\n]([^:\n]*)", "\n".join(arguments), re.MULTILINE)[1]
-        raise ConfigError(unreadable_config_file(path)) from None
-    except AttributeError as error:
-        if error.name != "get_config":
-            raise
-        raise ConfigError(f"{error.obj.__file__} is no config file: it has no function get_config") from None
+        raise ConfigError(shorten(error)) from None
+    except Exception as error:  # An override that Python, ml_collections or absl cannot parse.
+        raise ConfigError(f"command line: {type(error).__name__}: {shorten(error)}") from None
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}; expected --FLAG=VALUE")
-    check_choice("--mode", values["mode"].value, MODES)
+    checks.check_choice("--mode", values["mode"].value, MODES)
     _check_flags(values)
+    if values["config"].value is not None:
+        checks.check_values(values["config"].value)
     return MODES[values["mode"].value], values
 
 
@@ -180,6 +210,20 @@ def _check_flags(values: flags.FlagValues) -> None:
             raise ConfigError(f"--mode={name} needs --{flag}")
 
 
+def _given(mode: Mode, values: flags.FlagValues) -> dict:
+    """Returns the flags of `mode` that are given, with lists split and paths checked; raises ConfigError."""
+    given = {name: values[name].value for name in mode.flags if values[name].value is not None}
+    given |= {name: given[name].split(",") for name in mode.lists}
+    for name in given.keys() & {*_PATHS}:
+        paths = given[name] if name in mode.lists else [given[name]]
+        paths = [checks.check_path(f"--{name}", path) for path in paths]
+        given[name] = paths if name in mode.lists else paths[0]
+    checkpoint = given.get("checkpoint", "best")
+    if not re.fullmatch("best|latest|[0-9]{1,18}", checkpoint):
+        raise ConfigError(f"--checkpoint={shorten(checkpoint)}: expected best, latest or a step")
+    return given
+
+
 def run(arguments: Sequence[str]) -> int:
     """Executes a command line (without the program's name) and returns the exit code.
 
@@ -190,23 +234,30 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     try:
         mode, values = parse(arguments)
-        _call(mode, values)
+        _call(mode, values, _given(mode, values))
     except (UserError, OSError) as error:  # OSError: a full disk, no permission; the message has the path.
-        print(f"error: {error}", file=sys.stderr)
+        where = f" ({' '.join(arguments)})" if isinstance(error, OSError) and error.filename is None else ""
+        print(f"error: {_printable(f'{error}{where}')}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 
-def _call(mode: Mode, values: flags.FlagValues) -> None:
-    """Joins the other processes, sets up logging and calls the function of `mode` with the flags that are given."""
+def _printable(text: str) -> str:
+    """Returns `text` with control characters escaped, which could change what a terminal shows."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
+
+
+def _call(mode: Mode, values: flags.FlagValues, given: dict) -> None:
+    """Joins the other processes, sets up logging and calls the function of `mode` with the flags `given`."""
     from dssn_jax import distributed  # Imports JAX.
     from dssn_jax.workdir import recorder
 
     recorder.quiet_libraries()
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's global flags.
     distributed.initialize(*(values[name].value for name in ("coordinator", "processes", "process")))
-    given = {name: values[name].value for name in mode.flags if values[name].value is not None}
-    given |= {name: given[name].split(",") for name in mode.lists}
     inputs = [given.pop(name) for name in mode.inputs]
     module, _, function = mode.entry.partition(":")
     stop_logging = recorder.log_to()

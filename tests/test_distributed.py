@@ -80,6 +80,8 @@ def test_two_processes_of_four_devices_then_one_of_one_train_and_evaluate_as_one
         ({"SLURM_NTASKS": "4"}, None),  # The shell that submitted a job.
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"SLURM_NTASKS": "", "SLURM_PROCID": ""}, None),
+        ({"SLURM_NTASKS": "odd"}, None),
         ({}, None),
     ],
 )
@@ -87,9 +89,26 @@ def test_clusters_are_detected(environment, cluster):
     assert distributed.detect_cluster({"JAX_PLATFORMS": "cpu", **environment}) == cluster
 
 
+@pytest.mark.parametrize("value", ["odd", "-1", "1.5", "²", "9" * 20])
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_variables_that_are_no_number_are_named(name, value):
+    environment = {"JAX_PLATFORMS": "cpu", "SLURM_PROCID": "0", name: value}
+    with pytest.raises(ConfigError, match=f"environment variable {name} is '{value[:9]}.*number of processes"):
+        distributed.detect_cluster(environment)
+
+
+def test_odd_variables_of_a_cluster_are_no_traceback(monkeypatch):
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_PROCID": "x", "SLURM_JOB_ID": "y", "SLURM_LOCALID": "z"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="could not connect \\(SLURM\\)"):
+        distributed.initialize()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("nowhere", 2, 0), "--coordinator=nowhere: expected HOST:PORT"),
+        (("a:b:1", 2, 0), "expected HOST:PORT"),
         ((None, 2, 0), "need --coordinator"),
         (("localhost:1", None, None), "needs --processes and --process"),
         (("localhost:1", 2, 2), "--process is 2; expected 0 to 1"),
@@ -108,6 +127,33 @@ def test_sigterm_is_received_and_its_handler_restored():
     assert preemption.reached(2)
     preemption.close()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ctrl_c_stops_as_sigterm_and_a_second_one_at_once(monkeypatch, capfd):
+    """The second one ends the process while the main thread is busy outside Python."""
+    before, ended, notices = signal.getsignal(signal.SIGINT), [], []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    preemption = distributed.Preemption(notify=notices.append)
+    assert not preemption.reached(1)
+    for count in (1, 2):
+        os.kill(os.getpid(), signal.SIGINT)
+        end = time.monotonic() + 10
+        while time.monotonic() < end and len(notices + ended) < count:
+            time.sleep(0.01)
+        assert preemption.reached(2) and preemption.cause() == "Ctrl-C" and preemption.error("").exit_code == 130
+    preemption.close()
+    assert len(notices) == 1 and "Ctrl-C again stops it at once" in notices[0]
+    assert ended == [130] and capfd.readouterr().err.startswith("error: stopped at once by Ctrl-C")
+    assert signal.getsignal(signal.SIGINT) == before and signal.set_wakeup_fd(-1) == -1
+
+
+def test_ctrl_c_that_a_background_job_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    preemption = distributed.Preemption()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert not preemption.reached(1)
+    preemption.close()
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_deadline_stops_the_run_and_names_its_cause():

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -80,6 +81,31 @@ def test_help_lists_modes_and_flags(capsys):
         (["--config=configs/shapes.py", "--mode=report"], ["--mode=report takes no --config", "train"]),
         (["--config=configs/shapes.py", "--images=3"], ["--mode=train takes no --images", "report"]),
         (["--mode=report"], ["run: no such folder"]),
+        (["--config="], ["config file '' cannot be read"]),
+        (["--config=configs"], ["config file 'configs' cannot be read"]),
+        (["--config=configs/shapes.py:crop=²"], ["crop='²' is not of type int"]),
+        (["--config=configs/shapes.py:crop=" + "9" * 5000], ["crop='999", "is not of type int"]),
+        (["--config=configs/shapes.py:crop=99999"], ["config.data.crop is 99999", "2048"]),
+        (["--config=configs/cityscapes.py:crop=" + "9" * 400], ["config.data.crop is 999", "2048"]),
+        (["--config=configs/shapes.py:\x1b[31m=1"], ["\\x1b[31m"]),
+        (["--config=configs/custom.py:root=/tmp,val=a\nb"], ["val='a\\nb'", "control characters"]),
+        (["--config=configs/shapes.py", "--config.seed=-1"], ["config.seed is -1", "from 0"]),
+        (["--config=configs/shapes.py", "--config.data.scale=inf"], ["config.data.scale is ('inf',)"]),
+        (["--config=configs/shapes.py", "--config.data.mean=0.5"], ["config.data.mean is (0.5,)", "3 values"]),
+        (["--config=configs/shapes.py", "--config.data.scale=" + "(" * 500], ["config.data.scale"]),
+        (["--config=configs/shapes.py", "--config.data={'crop': 3}"], ["config.data", "is missing"]),
+        (["--config=configs/shapes.py", "--config.model.remat=maybe"], ["config.model.remat=maybe"]),
+        (
+            ["--config=configs/shapes.py", "--config.optimizer.lr_mults=('decoder/', 10)"],
+            ["lr_mults is ('decoder/', 10)"],
+        ),
+        (["--config=configs/shapes.py", "--config.data.crop=" + "9" * 5000], ["config.data.crop=999"]),
+        (["--config.data.crop=3", "--config=configs/shapes.py"], ["config.data.crop"]),
+        (["--mode=eval", "--config=configs/shapes.py", "--checkpoint=²"], ["--checkpoint=²", "latest or a step"]),
+        (
+            ["--mode=eval", "--config=configs/shapes.py", f"--checkpoint={'1' * 5000}"],
+            ["--checkpoint=111", "or a step"],
+        ),
     ],
 )
 def test_a_mistake_ends_with_one_line(options, messages, tmp_path, capsys):
@@ -89,6 +115,89 @@ def test_a_mistake_ends_with_one_line(options, messages, tmp_path, capsys):
     for message in messages:
         assert message in printed.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "expected a path of this machine or gs://BUCKET/..."),
+        (" ", "expected a path of this machine"),
+        ("http://x", "--{flag}=http://x: expected a path of this machine"),
+        ("a://b", "--{flag}=a://b: expected a path of this machine"),
+        ("~nobody_of_this_name/x", "there is no such user"),
+    ],
+)
+def test_paths_that_are_none_are_refused(path, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = f"--config={ROOT / 'configs/shapes.py'}"
+    for flag, options in (
+        ("workdir", [config]),
+        ("to", [config, "--mode=records"]),
+        ("from", ["--mode=convert", "--to=x.pth"]),
+        ("workdir", ["--mode=report"]),
+    ):
+        assert commands.run([*options, f"--{flag}={path}"]) == 1
+        assert capsys.readouterr().err.startswith(f"error: --{flag}={path}: ")
+        assert commands.run([*options, f"--{flag}={path}"]) == 1
+        printed = capsys.readouterr().err
+        assert message.format(flag=flag) in printed and printed.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_home_is_expanded_in_paths(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert commands.run(["--mode=report", "--workdir=~/a,~/b"]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path / 'a'}: no such folder; expected the work directory of a training run\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        ("def get_config(:", ["SyntaxError", "line 1"]),
+        ("\0\1\2", ["null bytes"]),
+        (b"\xff\xfe\xfd", ["SyntaxError"]),
+        ("import nowhere", [", line 1: ModuleNotFoundError"]),
+        ("x = 1\ny = x / 0\n", [", line 2: ZeroDivisionError: division by zero"]),
+        ("def get_config():\n    raise ValueError('a\\nb')", [", line 2: ValueError: a b"]),
+        ("def get_config():\n    raise SystemExit(0)", ["SystemExit"]),
+        ("def get_config():\n    open('/nowhere')", [", line 2: FileNotFoundError", "/nowhere"]),
+        ("def get_config():\n    return get_config()", ["RecursionError"]),
+        ("def get_config():\n    pass", ["get_config returns None; expected a ConfigDict"]),
+        ("def get_config(a):\n    pass", ["TypeError", "argument"]),
+        ("get_config = 3", ["TypeError"]),
+        (
+            "from configs import shapes\ndef get_config():\n    config = shapes.get_config()\n    config.seed = 'a'",
+            [", line 4: TypeError"],
+        ),
+        (
+            "from configs import shapes\ndef get_config():\n    config = shapes.get_config()\n"
+            "    del config.data.crop\n    return config",
+            ["config.data.crop is missing"],
+        ),
+    ],
+)
+def test_a_config_file_that_fails_is_named_with_its_line(text, messages, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert commands.run([f"--config={file}", f"--workdir={tmp_path / 'run'}"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1, printed
+    for message in messages:
+        assert message in printed
+    assert str(file) in printed or "missing" in printed
+
+
+def test_ctrl_c_is_no_traceback_and_a_full_disk_names_the_command(monkeypatch, capsys):
+    for error, message, code in (
+        (KeyboardInterrupt(), "error: interrupted\n", 130),
+        (OSError(28, "No \x1b[2J space"), "No \\x1b[2J space (--mode=report --workdir=/x)\n", 1),
+    ):
+        monkeypatch.setattr("dssn_jax.report.page.report", mock.Mock(side_effect=error))
+        assert commands.run(["--mode=report", "--workdir=/x"]) == code
+        assert message in capsys.readouterr().err
 
 
 def run_main(*options):
