@@ -1,6 +1,7 @@
 """Class names: those of the generated shapes, and of a file. Without NumPy, so that config files load at once."""
 
 from input_pipeline.errors import DataError
+from input_pipeline.files import CONTROL_CHARACTER, read_text
 
 SHAPES_CLASSES = ("background", "disk", "rectangle", "triangle", "ring", "cross")
 
@@ -13,17 +14,18 @@ def read_class_names(path: str) -> tuple[str, ...]:
     """
     expected = "expected the names of the classes, one per line, in the order of the ids in the masks, from 0"
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            names = [line.strip() for line in file.read().rstrip().splitlines()]
+        text = read_text(path, "text").rstrip()
     except FileNotFoundError:
         raise DataError(f"missing file {path}; {expected}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}; {expected}") from None
+    names = [line.strip() for line in text.split("\n")] if text else []
+    if not 2 <= len(names) <= 255:
+        raise DataError(f"{path}: {len(names)} names; {expected}: 2 to 255 names")
     if "" in names:  # Skipping it would shift the ids of the classes below it.
         raise DataError(f"{path}:{names.index('') + 1}: an empty line; {expected}")
+    for number, name in enumerate(names, 1):
+        if CONTROL_CHARACTER.search(name):
+            raise DataError(f"{path}:{number}: '{name}' has control characters; {expected}")
     repeated = next((number for number, name in enumerate(names, 1) if name in names[: number - 1]), None)
     if repeated:
         raise DataError(f"{path}:{repeated}: {names[repeated - 1]!r} a second time; {expected}")
-    if not 2 <= len(names) <= 255:
-        raise DataError(f"{path}: {len(names)} names; {expected}: 2 to 255 names")
     return tuple(names)

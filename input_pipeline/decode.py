@@ -5,19 +5,21 @@ EXIF orientations are applied to images and to masks, as viewers and annotation 
 
 import contextlib
 import io
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, printable
+from input_pipeline.files import open_regular
 
-# Raised by Pillow for a file that is not an image, or a damaged one.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-_EXIF_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error)
+# No others are opened: Pillow would run Ghostscript for an EPS file, whatever its name ends with.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "JPEG2000", "TIFF", "WEBP")
+_MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow opens no larger image.
+_SUBFILE_TYPE, _REDUCED = 254, 1  # The tag of a TIFF page, and its bit for a smaller copy of another page.
+_MOST_PAGES = 64
 _IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _COLOR_MODES = ("1", "L", "P", "RGB", "RGBA")  # Masks whose colors are mapped to classes.
 _ID_MODES = ("1", "L", "P", "I;16", "I;16L", "I;16B", "I")  # Masks of ids.
@@ -31,6 +33,11 @@ class Encoded(NamedTuple):
     where: str  # Its name in messages.
     listed: str = ""  # The list that names it, for messages.
 
+    @property
+    def shown(self) -> str:
+        """Returns `where` in one line that is safe to show."""
+        return printable(self.where)
+
 
 def read(file: Encoded) -> bytes:
     """Returns the bytes of the file; raises DataError if it is missing or cannot be read."""
@@ -38,7 +45,7 @@ def read(file: Encoded) -> bytes:
         return file.content
     if callable(file.content):
         return file.content()
-    with _named(file), open(file.content, "rb") as opened:
+    with _named(file), open_regular(file.content) as opened:
         return opened.read()
 
 
@@ -61,7 +68,7 @@ def image_size(file: Encoded) -> tuple[int, int]:
       DataError: not an image, or a mode that `image` refuses.
     """
     with _open(file) as opened:
-        _check_image(opened, file.where)
+        _check_image(opened, file.shown)
         return _size(opened)
 
 
@@ -73,21 +80,21 @@ def image(file: Encoded) -> np.ndarray:
     """
     content = read(file)
     with _open(file._replace(content=content)) as opened:
-        _check_image(opened, file.where)
+        _check_image(opened, file.shown)
         if opened.format == "JPEG" and opened.mode == "RGB" and _orientation(opened) == 1:
             # libjpeg-turbo takes two thirds of Pillow's time. Pillow may accept the files that it refuses.
             with contextlib.suppress(ValueError):
                 return simplejpeg.decode_jpeg(content, "RGB")
-        oriented = _load(opened, file.where)
+        oriented = _load(opened, file.shown)
         if oriented.has_transparency_data:
-            _check_opaque(oriented, file.where)
+            _check_opaque(oriented, file.shown)
         return np.asarray(oriented.convert("RGB"))
 
 
 def mask_size(file: Encoded, colors: bool) -> tuple[int, int]:
     """Returns (H, W) of the result of `mask`, from the header; raises the same errors."""
     with _open(file) as opened:
-        _check_mask(opened, file.where, colors)
+        _check_mask(opened, file.shown, colors)
         return _size(opened)
 
 
@@ -105,35 +112,70 @@ def mask(file: Encoded, colors: bool) -> np.ndarray:
       DataError: not an image, a damaged one, a mode without such values, or one whose values decoding would change.
     """
     with _open(file._replace(content=read(file))) as opened:
-        _check_mask(opened, file.where, colors)
-        oriented = _load(opened, file.where)
+        _check_mask(opened, file.shown, colors)
+        oriented = _load(opened, file.shown)
         if not colors:
             values = np.asarray(oriented)
-            return values.astype(np.uint8) if values.dtype == bool else _ids(values, file.where)
+            return values.astype(np.uint8) if values.dtype == bool else _ids(values, file.shown)
         if oriented.has_transparency_data:
-            _check_opaque(oriented, file.where)
+            _check_opaque(oriented, file.shown)
         red, green, blue = np.moveaxis(np.asarray(oriented.convert("RGB"), np.int32), -1, 0)
         return red << 16 | green << 8 | blue
 
 
-def _open(file: Encoded) -> Image.Image:
-    """Opens the file and reads the header."""
+@contextlib.contextmanager
+def _open(file: Encoded) -> Iterator[Image.Image]:
+    """Opens the file, reads the header and checks that it holds one picture of a size that can be decoded."""
     with _named(file):
-        return Image.open(file.content if isinstance(file.content, str) else io.BytesIO(read(file)))
+        stream = open_regular(file.content) if isinstance(file.content, str) else io.BytesIO(read(file))
+    with stream:
+        with _named(file):
+            opened = Image.open(stream, formats=FORMATS)
+            single = _is_single(opened)
+        if not single:
+            raise DataError(
+                f"{file.shown}: an animation, or several pages ({opened.format}); expected a single picture: save the "
+                "one to use as a file of its own"
+            )
+        yield opened
 
 
 @contextlib.contextmanager
 def _named(file: Encoded):
     """Converts errors of opening to DataError."""
+    listed = f" (listed in {file.listed})" if file.listed else ""
+    problem = f"{file.shown}: not an image that can be opened"
     try:
         yield
+    except DataError:
+        raise
     except FileNotFoundError:
-        listed = f" (listed in {file.listed})" if file.listed else ""
-        raise DataError(f"missing file {file.where}{listed}") from None
+        raise DataError(f"missing file {file.shown}{listed}") from None
     except UnidentifiedImageError:  # Its text names an object in memory.
-        raise DataError(f"{file.where}: not an image that can be opened: unknown format") from None
-    except _DECODE_ERRORS as error:
-        raise DataError(f"{file.where}: not an image that can be opened: {error}") from None
+        raise DataError(f"{problem}: unknown format; expected {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"{problem}: too large; expected at most {_MOST_PIXELS} pixels") from None
+    except OSError as error:
+        raise DataError(f"{problem}: {error.strerror or error}{listed}") from None
+    except Exception as error:  # Pillow raises many types for damaged files.
+        raise DataError(f"{problem}: {error}") from None
+
+
+def _is_single(opened: Image.Image) -> bool:
+    """Whether there is one picture; further ones of a camera (MPO) and smaller copies in a TIFF do not count."""
+    if opened.format == "MPO" or not getattr(opened, "is_animated", False):
+        return True
+    if opened.format != "TIFF":
+        return False
+    try:
+        for page in range(1, _MOST_PAGES):
+            opened.seek(page)
+            if not opened.tag_v2.get(_SUBFILE_TYPE, 0) & _REDUCED:
+                return False
+    except EOFError:
+        opened.seek(0)
+        return True
+    return False
 
 
 def _load(opened: Image.Image, where: str) -> Image.Image:
@@ -141,7 +183,7 @@ def _load(opened: Image.Image, where: str) -> Image.Image:
     rotated, known = _orientation(opened) != 1, "exif" in opened.info
     try:
         opened.load()
-    except _DECODE_ERRORS as error:
+    except Exception as error:  # Pillow raises many types for damaged files.
         raise DataError(f"{where}: damaged image, cannot be decoded: {error}") from None
     if not known and "exif" in opened.info:
         raise DataError(f"{where}: PNG with EXIF data after the pixels, which few programs read; save it again")
@@ -154,7 +196,7 @@ def _orientation(opened: Image.Image) -> int:
     try:
         # Not opened.getexif(), which decodes the whole file of a PNG.
         value = Image.Image.getexif(opened).get(ExifTags.Base.Orientation, 1)
-    except _EXIF_ERRORS:
+    except Exception:
         return 1  # Unreadable for any program.
     return value if value in range(1, 9) else 1
 

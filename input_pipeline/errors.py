@@ -9,6 +9,10 @@ class UserError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """Returns the message as `printable` text, except for its line ends."""
+        return "\n".join(printable(line, 4000) for line in super().__str__().split("\n"))
+
 
 class DataError(UserError):
     """Unusable data: the message names the file (and line), what it holds and what is expected.
@@ -18,6 +22,25 @@ class DataError(UserError):
 
     def __init__(self, message: str):
         super().__init__(message)
+
+
+def printable(text: str, most: int = 1000) -> str:
+    r"""Returns text of users or files in one line that is safe to show; the middle of longer text is left out.
+
+    Control characters, line ends and invisible characters become escape sequences, such as \x1b, and bytes of a file
+    name that are not UTF-8 too, such as \xff.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]}[...]{text[len(text) - most // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # How Python decodes a byte of a file name that is not UTF-8.
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character if character.isprintable() else repr(character)[1:-1]
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.5, containing: bool = False) -> str:
@@ -33,9 +56,9 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.5, containin
 
 
 def first_names(names: Sequence, most: int = 3, show: Callable = str) -> str:
-    """Returns "a, b, c and 4 more": the first `most` of `names`, each formatted by `show`."""
+    """Returns "a, b, c and 4 more": the first `most` of `names`, each formatted by `show` and `printable`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(show(name) for name in names[:most]) + more
+    return ", ".join(printable(show(name)) for name in names[:most]) + more
 
 
 def first_lines(messages: Sequence, total: str = "in all", most: int = 5) -> str:

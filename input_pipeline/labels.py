@@ -11,7 +11,8 @@ import numpy as np
 
 from input_pipeline import decode
 from input_pipeline.decode import Encoded
-from input_pipeline.errors import DataError, did_you_mean, first_names
+from input_pipeline.errors import DataError, did_you_mean, first_names, printable
+from input_pipeline.files import read_text
 
 IGNORE = "ignore"  # The class of ignored pixels in a label map.
 _COLORS = 1 << 24
@@ -78,7 +79,7 @@ class Labels:
 
     def decode(self, mask: Encoded) -> np.ndarray:
         """Returns the class ids, uint8 [H, W]; raises DataError as `raw` and `to_ids` do."""
-        return self.to_ids(self.raw(mask), mask.where)
+        return self.to_ids(self.raw(mask), mask.shown)
 
     def size(self, mask: Encoded) -> tuple[int, int]:
         """Returns (H, W) from the header; raises DataError for a mask that `raw` refuses by its header."""
@@ -140,13 +141,10 @@ def read_label_map(path: str, classes: Sequence[str], ignore: int) -> tuple[bool
       DataError: naming file and line.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-        rows = _json_rows(text, path) if path.lower().endswith(".json") else _text_rows(text, path)
+        text = read_text(path, "a label map")
     except FileNotFoundError:
         raise DataError(f"missing label map {path} (config.data.label_map)") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a label map: {error}") from None
+    rows = _json_rows(text, path) if path.lower().endswith(".json") else _text_rows(text, path)
     id_of, colors = {}, None
     for where, numbers, name in rows:
         _check_numbers(numbers, where)
@@ -166,16 +164,21 @@ _Row = tuple[str, list[int], str]  # File and line, for messages; the id, or red
 
 
 def _json_rows(text: str, path: str) -> list[_Row]:
+    expected = 'expected a JSON object {"ID" or "RED GREEN BLUE": CLASS}'
     try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f'{path}: expected a JSON object {{"ID" or "RED GREEN BLUE": CLASS}}')
-    return [
-        (f"{path}: key {key!r}", _numbers(re.findall(r"[^\s,]+", key), f"{path}: key {key!r}"), str(name))
-        for key, name in content.items()
-    ]
+        # As a tuple of pairs: in a dict the last one of equal keys would count.
+        content = json.loads(text, object_pairs_hook=tuple)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {error}; {expected}") from None
+    if not isinstance(content, tuple):
+        raise DataError(f"{path}: {expected}")
+    rows = []
+    for key, name in content:
+        where = f"{path}: key '{_shown(key)}'"
+        if type(name) not in (str, int):
+            raise DataError(f"{where}: its value is neither text nor an integer; {expected}")
+        rows.append((where, _numbers(re.findall(r"[^\s,]+", key), where), str(name)))
+    return rows
 
 
 def _text_rows(text: str, path: str) -> list[_Row]:
@@ -184,7 +187,7 @@ def _text_rows(text: str, path: str) -> list[_Row]:
         where = f"{path}:{number}"
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        columns = _columns(line)
+        columns = _columns(line, where)
         if not rows and header is None and not any(map(_is_number, columns)):
             header = _header(columns, where)
             continue
@@ -192,20 +195,30 @@ def _text_rows(text: str, path: str) -> list[_Row]:
             count = 3 if len(columns) > 3 and all(map(_is_number, columns[:3])) else 1
             values, name = columns[:count], " ".join(columns[count:])
         elif len(columns) != len(header):
-            raise DataError(f"{where}: found {len(columns)} columns; expected {len(header)}: {', '.join(header)}")
+            raise DataError(
+                f"{where}: found {len(columns)} columns; expected {len(header)}: {_shown(', '.join(header))}"
+            )
         else:
             row = dict(zip(header, columns, strict=True))
             values, name = [row[key] for key in ("id", "r", "g", "b") if key in row], row["class"]
         if not name:
-            raise DataError(f"{where}: found {line.strip()!r}; expected `ID CLASS` or `RED GREEN BLUE CLASS`")
+            raise DataError(f"{where}: found '{_shown(line.strip())}'; expected `ID CLASS` or `RED GREEN BLUE CLASS`")
         rows.append((where, _numbers(values, where), name))
     return rows
 
 
-def _columns(line: str) -> list[str]:
+def _shown(value) -> str:
+    """Formats what a label map holds, however long, for messages."""
+    return printable(str(value), 80)
+
+
+def _columns(line: str, where: str) -> list[str]:
     for separator in (",", "\t"):
         if separator in line:
-            columns = [column.strip() for column in next(csv.reader([line], delimiter=separator))]
+            try:
+                columns = [column.strip() for column in next(csv.reader([line], delimiter=separator))]
+            except csv.Error as error:
+                raise DataError(f"{where}: found '{_shown(line)}', not CSV: {error}") from None
             # Lines such as "64 128 64<tab>Animal" hold both separators.
             return [*columns[0].split(), *columns[1:]] if separator == "\t" else columns
     return line.split()
@@ -217,19 +230,19 @@ def _header(columns: list[str], where: str) -> list[str]:
     values = [name for name in ("id", "r", "g", "b") if name in names]
     if "class" not in names or values not in (["id"], ["r", "g", "b"]) or len(names) != len(set(names)):
         raise DataError(
-            f"{where}: found {', '.join(columns)}; expected `ID CLASS`, `RED GREEN BLUE CLASS`, or names of columns: "
-            "id or red, green, blue; and class"
+            f"{where}: found '{_shown(', '.join(columns))}'; expected `ID CLASS`, `RED GREEN BLUE CLASS`, or names of "
+            "columns: id or red, green, blue; and class"
         )
     return names
 
 
 def _is_number(text: str) -> bool:
-    return bool(re.fullmatch(r"\d+", text))
+    return bool(re.fullmatch("[0-9]{1,9}", text))  # More digits would be no number of any use.
 
 
 def _numbers(texts: list[str], where: str) -> list[int]:
     if len(texts) not in (1, 3) or not all(map(_is_number, texts)):
-        raise DataError(f"{where}: found {' '.join(texts)!r}; expected an id, or red, green and blue")
+        raise DataError(f"{where}: found '{_shown(' '.join(texts))}'; expected an id, or red, green and blue")
     return [int(text) for text in texts]
 
 
@@ -246,13 +259,16 @@ def _check_ids(ignore_values: Sequence[int]) -> None:
 
 
 def _class_id(name: str, classes: Sequence[str], ignore: int, where: str) -> int:
-    if name in classes:
-        return classes.index(name)
+    ids = {classes.index(name)} if name in classes else set()
     if name == IGNORE:
-        return ignore
+        ids.add(ignore)
     if _is_number(name) and int(name) in (*range(len(classes)), ignore):
-        return int(name)
-    raise DataError(
-        f"{where}: no class {name!r}{did_you_mean(name, classes) or ';'} expected {', '.join(classes)} "
-        f"(config.data.classes), an id below {len(classes)}, or {IGNORE}"
-    )
+        ids.add(int(name))
+    if len(ids) == 1:
+        return ids.pop()
+    expected = f"{first_names(classes, 20)} (config.data.classes), an id below {len(classes)}, or {IGNORE}"
+    if ids:
+        other = "ignored pixels" if name == IGNORE else f"the class id {name}"
+        raise DataError(f"{where}: '{name}' is a class (config.data.classes) and also means {other}; rename the class")
+    hint = did_you_mean(name, classes) if len(name) < 100 else ""
+    raise DataError(f"{where}: no class '{_shown(name)}'{hint or ';'} expected {expected}")

@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from input_pipeline.errors import DataError, did_you_mean, first_lines
+from input_pipeline.errors import DataError, did_you_mean, first_lines, printable
+from input_pipeline.files import CONTROL_CHARACTER, read_text
 
 LIST_SUFFIX = ".txt"
 LABELED, UNLABELED, VAL = "labeled.txt", "unlabeled.txt", "val.txt"
@@ -89,16 +90,14 @@ def parse_list(path: str, labeled: bool) -> tuple[list[Entry], list[str]]:
 
     Returns:
       The entries of the valid lines, and error messages: the file is missing, is not text, is empty, or a line has the
-      wrong number of columns.
+      wrong number of columns or holds what is no path of a file.
     """
     try:
-        # utf-8-sig: the byte order mark that some editors write would become part of the first name.
-        with open(path, encoding="utf-8-sig") as file:
-            lines = file.read().splitlines()
+        lines = read_text(path, "a text list").split("\n")
     except FileNotFoundError:
         return [], [f"missing list {path}"]
-    except (OSError, UnicodeDecodeError) as error:
-        return [], [f"{path}: cannot be read as a text list: {error}"]
+    except DataError as error:
+        return [], [str(error)]
     entries, wrong = [], []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -135,7 +134,14 @@ def format_list(entries: Iterable[Entry]) -> str:
 
 
 def _parse(line: str, where: str, labeled: bool) -> Entry:
-    columns = [column.strip() for column in line.split("\t") if column.strip()] if "\t" in line else line.split()
+    columns = [column.strip() for column in line.split("\t") if column.strip()]
+    if "\t" not in line or (len(columns) == 1 and labeled):  # With masks, a tab at the end separates nothing.
+        columns = line.split()
+    for name in columns:
+        if CONTROL_CHARACTER.search(name):
+            raise DataError(f"{where}: '{printable(name)}' has control characters; expected the path of a file")
+        if os.path.basename(name) in ("", os.curdir, os.pardir):
+            raise DataError(f"{where}: '{printable(name)}' is a folder; expected the path of a file")
     if len(columns) == 2:
         return Entry(*columns)
     if len(columns) == 1 and not labeled:
@@ -143,4 +149,5 @@ def _parse(line: str, where: str, labeled: bool) -> Entry:
     expected = "`image mask`" if labeled else "`image mask` or `image`"
     spaces = " (names with spaces need a tab between the columns)" if len(columns) > 2 else ""
     plural = "" if len(columns) == 1 else "s"
-    raise DataError(f"{where}: found {len(columns)} column{plural}, {line.strip()!r}; expected {expected}{spaces}")
+    found = printable(line.strip(), 200)
+    raise DataError(f"{where}: found {len(columns)} column{plural}, '{found}'; expected {expected}{spaces}")

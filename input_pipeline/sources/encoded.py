@@ -1,16 +1,18 @@
 """Base of the sources that decode images and masks."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from input_pipeline import decode
 from input_pipeline.decode import Encoded
-from input_pipeline.errors import DataError, first_lines
+from input_pipeline.errors import DataError, first_lines, first_names
 from input_pipeline.labels import Labels
 
 _HEADER_THREADS = 32  # Reading a header waits for the disk or the network and computes little.
+_DECODE_THREADS = 16
 
 
 class EncodedSource:
@@ -55,6 +57,9 @@ class EncodedSource:
         """
         image_file, mask_file = self.files(index)
         image = decode.image(image_file)
+        if self._sizes is not None and image.shape[:2] != self.size(index):
+            (height, width), (rows, columns) = self.size(index), image.shape[:2]
+            raise DataError(f"{image_file.shown}: {columns}x{rows} pixels; it had {width}x{height} when it was opened")
         if self.labels is None:
             return {"image": image}
         label = self.labels.decode(mask_file)
@@ -68,10 +73,39 @@ class EncodedSource:
           DataError: bad files; the message names the first ones and their number.
         """
         results = self._read_headers()
+        self._raise_first(results)
+        self._sizes = np.array(results, np.int32)
+
+    def check_records(self, most: int, progress: Callable[[int], None]) -> str:
+        """See the function `check_records`."""
+        indices = range(0, len(self), -(-len(self) // (most or len(self))))
+
+        def is_empty(index: int) -> bool | DataError:
+            try:
+                record = self[index]
+            except DataError as error:
+                return error
+            return "label" in record and bool((record["label"] == self.labels.ignore).all())
+
+        results = []
+        with ThreadPoolExecutor(_DECODE_THREADS) as pool:
+            for result in pool.map(is_empty, indices):
+                results.append(result)
+                progress(1)
+        self._raise_first(results)
+        empty = [self.name(index) for index in itertools.compress(indices, results)]
+        if not empty:
+            return ""
+        return (
+            f"{self.where}: every pixel is ignored in the masks of {len(empty)} of the {len(results)} images that were "
+            f"checked, which teach and score nothing: {first_names(empty)}"
+        )
+
+    def _raise_first(self, results: Sequence) -> None:
+        """Raises a DataError that names the first of those among `results`, and their number."""
         errors = [result for result in results if isinstance(result, DataError)]
         if errors:
             raise DataError(first_lines(errors, f"of the {len(self)} images of {self.where}"))
-        self._sizes = np.array(results, np.int32)
 
     def _read_headers(self) -> list[tuple[int, int] | DataError]:
         """Returns the size of each record, or its error."""
@@ -89,6 +123,23 @@ class EncodedSource:
         return size
 
 
+def check_records(source, most: int = 0, progress: Callable[[int], None] = lambda done: None) -> str:
+    """Decodes images and masks of a source once, so that what cannot be read is known before training.
+
+    Args:
+      source: a `sources.open.Source`; of one that decodes no files nothing is checked.
+      most: greatest number of images to decode, spread over the source; 0: all.
+      progress: called with the number of further images that were decoded.
+
+    Returns:
+      A warning that names masks without a pixel of any class, or "".
+
+    Raises:
+      DataError: bad files; the message names the first ones and their number.
+    """
+    return source.check_records(most, progress) if isinstance(source, EncodedSource) else ""
+
+
 def check_sizes(image: Encoded, size: tuple[int, ...], mask: Encoded, mask_size: tuple[int, ...]) -> None:
     """Raises DataError if the sizes (H, W) of an image and its mask differ."""
     if size == mask_size:
@@ -101,6 +152,6 @@ def check_sizes(image: Encoded, size: tuple[int, ...], mask: Encoded, mask_size:
             "mask, or save the image again, rotated and without EXIF"
         )
     raise DataError(
-        f"{mask.where}: mask of {mask_size[1]}x{mask_size[0]} pixels; expected {size[1]}x{size[0]}, the size of "
-        f"{image.where}{hint}"
+        f"{mask.shown}: mask of {mask_size[1]}x{mask_size[0]} pixels; expected {size[1]}x{size[0]}, the size of "
+        f"{image.shown}{hint}"
     )

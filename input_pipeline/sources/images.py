@@ -28,7 +28,7 @@ def find_images(path: str, root: str = "") -> tuple[ImagesSource, list[str]]:
         if not names:
             raise DataError(f"{path}: no image in this folder; known suffixes: {' '.join(IMAGE_SUFFIXES)}")
         return ImagesSource([os.path.join(path, name) for name in names], path), names
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise DataError(f"{path}: no such file or folder")
     if path.endswith(LIST_SUFFIX):
         names = [entry.image for entry in split_lists.read_list(path, labeled=False)]

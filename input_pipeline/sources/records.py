@@ -16,6 +16,7 @@ import grain
 
 from input_pipeline.decode import Encoded
 from input_pipeline.errors import DataError, first_names
+from input_pipeline.files import read_text
 from input_pipeline.labels import Labels
 from input_pipeline.sources.encoded import EncodedSource, check_sizes
 from input_pipeline.split_lists import Entry
@@ -146,20 +147,47 @@ def read_index(folder: str) -> Index:
     """
     path = os.path.join(folder, INDEX)
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        content = json.loads(read_text(path, "the index of a packed data set"))
         if content["format"] != FORMAT:
             raise DataError(f"{path}: format {content['format']!r}; expected {FORMAT!r}")
         shards = tuple(Shard(*shard) for shard in content["shards"])
-        return Index(content["inputs"], shards, tuple(map(row_from_json, content["rows"])))
+        rows = tuple(map(row_from_json, content["rows"]))
+        wrong = next((each for each in shards if not _is_shard(each)), None)
+        wrong = wrong or next((row for row in rows if not _is_row(row, shards)), None)
+        if wrong:
+            raise ValueError(f"{type(wrong).__name__} {tuple(wrong)}")
+        return Index(content["inputs"], shards, rows)
     except FileNotFoundError:
         unfinished = os.path.isdir(os.path.join(folder, PROGRESS))
         hint = "packing has not finished: run its command again" if unfinished else "--mode=records makes it"
         raise DataError(f"missing file {path}, the index of a packed data set; {hint}") from None
     except DataError:
         raise
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: damaged index of a packed data set: {error!r}") from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged index of a packed data set: {error!r:.300}") from None
+
+
+def _is_shard(shard: Shard) -> bool:
+    """Whether the fields have their types, and the file is in the folder of the index."""
+    return (
+        type(shard.file) is str
+        and os.path.basename(shard.file) == shard.file
+        and all(type(number) is int and number >= 0 for number in (shard.records, shard.bytes))
+    )
+
+
+def _is_row(row: Row, shards: Sequence[Shard]) -> bool:
+    """Whether the fields have their types and the records are in their shard."""
+    numbers = (row.shard, row.position, row.image_bytes, row.mask_bytes, *row.size, *(row.mask_size or ()))
+    return (
+        type(row.image) is str
+        and (row.mask is None) == (row.mask_size is None)
+        and (row.mask is None or type(row.mask) is str)
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and len(row.size) == len(row.mask_size or row.size) == 2
+        and row.shard < len(shards)
+        and row.position + (row.mask is not None) < shards[row.shard].records
+    )
 
 
 def index_to_json(index: Index) -> dict:

@@ -2,6 +2,10 @@
 
 import numpy as np
 
+from input_pipeline.errors import DataError
+
+_MOST_DRAWS = 100_000  # Many times those that any ranges need in which boxes lie inside the crop at all.
+
 
 def cutmix_box(crop: int, views, rng: np.random.Generator) -> np.ndarray:
     """Draws the box into which the pixels of the CutMix partner are pasted.
@@ -18,17 +22,18 @@ def cutmix_box(crop: int, views, rng: np.random.Generator) -> np.ndarray:
       int32 [4]: y0, x0, y1, x1, with y1 and x1 exclusive; all zero (no mixing) with probability 1 - views.cutmix.
 
     Raises:
-      ValueError: no box of the largest area fits with any of the aspect ratios.
+      DataError: hardly any box of the drawn area fits with any of the aspect ratios.
     """
-    largest = views.cutmix_area[1]
-    if max(views.cutmix_aspect[0], largest) > min(views.cutmix_aspect[1], 1 / largest):
-        raise ValueError(f"no box of area {largest} of the crop has an aspect ratio in {tuple(views.cutmix_aspect)}")
     if rng.random() >= views.cutmix:
         return np.zeros(4, np.int32)
     area = rng.uniform(*views.cutmix_area) * crop * crop
-    while True:
+    for _ in range(_MOST_DRAWS):
         aspect = rng.uniform(*views.cutmix_aspect)
         height, width = int(np.sqrt(area * aspect)), int(np.sqrt(area / aspect))
         y, x = (int(v) for v in rng.integers(crop, size=2))
         if y + height <= crop and x + width <= crop:
             return np.array([y, x, y + height, x + width], np.int32)
+    raise DataError(
+        f"config.views.cutmix_area is {tuple(views.cutmix_area)}: no box of {area:.0f} pixels lies inside a crop of "
+        f"{crop}x{crop} with an aspect ratio in config.views.cutmix_aspect={tuple(views.cutmix_aspect)}"
+    )

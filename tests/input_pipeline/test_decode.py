@@ -258,3 +258,62 @@ def test_inverted_gray_mask_is_refused():
     assert np.asarray(Image.open(io.BytesIO(file.content))).max() == 255
     with pytest.raises(DataError, match=r"inverted\.tif: mask stored as 'L;I'"):
         decode.mask(file, colors=False)
+
+
+def test_other_formats_are_not_opened(monkeypatch):
+    """Pillow would run Ghostscript for this file."""
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("a program was started"))
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: pytest.fail("a program was started"))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\n%%EndComments\nshowpage\n%%EOF\n"
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    for read in (decode.image, decode.image_size, decode.size):
+        with pytest.raises(
+            DataError, match=r"a\.png: not an image that can be opened: unknown format; expected BMP, .*WEBP"
+        ):
+            read(Encoded(eps, "a.png"))
+
+
+@pytest.mark.parametrize("size", [(20_000, 20_000), (1 << 31 - 1, 1), (1, 1 << 31 - 1)])
+def test_huge_images_are_refused_by_their_header(size):
+    file = png(*size, 8, 0, [b"\0" * 10])
+    with pytest.raises(DataError, match=r"hand\.png: not an image that can be opened: too large; expected at most 17"):
+        decode.image_size(file)
+    with pytest.raises(DataError, match=r"hand\.png: .*too large"):
+        decode.mask(file, colors=False)
+
+
+def frames(format, count, **options):
+    pictures = [Image.fromarray(random(4, 6, 3)).quantize(16) for _ in range(count)]
+    if format in ("WEBP", "MPO", "TIFF"):
+        pictures = [picture.convert("RGB") for picture in pictures]
+    return encoded(pictures[0], format, save_all=True, append_images=pictures[1:], **options)
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_files_of_several_pictures_are_refused(format):
+    file = frames(format, 3)
+    assert Image.open(io.BytesIO(file.content)).n_frames == 3
+    for read in (decode.image, decode.image_size, lambda file: decode.mask(file, colors=True)):
+        with pytest.raises(
+            DataError, match=rf"a\.{format.lower()}: an animation, or several pages \({format}\); expected"
+        ):
+            read(file)
+    assert decode.image_size(frames(format, 1)) == decode.image(frames(format, 1)).shape[:2] == (4, 6)
+
+
+def test_the_first_picture_of_a_camera_file_counts():
+    """Cameras store further pictures, such as thumbnails, after the photo."""
+    file = frames("MPO", 2)
+    assert Image.open(io.BytesIO(file.content)).n_frames == 2
+    assert decode.image(file).shape == (*decode.image_size(file), 3) == (4, 6, 3)
+
+
+def test_smaller_copies_in_a_tiff_do_not_count():
+    """Maps hold pyramids of smaller copies."""
+    picture, copies = Image.fromarray(random(8, 12)), [Image.new("L", (6, 4)), Image.new("L", (3, 2))]
+    for copy in copies:
+        copy.encoderinfo = {"tiffinfo": {254: 1}}
+    file = encoded(picture, "TIFF", save_all=True, append_images=copies)
+    assert Image.open(io.BytesIO(file.content)).n_frames == 3
+    np.testing.assert_array_equal(decode.mask(file, colors=False), np.asarray(picture))
+    assert decode.image_size(file) == (8, 12)

@@ -85,9 +85,16 @@ def test_colors_are_mapped_exactly(tmp_path, name, text):
         ("road 7\n", r"map\.txt:1: found 'road'; expected an id, or red, green and blue"),
         ("65536 road\n", r"map\.txt:1: value 65536; expected 0\.\.65535"),
         ("0 0 256 road\n", r"map\.txt:1: value 256; expected 0\.\.255"),
-        ("id,label\n7,road\n", r"map\.txt:1: found id, label; expected .*names of columns"),
+        ("id,label\n7,road\n", r"map\.txt:1: found 'id, label'; expected .*names of columns"),
         ("id,class\n7,road,1\n", r"map\.txt:2: found 3 columns; expected 2: id, class"),
         ("# nothing\n", r"map\.txt: the label map is empty"),
+        (f"{'7' * 5000} road\n", r"map\.txt:1: found '7777.*\[\.\.\.\].*expected `ID CLASS`"),
+        (f"7 road\n{'7' * 5000} road\n", r"map\.txt:2: found '7777.*\[\.\.\.\].*expected an id"),
+        (f"7 {'x' * 200_000}\n", r"map\.txt:1: no class 'x+\[\.\.\.\]x+'"),
+        (f'7,"{"x" * 200_000}"\n', r"map\.txt:1: found '7,\"x+\[\.\.\.\].*', not CSV: field larger"),
+        ("7 ro\0ad\n", r"map\.txt: cannot be read as a label map: line 1"),
+        ("\u0667 road\n", r"map\.txt:1: found '\u0667, road'; expected `ID CLASS`"),
+        ("7 \x1b[31mroad\n", r"map\.txt:1: no class '\\x1b\[31mroad'"),
     ],
 )
 def test_errors_in_a_map_are_reported(tmp_path, text, message):
@@ -95,10 +102,31 @@ def test_errors_in_a_map_are_reported(tmp_path, text, message):
         mapped(tmp_path, text)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"x": "road"}'])
-def test_errors_in_json_are_reported(tmp_path, text):
-    with pytest.raises(DataError, match=r"map\.json: (not JSON|expected a JSON object|key 'x')"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"7":' * 100_000, "not JSON"),
+        (f'{{"7": {"1" * 5000}}}', "not JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"x": "road"}', "key 'x': found 'x'; expected an id"),
+        ('{"7": ["road"]}', "key '7': its value is neither text nor an integer"),
+        ('{"7": true}', "key '7': its value is neither text nor an integer"),
+        ('{"7": "road", "7": "sky"}', "key '7': 7 has two classes"),
+    ],
+)
+def test_errors_in_json_are_reported(tmp_path, text, message):
+    with pytest.raises(DataError, match=rf"map\.json: {message}"):
         mapped(tmp_path, text, "map.json")
+
+
+@pytest.mark.parametrize("name", ["ignore", "2", "255"])
+def test_names_of_classes_that_mean_something_else(tmp_path, name):
+    (tmp_path / "map.txt").write_text(f"7 road\n8 {name}\n")
+    with pytest.raises(DataError, match=rf"map\.txt:2: '{name}' is a class \(config\.data\.classes\) and also means"):
+        Labels((name, "road", "sky"), label_map=str(tmp_path / "map.txt"))
+    assert ids(Labels(("road", "sky", "ignore")), [[2, 255]]) == [[2, 255]]  # Without a map nothing is ambiguous.
 
 
 def test_from_config(tmp_path):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from configs import custom
 from input_pipeline.errors import DataError
-from input_pipeline.layout import IMAGE_SUFFIXES, find_layout
+from input_pipeline.layout import IMAGE_SUFFIXES, find_layout, images_below
 from input_pipeline.sources.open import digest, open_source, open_sources
 from tests.input_pipeline.own_images import CLASSES, make_root, save_image, save_mask
 
@@ -74,7 +74,7 @@ def test_masks_are_matched(tmp_path):
     save_image(root / "images/b.jpg", 8)
     several, two = find_layout(_data(root)).defects
     assert "images/a.png: several masks, masks/a.bmp, masks/a.png" in several
-    assert "masks/b.png: mask of two images, images/b.jpg and images/b.png" in two
+    assert "masks/b.png: mask of two images, images/b.jpg, images/b.png" in two
 
 
 def test_validation_is_held_out_of_folders(tmp_path):
@@ -153,3 +153,49 @@ def test_a_held_out_fraction_alone_needs_the_labeled_images(tmp_path):
     val = open_source(config, "val")
     config.data.folders.update({"unlabeled": "", "unmasked": "unlabeled"})
     assert digest(val) == digest(open_sources(config).val) and len(val) == 2
+
+
+def test_links_in_circles_are_followed_once(tmp_path):
+    """Two links to the folder that they are in would name images without end."""
+    root = make_root(tmp_path / "root", {"a": (0,), "sub/b": (0,)})
+    for name in ("images/again", "images/sub/more", "images/sub/up", "masks/again"):
+        (root / name).symlink_to(root / name.split("/")[0], target_is_directory=True)
+    other = tmp_path / "other"
+    save_image(other / "c.png", 3)
+    for name in ("images/linked", "images/twice"):  # Links to folders elsewhere count, each under its own name.
+        (root / name).symlink_to(other, target_is_directory=True)
+    names = images_below(str(root / "images"))
+    assert names == ["a.png", "linked/c.png", "sub/b.png", "twice/c.png"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_validation_images_that_are_labeled_by_a_link(tmp_path, link):
+    root = make_root(tmp_path / "root", dict.fromkeys("ab", (0,)), size=8)
+    (root / "val").mkdir()
+    if link:
+        (root / "val/renamed.png").symlink_to(root / "images/b.png")
+        (root / "linked").symlink_to(root / "val", target_is_directory=True)
+    else:
+        save_image(root / "val/renamed.png", 9)
+        (root / "linked").symlink_to(root / "val", target_is_directory=True)
+    (root / "val.txt").write_text("linked/renamed.png masks/b.png\n")
+    (root / "train.txt").write_text("images/a.png masks/a.png\nimages/b.png masks/b.png\n")
+    layout = find_layout(_data(root, labeled="train.txt", val="val.txt"))
+    messages = [message for message in layout.defects if "1 labeled images are validation images too" in message]
+    assert len(messages) == link and all("linked/renamed.png" in message for message in messages)
+
+
+def test_odd_names_in_folders_are_read_and_shown(tmp_path):
+    odd = "\x1b[31m\n\udcff"
+    root = make_root(tmp_path, dict.fromkeys("abc", (0,)))
+    for folder in ("images", "masks"):
+        (root / folder / "a.png").rename(root / folder / f"{odd}.png")
+    config = custom.get_config(f"root={root},val=0.4")
+    assert sum(map(len, open_sources(config)[::2])) == 3
+    (root / f"images/{odd}.png").write_bytes(b"text")
+    with pytest.raises(DataError) as error:
+        open_sources(config)
+    assert r"images/\x1b[31m\n\xff.png: not an image" in str(error.value)
+    (root / f"masks/{odd}.png").unlink()
+    with pytest.raises(DataError, match=r"1 images in images have no mask: images/\\x1b\[31m\\n\\xff\.png"):
+        open_sources(config)

@@ -3,6 +3,7 @@
 import pytest
 
 from input_pipeline.errors import DataError
+from input_pipeline.sources.open import open_sources
 from input_pipeline.split_lists import Entry, find_split, format_entry, read_list
 
 
@@ -98,3 +99,31 @@ def test_find_split_for_val_alone(tmp_path):
         assert find_split("", str(tmp_path / "val_only"), split, ("val",)).val == str(tmp_path / "val_only/val.txt")
         with pytest.raises(DataError, match=r"no split.*splits there: none"):
             find_split("", str(tmp_path / "val_only"), split)
+
+
+def test_a_tab_at_the_end_of_a_line_separates_nothing(tmp_path):
+    path = _write(tmp_path, "a.jpg a.png\t\nmy image.jpg\tb.png\t\n\ta.jpg a.png\n")
+    assert read_list(path, labeled=True) == [
+        Entry("a.jpg", "a.png"), Entry("my image.jpg", "b.png"), Entry("a.jpg", "a.png"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("labeled", [True, False])
+@pytest.mark.parametrize("name", ["..", ".", "images/..", "images/", "/", "../../", "a\x1b[2J.png", "a\x85.png\tb.png"])
+def test_what_is_no_path_of_a_file_is_named(tmp_path, name, labeled):
+    path = _write(tmp_path, f"a.jpg a.png\n{name}\tmasks/a.png\n")
+    with pytest.raises(DataError, match=r"list\.txt:2: '.*' (is a folder|has control characters); expected the path"):
+        read_list(path, labeled)
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_files_outside_the_root_may_be_listed(folder, config, absolute):
+    """Lists are the user's own; which folder a file is in does not matter."""
+    elsewhere = folder.parent / "elsewhere"
+    (folder / "images").rename(elsewhere)
+    prefix = str(elsewhere) if absolute else "../elsewhere"
+    for name in ("small/labeled.txt", "small/unlabeled.txt", "val.txt"):
+        path = folder / "splits" / name
+        path.write_text(path.read_text().replace("images", prefix))
+    sources = open_sources(config)
+    assert [source[0]["image"][0, 0, 0] for source in sources] == [0, 0, 10]

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import struct
 import zlib
 
@@ -13,6 +14,7 @@ from PIL import Image
 from configs import camvid
 from input_pipeline.errors import DataError
 from input_pipeline.labels import Labels
+from input_pipeline.sources.encoded import check_records
 from input_pipeline.sources.folder import FolderSource
 from input_pipeline.sources.open import Sources, digest, open_source, open_sources
 from input_pipeline.split_lists import Entry, read_list
@@ -245,3 +247,38 @@ def test_camvid():
     record = sources.val[0]
     assert record["image"].shape == (360, 480, 3) and record["label"].shape == (360, 480)
     assert set(np.unique(record["label"])) <= {*range(11), 255}
+
+
+def test_a_file_that_changes_after_opening_is_named(folder, config):
+    source = open_sources(config).unlabeled
+    Image.new("RGB", (9, 8)).save(folder / "images/4.png")
+    with pytest.raises(DataError, match=r"images/4\.png: 9x8 pixels; it had 16x16 when it was opened"):
+        source[4]
+
+
+def test_check_records_names_what_cannot_be_read(folder, config):
+    """Headers alone do not show a value without a class or a truncated image."""
+    Image.fromarray(np.full((16, 16), 200, np.uint8)).save(folder / "masks/11.png")
+    content = (folder / "images/10.png").read_bytes()
+    (folder / "images/10.png").write_bytes(content[:-30])
+    source = open_source(config, "val")
+    with pytest.raises(DataError) as error:
+        check_records(source)
+    assert "masks/11.png: mask values 200 found" in str(error.value)
+    assert "images/10.png: damaged image" in str(error.value)
+    counts = []
+    assert check_records(open_source(config, "unlabeled"), progress=counts.append) == "" and sum(counts) == 10
+
+
+def test_check_records_warns_of_masks_that_are_ignored(folder, config):
+    source = open_sources(config).labeled
+    assert check_records(source) == ""
+    for number in (0, 2):
+        Image.fromarray(np.full((16, 16), 255, np.uint8)).save(folder / f"masks/{number}.png")
+    warning = check_records(source)
+    assert re.search(
+        r"labeled\.txt: every pixel is ignored in the masks of 2 of the 3 images that were checked", warning
+    )
+    assert "images/0.png, images/2.png" in warning and "images/1.png" not in warning
+    (folder / "masks/1.png").write_bytes(b"not read")
+    assert "of 2 of the 2 images" in check_records(source, most=2)

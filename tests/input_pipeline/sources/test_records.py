@@ -155,15 +155,29 @@ def test_damaged_shards_are_named(packed):
         (None, r"missing file .*index\.json.*--mode=records makes it"),
         ("{", r"index\.json: damaged index"),
         ('{"format": "dssn_jax records 1"}', r"index\.json: damaged index"),
+        ("[" * 100_000, r"index\.json: damaged index"),
         ('{"format": "other"}', r"index\.json: format 'other'; expected 'dssn_jax records 1'"),
     ],
 )
-def test_damaged_index_is_reported(packed, content, message):
+def test_unreadable_index_is_reported(packed, content, message):
     path = pathlib.Path(packed.data.root) / "index.json"
     path.unlink()
     if content is not None:
         path.write_text(content)
     with pytest.raises(DataError, match=message):
+        open_sources(packed)
+
+
+@pytest.mark.parametrize("value", [None, -1, 1.5, "x", [], True, 1 << 70, "../records"])
+@pytest.mark.parametrize(("table", "column"), [("shards", 0), *(("rows", column) for column in (0, 2, 3, 6, 7))])
+def test_odd_values_in_the_index_are_reported(packed, table, column, value):
+    path = pathlib.Path(packed.data.root) / "index.json"
+    content = json.loads(path.read_text())
+    if (table, column, type(value)) == ("rows", 0, str):  # Any name.
+        return
+    content[table][0][column] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"index\.json: damaged index|missing file .*x, a shard"):
         open_sources(packed)
 
 

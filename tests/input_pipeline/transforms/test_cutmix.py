@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from input_pipeline.errors import DataError
 from input_pipeline.transforms.cutmix import cutmix_box
 
 
@@ -46,7 +47,8 @@ def test_probability(config, probability):
 
 
 def test_impossible_box(config):
+    config.views.cutmix = 1.0
     config.views.cutmix_area = (0.8, 0.9)
     config.views.cutmix_aspect = (3.0, 4.0)
-    with pytest.raises(ValueError, match="no box of area 0.9"):
+    with pytest.raises(DataError, match=r"config\.views\.cutmix_area is \(0\.8, 0\.9\): no box"):
         cutmix_box(321, config.views, np.random.default_rng(0))
