@@ -3,7 +3,7 @@ VENV ?= .venv
 # Modules are byte-compiled when they are first imported; most of what is installed never is.
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: setup demo test test-all lint
+.PHONY: setup demo test test-all lint lock
 
 setup: $(VENV)/.installed
 
@@ -34,3 +34,8 @@ test-all: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# Writes the exact versions of what is installed. A new environment takes the latest ones: make lock VENV=/tmp/venv
+lock: $(VENV)/.installed-dev
+	{ echo "# Tested together, with $$($(VENV)/bin/python --version): pip install -r requirements.txt -c requirements.lock"; \
+	  $(VENV)/bin/python -m pip freeze --disable-pip-version-check | sed -n 's/^\([^ ]*==[^+ ]*\).*/\1/p'; } > requirements.lock

@@ -1,5 +1,6 @@
 """Checks of configuration keys and names that need no JAX, so that a mistyped command line is answered at once."""
 
+import importlib.util
 import os
 import pathlib
 from collections.abc import Collection, Iterable
@@ -56,7 +57,14 @@ def check_path(flag: str, path: str) -> str:
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise ConfigError(f"{flag}={path}: there is no such user; ./{path} is a path that begins with ~")
+    check_storage(expanded)
     return expanded
+
+
+def check_storage(path: str) -> None:
+    """Raises ConfigError if `path` is on a bucket and the package that reads buckets is not installed."""
+    if "://" in path and importlib.util.find_spec("gcsfs") is None:
+        raise ConfigError(f'{path} is on a bucket, which needs gcsfs: pip install "dssn-jax[gcs]" or pip install gcsfs')
 
 
 def shorten(message, most: int = 300) -> str:

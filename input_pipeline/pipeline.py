@@ -5,7 +5,11 @@ run resumes from its step number. Each host makes its own rows of the global bat
 """
 
 import functools
+import multiprocessing.connection
 import operator
+import os
+import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -14,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from input_pipeline.batch import Batch, labeled_rows
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, UserError
 from input_pipeline.sources.open import Source, Sources
 from input_pipeline.transforms.cutmix import cutmix_box
 from input_pipeline.transforms.geometry import weak_view
@@ -22,6 +26,10 @@ from input_pipeline.transforms.geometry import weak_view
 MIX_PARTNERS = ("same", "other")
 
 Record = dict[str, np.ndarray]  # Some fields of a `Batch`, for a single image or stacked.
+
+
+class WorkerError(UserError):
+    """A worker process that makes batches ended, by a signal or for lack of memory."""
 
 
 class RunLength(NamedTuple):
@@ -207,8 +215,10 @@ class TrainIterator(grain.DatasetIterator):
         try:
             self.start_prefetch()
             batch = next(self._batches)
-        except BaseException:
+        except BaseException as error:
             self._stop()  # Grain's iterators are unusable after an error; the next call starts this step again.
+            if ended := re.search("Worker process was terminated .* exit code (-?[0-9]+)", str(error)):
+                raise self._worker_error(ended[1]) from None
             raise
         self._step += 1
         return batch
@@ -228,8 +238,10 @@ class TrainIterator(grain.DatasetIterator):
             options = grain.ReadOptions(num_threads=self._buffer, prefetch_buffer_size=self._buffer)
             batches = self._dataset[self._step :].to_iter_dataset(options)
             if self._workers:
+                _quiet_resource_tracker()
                 # Grain assigns batches to workers in turn, which keeps their order.
-                batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+                options = grain.MultiprocessingOptions(num_workers=self._workers)
+                batches = batches.mp_prefetch(options, worker_init_fn=_end_with_parent)
             self._batches = iter(batches)
             self._batches.start_prefetch()
 
@@ -238,10 +250,34 @@ class TrainIterator(grain.DatasetIterator):
         self._closed = True
         self._stop()
 
+    def _worker_error(self, exit_code: str) -> WorkerError:
+        return WorkerError(
+            f"a worker process that makes batches ended with exit code {exit_code} (-9: killed, often for lack of "
+            f"memory) before batch {self._step}; config.data.workers is {self._workers}, config.data.buffer "
+            f"{self._buffer}: lower values take less memory"
+        )
+
     def _stop(self) -> None:
         batches, self._batches = self._batches, None
         if batches is not None:
             batches.close()
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Ends this worker process when its parent has ended, even by SIGKILL, which lets the parent close nothing."""
+
+    def watch() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()
+
+
+def _quiet_resource_tracker() -> None:
+    """Keeps Python's process that frees shared memory of killed processes from warning that it did."""
+    ignored, current = "ignore:resource_tracker:UserWarning", os.environ.get("PYTHONWARNINGS", "")
+    if ignored not in current:
+        os.environ["PYTHONWARNINGS"] = f"{current},{ignored}" if current else ignored
 
 
 def train_iterator(dataset: grain.MapDataset, config: ConfigDict) -> TrainIterator:

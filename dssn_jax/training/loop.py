@@ -5,7 +5,8 @@ A run is initialized in this order, so that bad input is refused before anything
 1. Keys that the run in the work directory, if any, has chosen are inherited, and the configuration is validated.
 2. The data are opened; keys that are still unset are chosen from the data and the devices (`plan`).
 3. The learner (network, method, optimizer) and the evaluator are built.
-4. For a new run, pretrained weights are read and fitted to the network.
+4. For a new run, pretrained weights are read and fitted to the network, and every file of the labeled and validation
+   images is decoded once.
 5. The work directory is created; the log starts.
 6. The latest checkpoint is restored, or refused if the run would not continue exactly. Without one, the state is
    initialized at random and given the pretrained weights.
@@ -27,13 +28,13 @@ from dssn_jax.evaluation import metrics
 from dssn_jax.evaluation.evaluate import log_progress
 from dssn_jax.training.image_summaries import ImageSummaries
 from dssn_jax.training.prefetch import DevicePrefetcher
-from dssn_jax.training.run import Run, batch_sizes, describe, plan, run_info
+from dssn_jax.training.run import Run, batch_sizes, check_labels, describe, plan, run_info
 from dssn_jax.training.timer import StepTimer
 from dssn_jax.weights import pretrained
 from dssn_jax.workdir import checkpoint, files, recorder, restore
+from dssn_jax.workdir.checkpoint import DivergedError
 from dssn_jax.workdir.recorder import duration, logger
 from input_pipeline.batch import Batch
-from input_pipeline.errors import UserError
 from input_pipeline.pipeline import train_dataset, train_iterator
 from input_pipeline.sources.open import digest
 
@@ -46,14 +47,11 @@ _RANDOM_WEIGHTS = (
 )
 
 
-class DivergedError(UserError):
-    """The loss became infinite or not a number."""
-
-
 def train(config, workdir: epath.PathLike, deadline: float = math.inf) -> dict:
     """Trains `config` in `workdir`, continuing from its latest checkpoint if there is one.
 
-    At `deadline` (of time.monotonic; only for runs of one process) it saves and stops as at SIGTERM: PreemptedError.
+    At `deadline` (of time.monotonic; only for runs of one process) it saves and stops as at SIGTERM and Ctrl-C:
+    PreemptedError.
 
     Returns the summary, which is also written to `workdir/summary.json`. Raises ConfigError, DataError, CheckpointError
     and StateDictError before anything is written if the input is bad, and DivergedError if the loss is not finite.
@@ -61,8 +59,10 @@ def train(config, workdir: epath.PathLike, deadline: float = math.inf) -> dict:
     workdir = epath.Path(workdir)
     run = plan(restore.inherit_choices(config, workdir))
     config, weights = run.learner.config, None
-    if config.model.pretrained and not checkpoint.exists(workdir):
-        weights = pretrained.load(config, run.learner.abstract_state().student)
+    if not checkpoint.exists(workdir):
+        if config.model.pretrained:
+            weights = pretrained.load(config, run.learner.abstract_state().student)
+        run = run._replace(notes=[*run.notes, *check_labels(run.sources)])
     with contextlib.ExitStack() as stack:
         folder = files.Folder(workdir, continued=(recorder.LOG, recorder.DEBUG_LOG))
         stack.callback(folder.close)
@@ -90,7 +90,7 @@ class Trainer:
         self._evaluator = run.evaluator
         self._scores = metrics.new_scores(metrics.ranking(self._config))
         self._records = {name: digest(getattr(run.sources, name)) for name in ("labeled", "unlabeled")}
-        self._checkpointer = checkpoint.Checkpointer(workdir.path, self._scores["metric"])
+        self._checkpointer = checkpoint.Checkpointer(workdir.path)
         stack.callback(self._checkpointer.close)
         self.state = self._start(weights)
         self._step = int(self.state.step)
@@ -102,7 +102,7 @@ class Trainer:
         stack.callback(self._recorder.close)
         self._prefetcher = DevicePrefetcher(batches, mesh)
         stack.callback(self._prefetcher.close)
-        self._preemption = distributed.Preemption(deadline)
+        self._preemption = distributed.Preemption(deadline, logger.warning)
         stack.callback(self._preemption.close)
         self._take_step = self._learner.make_train_step()
         self._images = ImageSummaries(self._learner, self._config.train.pictures)
@@ -113,27 +113,36 @@ class Trainer:
         """Returns the state of the latest checkpoint, or a new one with `weights`."""
         learner, step = self._learner, self._checkpointer.latest_step()
         config, info = json.loads(self._config.to_json()), run_info(self._run)
-        for reason in self._run.chosen:
-            logger.info("chosen: %s", reason)
+        for note in self._run.notes:
+            logger.info(note)
         logger.info(describe(config, info))
         if step is None:
+            restore.check_unfinished(self._workdir)
             state = learner.init_state(weights and weights.variables)
             logger.info("starting from %s", weights.report if weights else _RANDOM_WEIGHTS)
         else:
             state, meta = self._checkpointer.restore(step, learner.abstract_state(), self._config)
-            if 0 < step < self._run.length.steps and self._config.train.resume == "exact":
+            if step and (self._is_finished(step) or self._config.train.resume == "exact"):
                 _check_continues(self._workdir, step, meta, self._meta())
             self._scores = metrics.continue_scores(meta["scores"], self._scores["metric"])
             logger.info("continuing from step %d of %s", step, self._workdir)
             for change in checks.differences(meta["config"], config):
                 logger.info("changed since that checkpoint: %s", change)
-        recorder.write_json(self._workdir / restore.CONFIG, config)
-        recorder.write_json(self._workdir / recorder.RUN, info)
+        if step is None or not self._is_finished(step):
+            recorder.write_json(self._workdir / restore.CONFIG, config)
+            recorder.write_json(self._workdir / recorder.RUN, info)
         return state
+
+    def _is_finished(self, step: int) -> bool:
+        """Returns whether the run ended at `step`, which is not that of weights to start from."""
+        return step > 0 and step >= self._run.length.steps
 
     def train(self) -> dict:
         """Trains to the last step; returns the summary."""
         steps = self._run.length.steps
+        if self._is_finished(self._step) and (summary := restore.summary_of(self._workdir, self._step)):
+            logger.info("finished before, after %d steps; nothing is changed in %s", self._step, self._workdir)
+            return summary
         while self._step < steps:
             batch, waited = self._prefetcher.take(running=self._pending[-2:])
             self.state, step_metrics = self._take_step(self.state, batch)
@@ -154,14 +163,25 @@ class Trainer:
             self._log()
             self._save()
         self._checkpointer.wait()
-        raise distributed.PreemptedError(
-            f"stopped by {self._preemption.cause()} after step {self._step} of {self._run.length.steps}, which is "
-            f"saved in {self._workdir}; the same command continues"
+        raise self._preemption.error(
+            f"after step {self._step} of {self._run.length.steps}, which is saved in {self._workdir}; the same command "
+            "continues"
         )
 
-    def _save(self, score: float | None = None) -> None:
+    def _save(self) -> None:
         self._recorder.sync()  # Before the checkpoint from which a killed run continues.
-        self._checkpointer.save(self._step, self.state, self._meta(), score)
+        try:
+            self._checkpointer.save(self._step, self.state, self._meta())
+        except DivergedError as error:
+            raise DivergedError(f"{error}; {self._last_finite()}") from None
+
+    def _last_finite(self) -> str:
+        """Names the latest checkpoint; only states that are finite are saved."""
+        self._checkpointer.wait()
+        step = self._checkpointer.latest_step()
+        if step is None:
+            return "no checkpoint was saved"
+        return f"the last checkpoint, which is finite, is that of step {step} in {self._workdir}"
 
     def _meta(self) -> dict:
         """Returns what a checkpoint holds beside the state."""
@@ -182,9 +202,24 @@ class Trainer:
         save = evaluate or self._is_due("checkpoint_every")
         if self._step % self._config.train.log_every == 0 or save or self._timer.steps == 1:
             self._log()
+        if evaluate:
+            self._evaluate_or_save(batch)
         if save:
-            self._save(self._evaluate(batch) if evaluate else None)
+            self._save()
             self._timer.count_other_work()
+
+    def _evaluate_or_save(self, batch: Batch) -> None:
+        """Evaluates; if that fails, such as for a file that was removed, saves what was trained until now.
+
+        A run that continues does not repeat an evaluation, so the last one must succeed before its step is saved.
+        """
+        try:
+            self._evaluate(batch)
+        except Exception:
+            if self._step < self._run.length.steps and jax.process_count() == 1:  # Saving needs every process.
+                self._save()
+                self._checkpointer.wait()
+            raise
 
     def _log(self) -> None:
         """Fetches, checks and logs the metrics of the steps since the last line, if any."""
@@ -192,11 +227,10 @@ class Trainer:
             return
         fetched, self._pending = jax.device_get(self._pending), []
         for step, values in enumerate(fetched, self._step - len(fetched) + 1):
-            if not np.isfinite(values["loss"]):
-                raise DivergedError(
-                    f"the loss is not finite at step {step} ({_terms(values)}); a lower config.optimizer.lr may help. "
-                    f"Checkpoints of earlier steps are in {self._workdir}"
-                )
+            for key, name in (("loss", "the loss"), ("grad_norm", "the norm of the gradients")):
+                if not np.isfinite(values[key]):
+                    advice = f"A lower config.optimizer.lr may help; {self._last_finite()}"
+                    raise DivergedError(f"{name} is not finite at step {step} ({_terms(values)}). {advice}")
         means = {name: float(np.mean([values[name] for values in fetched])) for name in fetched[0]}
         means["lr"] = float(fetched[-1]["lr"])
         timing = self._timer.read(self._run.length.steps - self._step)
@@ -216,13 +250,13 @@ class Trainer:
         values = " ".join(f"{network} {values[name]:.2f}" for network, values in scores.items())
         return f"{metrics.METRICS[name].title} {values or '-'}"
 
-    def _evaluate(self, batch: Batch) -> float:
-        """Evaluates the networks and draws pictures; returns the score that ranks the checkpoint."""
+    def _evaluate(self, batch: Batch) -> None:
+        """Evaluates the networks and draws pictures."""
         networks, val, started = self.state.networks(), self._run.sources.val, time.monotonic()
         confusions = self._evaluator(networks, self._evaluator.batches(val), log_progress(len(val)))
         classes = self._config.data.classes
         scores = {name: metrics.scores_of(confusion, classes) for name, confusion in confusions.items()}
-        score = metrics.update_scores(self._scores, self._step, scores)
+        metrics.update_scores(self._scores, self._step, scores)
         self._recorder.evaluation(self._step, scores, confusions)
         if self._config.train.pictures:
             pictures = self._images.panels(self.state, batch)
@@ -234,29 +268,37 @@ class Trainer:
             self._step, self._score_text(scores), len(val), duration(time.monotonic() - started),
             self._scores["best_score"], self._scores["best_step"],
         )  # fmt: skip
-        return score
 
     def _summarize(self) -> dict:
         seconds = self._recorder.seconds
         summary = {"name": self._config.name, "steps": self._step, "seconds": seconds, **self._scores}
-        recorder.write_json(self._workdir / "summary.json", summary)
+        recorder.write_json(self._workdir / restore.SUMMARY, summary)
         last = metrics.last_scores(self._scores)
         if last:
             logger.info("scores after step %d, in percent\n%s", self._step, metrics.class_table(last))
-        logger.info("finished %d steps; %s", self._step, self._workdir / "summary.json")
+        logger.info("finished %d steps; %s", self._step, self._workdir / restore.SUMMARY)
         return summary
 
 
 def _check_continues(workdir: epath.Path, step: int, saved: dict, current: dict) -> None:
-    """Raises ConfigError if a run would not continue exactly from the checkpoint with the meta data `saved`."""
+    """Raises ConfigError if a run would not continue exactly from the checkpoint with the meta data `saved`.
+
+    A finished run must be the same in everything that its scores may depend on.
+    """
     before = json.loads(restore.with_defaults(saved["config"]).to_json())
-    changes = checks.inexact_changes(before, current["config"])
+    finished = step >= current["steps"]
+    changes = (checks.score_changes if finished else checks.inexact_changes)(before, current["config"])
     if saved["steps"] != current["steps"]:
         lengths = f"{saved['steps']} steps, now {current['steps']}"
         changes.append(f"the length of the run, which sets its learning rates: {lengths}")
     for name, digests in current["records"].items():
         if saved["records"][name] != digests:
             changes.append(f"the list of {name} images")
+    if changes and finished:
+        raise checks.ConfigError(
+            f"{workdir} holds another run, finished at step {step}, which would be replaced: {'; '.join(changes)}. Use "
+            "another --workdir"
+        )
     if changes:
         raise checks.ConfigError(
             f"{workdir} cannot be continued exactly from step {step}; changed since then: {'; '.join(changes)}. Undo "

@@ -1,5 +1,6 @@
 """Moves batches to the devices in the background."""
 
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ class DevicePrefetcher:
     def __init__(self, batches: Iterator[Batch], mesh: jax.sharding.Mesh):
         """Takes batches with this process's rows; nothing is read before `start` or `take`."""
         self._batches, self._mesh = batches, mesh
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=_block_signals)
         self._next: Future | None = None
 
     def start(self) -> None:
@@ -46,3 +47,12 @@ class DevicePrefetcher:
     def close(self) -> None:
         """Waits for the batch that is being fetched and ends the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def _block_signals() -> None:
+    """Leaves the signals that stop a run to the main thread.
+
+    Worker processes that this thread starts inherit the mask: Ctrl-C reaches every process of a terminal, SIGTERM of a
+    cluster every process of a job, and workers must live until the run has saved its state.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})

@@ -11,6 +11,7 @@ from dssn_jax.learner.learner import Learner
 from dssn_jax.validate import validate_training
 from input_pipeline.batch import labeled_rows
 from input_pipeline.pipeline import RunLength, run_length
+from input_pipeline.sources.encoded import check_records
 from input_pipeline.sources.open import Sources, open_sources
 
 
@@ -21,7 +22,7 @@ class Run(NamedTuple):
     evaluator: Evaluator
     sources: Sources
     length: RunLength
-    chosen: list[str]  # Why auto-configuration chose the values that were unset.
+    notes: list[str]  # For the log: why auto-configuration chose the values that were unset.
 
 
 def plan(config) -> Run:
@@ -36,7 +37,16 @@ def plan(config) -> Run:
     validate_training(config, len(devices))  # Given and chosen values together.
     length = run_length(sources, config)
     learner = learner_lib.build(config, length=length)
-    return Run(learner, Evaluator(learner), sources, length, chosen)
+    return Run(learner, Evaluator(learner), sources, length, [f"chosen: {reason}" for reason in chosen])
+
+
+def check_labels(sources: Sources) -> list[str]:
+    """Decodes the labeled and validation images and their masks once; returns warnings for the log.
+
+    An image that an evaluation cannot read would otherwise end the run after an epoch. Raises DataError.
+    """
+    warnings = [check_records(source) for source in (sources.val, sources.labeled)]
+    return [f"WARNING: {warning}" for warning in warnings if warning]
 
 
 def batch_sizes(config) -> dict[str, int]:

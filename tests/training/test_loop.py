@@ -153,7 +153,8 @@ def test_a_run_is_not_continued_with_what_would_change_it(tiny_config, trained, 
         loop.train(tiny_config(**changes), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["lr"] == 0.02
     with contextlib.ExitStack() as stack:
-        trainer = loop.Trainer(plan(tiny_config(**changes, train__resume="changed")), files.Folder(tmp_path), stack)
+        folder = stack.enter_context(contextlib.closing(files.Folder(tmp_path)))
+        trainer = loop.Trainer(plan(tiny_config(**changes, train__resume="changed")), folder, stack)
     assert int(trainer.state.step) == 12
 
 

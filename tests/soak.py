@@ -1,0 +1,142 @@
+"""Measures whether a run grows: `python -m tests.soak --steps 1000`.
+
+A small run on generated images evaluates, draws pictures and saves again and again while its memory, file descriptors,
+threads and child processes are counted from outside. Exits with 1 if one of them grows by more than its bound per 1000
+steps, or if anything is left after the end.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+WARM_UP = 0.3  # Of the steps, in which programs are compiled and pools of memory fill.
+
+
+class Usage(NamedTuple):
+    """What a run holds at a moment; without shared memory that others use too."""
+
+    memory: float  # MB, of the run and its child processes.
+    descriptors: int
+    threads: int
+    processes: int  # Child processes.
+    shared: int  # Segments of shared memory on this machine.
+
+
+# Least slope per 1000 steps that counts as growth.
+BOUNDS = Usage(memory=40.0, descriptors=3, threads=3, processes=1, shared=10)
+
+
+def children(process: int) -> list[int]:
+    """Returns the child processes of a process."""
+    found = []
+    for task in pathlib.Path(f"/proc/{process}/task").iterdir():
+        found += map(int, (task / "children").read_text().split())
+    return sorted(found)
+
+
+def shared_memory() -> set[str]:
+    """Returns the names of the segments of shared memory that Python's `multiprocessing` made on this machine."""
+    return {path.name for path in pathlib.Path("/dev/shm").glob("psm_*")}
+
+
+def usage(process: int) -> Usage:
+    """Counts what a process and its children hold; raises OSError once it ends."""
+    started = children(process)
+    status = (pathlib.Path(f"/proc/{process}/status")).read_text()
+    threads = int(status.split("Threads:")[1].split()[0])
+    descriptors = len(os.listdir(f"/proc/{process}/fd"))
+    memory = sum(private_memory(each) for each in (process, *started))
+    return Usage(memory, descriptors, threads, len(started), len(shared_memory()))
+
+
+def private_memory(process: int) -> float:
+    """Returns the MB of memory that a process shares with no other."""
+    lines = pathlib.Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def command(workdir: pathlib.Path, steps: int, workers: int) -> list[str]:
+    """Returns the command line of a run that evaluates, draws and saves every ten steps."""
+    return [
+        sys.executable, "main.py", f"--config=configs/shapes.py:encoder=resnet10w16,crop=33,steps={steps}",
+        f"--workdir={workdir}", "--config.model.decoder_channels=16", "--config.model.aspp_dilations=(2,)",
+        "--config.data.labeled_batch=4", "--config.data.unlabeled_batch=4", "--config.data.shapes.size=48",
+        "--config.data.shapes.unlabeled=32", "--config.data.shapes.val=6", f"--config.data.workers={workers}",
+        "--config.train.log_every=1", "--config.train.eval_every=10", "--config.train.checkpoint_every=5",
+        "--config.train.pictures=2",
+    ]  # fmt: skip
+
+
+def last_step(workdir: pathlib.Path) -> int:
+    """Returns the last step that a run has recorded, or 0."""
+    try:
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])["step"]
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def watch(workdir: pathlib.Path, steps: int, workers: int) -> tuple[list[tuple[int, Usage]], list[int]]:
+    """Runs to the end; returns the usage by step, after the warm-up, and the child processes that are left."""
+    process = subprocess.Popen(command(workdir, steps, workers), cwd=ROOT, stdout=subprocess.DEVNULL)
+    measured, started, step = [], set(), 0
+    while process.poll() is None:
+        time.sleep(0.1)
+        if (new := last_step(workdir)) == step:
+            continue
+        step = new
+        try:
+            started |= {*children(process.pid)}
+            if step >= WARM_UP * steps:
+                measured.append((step, usage(process.pid)))
+        except OSError:  # A process ended.
+            continue
+    if process.returncode:
+        sys.exit(f"the run ended with {process.returncode}")
+    time.sleep(1)
+    return measured, [child for child in started if pathlib.Path(f"/proc/{child}").exists()]
+
+
+def slopes(measured: list[tuple[int, Usage]]) -> Usage:
+    """Returns the growth of each number per 1000 steps, by least squares."""
+    steps = [step for step, _ in measured]
+    columns = zip(*(values for _, values in measured), strict=True)
+    return Usage(*(1000 * statistics.linear_regression(steps, column).slope for column in columns))
+
+
+def soak(steps: int, workers: int = 2) -> bool:
+    """Returns whether a run of `steps` stays within the bounds and leaves nothing; prints a table."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = shared_memory()
+        measured, left = watch(pathlib.Path(folder), steps, workers)
+        segments = shared_memory() - before
+    growth, flat = slopes(measured), True
+    print(f"{'':12s} {'first':>9s} {'last':>9s} {'per 1000 steps':>15s} {'bound':>9s}")
+    for name, slope, bound in zip(Usage._fields, growth, BOUNDS, strict=True):
+        first, last = (getattr(values, name) for _, values in (measured[0], measured[-1]))
+        # A short run has too few steps to extrapolate from: growth within them counts.
+        within = slope * (steps / 1000 if steps < 1000 else 1) <= bound
+        flat &= within
+        print(f"{name:12s} {first:9.1f} {last:9.1f} {slope:15.2f} {bound:9.1f}{'' if within else '  GROWS'}")
+    print(f"left after the end: {len(left)} processes, {len(segments)} segments of shared memory")
+    return flat and not left and not segments
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    return 0 if soak(arguments.steps, arguments.workers) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
