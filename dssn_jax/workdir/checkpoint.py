@@ -1,24 +1,30 @@
 """Checkpoints of training: WORKDIR/checkpoints/STEP/{state,meta}, written in the background.
 
 The latest and the best (by `eval.metric`, the larger of student and teacher) are kept. `meta` holds the configuration,
-the length of the run, digests of the lists of images and the scores so far. The position in the data is the step:
-batches are a pure function of it (`input_pipeline.pipeline`), so a run can continue on other hosts and with other
-workers.
+the length of the run, digests of the lists of images and the scores so far, and for verification the step, a checksum
+of every array of the state and one of itself. The position in the data is the step: batches are a pure function of it
+(`input_pipeline.pipeline`), so a run can continue on other hosts and with other workers.
 """
 
 import contextlib
 import gc
 import json
+import warnings
+import zlib
 from collections.abc import Iterator
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from dssn_jax.workdir import files
-from input_pipeline.errors import UserError
+from dssn_jax import sharding
+from dssn_jax.workdir import checksums, files
+from input_pipeline.errors import UserError, first_names, printable
 
 FOLDER = "checkpoints"
+
+# The largest magnitude of a value of the state: the norm of 10^8 parameters of this size is still a float32.
+LARGEST = 1e15
 
 # Keys that change the arrays of the state: the networks, which of them there are, and the optimizer's state.
 _SHAPES_STATE = (
@@ -31,42 +37,53 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or of another model; the message names it and what is expected."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that is not, bit for bit, what was saved."""
+
+
+class DivergedError(UserError):
+    """A loss or weights that are not finite, or larger than `LARGEST`."""
+
+
 class Checkpointer:
     """Saves and restores the training state in one work directory."""
 
-    def __init__(self, workdir: epath.PathLike, metric: str = "miou", read_only: bool = False):
-        """Opens (and unless `read_only`, creates) the checkpoints of `workdir`; `metric` names what ranks them."""
-        self._folder, self._metric = files.absolute(workdir) / FOLDER, metric
+    def __init__(self, workdir: epath.PathLike, read_only: bool = False):
+        """Opens (and unless `read_only`, creates) the checkpoints of `workdir`; raises CheckpointError."""
+        self._folder, self._kept = files.absolute(workdir) / FOLDER, _Kept()
         if read_only and not self._folder.is_dir():
             raise CheckpointError(f"{self._folder}: no such folder; expected the work directory of a training run")
-        best = preservation_policy.BestN(
-            # Checkpoints that were ranked by another metric come last.
-            n=1, get_metric_fn=lambda scores: scores.get(metric, -1.0), keep_checkpoints_without_metrics=False
-        )  # fmt: skip
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(1), best]),
+            preservation_policy=self._kept,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             create=not read_only,
             enable_async_checkpointing=not read_only,
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        try:
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        except Exception as error:  # Orbax raises nothing narrower.
+            raise CheckpointError(f"{self._folder}: cannot be opened: {_reason(error)}") from None
 
     def latest_step(self) -> int | None:
         """Returns the step of the latest checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state, meta: dict, score: float | None = None) -> None:
-        """Starts writing the checkpoint of `step`; `score` (None: not evaluated) ranks it.
+    def save(self, step: int, state, meta: dict) -> None:
+        """Starts writing the checkpoint of `step`; `meta["scores"]["best_step"]` is kept beside it.
 
-        Returns when the arrays may be overwritten, after waiting for an earlier save. Raises CheckpointError if that
-        one failed or this one cannot be started.
+        Returns when the arrays may be overwritten, after waiting for an earlier save. Raises DivergedError for values
+        that are not finite, and CheckpointError if the earlier save failed or this one cannot be started.
         """
+        summaries = checksums.summarize(state)
+        _check_finite(step, summaries)
+        sums = {name: summary.checksum for name, summary in summaries.items()}
+        meta = _sealed({**meta, "step": step, "checksums": sums})
         items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
-        scores = None if score is None else {self._metric: score}
+        self._kept.best_step = meta["scores"]["best_step"]
         with self._name_last_good():
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=scores, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
         """Waits for the last save; raises CheckpointError if it failed."""
@@ -79,25 +96,26 @@ class Checkpointer:
         try:
             yield
         except Exception as error:  # Orbax raises nothing narrower; a background thread may have raised anything.
-            steps = ocp.path.step.checkpoint_steps(self._folder)
+            steps = ocp.path.step.checkpoint_steps(self._folder) if self._folder.is_dir() else []
             good = f"the last good checkpoint is that of step {max(steps)}" if steps else "there is no checkpoint yet"
-            reason = str(error).strip() or type(error).__name__
-            raise CheckpointError(f"{self._folder}: cannot save ({reason}); {good}") from None
+            raise CheckpointError(f"{self._folder}: cannot save ({_reason(error)}); {good}") from None
 
     def meta(self, step: int) -> dict:
-        """Returns the `meta` that `save` was given."""
-        return self._restore(step, meta=ocp.args.JsonRestore()).meta
+        """Returns the `meta` that `save` was given, with "step" and "checksums"; raises CheckpointError."""
+        with self._name_whole(step):
+            return self._read_meta(step)
 
     def restore(self, step: int, like, config) -> tuple:
         """Returns (state, meta) of `step`; the state has the shapes, dtypes and shardings of `like`.
 
-        Raises CheckpointError if the checkpoint is of another model than that of `config`, or cannot be read.
+        Raises CheckpointError if the checkpoint is of another model than that of `config`, or not what was saved.
         """
         meta = self.meta(step)
         difference = _state_difference(meta["config"], json.loads(config.to_json()))
         if difference:
             raise CheckpointError(f"{self._folder / str(step)} is of another model: {difference}")
-        return self._restore(step, state=ocp.args.StandardRestore(like)).state, meta
+        with self._name_whole(step):
+            return self._read_state(step, like, meta), meta
 
     def resolve(self, checkpoint: str | None) -> int:
         """Returns the step of a checkpoint: "latest", "best", a number, or None (best, or latest without a best)."""
@@ -115,7 +133,7 @@ class Checkpointer:
             )
         if checkpoint == "latest":
             return steps[-1]
-        if checkpoint.isdigit() and int(checkpoint) in steps:
+        if checkpoint in map(str, steps):
             return int(checkpoint)
         raise CheckpointError(
             f"{self._folder}: no checkpoint {checkpoint!r}; there are: latest, best, {', '.join(map(str, steps))}"
@@ -126,13 +144,74 @@ class Checkpointer:
         with contextlib.suppress(Exception):  # `wait` and `save` raise it.
             self._manager.close()
 
+    def _read_meta(self, step: int) -> dict:
+        folder, meta = self._folder / str(step), self._restore(step, meta=ocp.args.JsonRestore()).meta
+        if not isinstance(meta, dict) or meta.get("checksum") != _sealed(meta)["checksum"]:
+            raise DamagedError(f"{folder}: damaged: its meta does not have the checksum with which it was saved")
+        if meta["step"] != step:
+            raise DamagedError(f"{folder}: holds the checkpoint of step {meta['step']}; rename it to {meta['step']}")
+        return meta
+
+    def _read_state(self, step: int, like, meta: dict):
+        state = self._restore(step, state=ocp.args.StandardRestore(like)).state
+        sums = {name: summary.checksum for name, summary in checksums.summarize(state).items()}
+        changed = sorted(name for name in sums | meta["checksums"] if sums.get(name) != meta["checksums"].get(name))
+        if changed:
+            raise DamagedError(
+                f"{self._folder / str(step)}: damaged: arrays without the checksum with which they were saved: "
+                f"{first_names(changed)}"
+            )
+        return state
+
     def _restore(self, step: int, **items):
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax raises nothing narrower for damaged files.
+            reason = _reason(error)
+        with warnings.catch_warnings():  # Orbax leaves unfinished coroutines behind, which warn when they are deleted.
+            warnings.simplefilter("ignore")
+            gc.collect()
+        raise DamagedError(f"{self._folder / str(step)}: cannot be read: {reason}")
+
+    @contextlib.contextmanager
+    def _name_whole(self, step: int) -> Iterator[None]:
+        """Adds to the message of DamagedError which other checkpoint is whole and how to take it."""
+        try:
+            yield
+        except DamagedError as error:
             message = str(error)
-        gc.collect()  # Orbax leaves unfinished coroutines behind, which otherwise warn when Python ends.
-        raise CheckpointError(f"{self._folder / str(step)}: cannot be read: {message}")
+        else:
+            return
+        others = sorted(set(self._manager.all_steps()) - {step}, reverse=True)
+        whole = next((other for other in others if self._is_whole(other)), None)
+        if whole is None:
+            raise DamagedError(f"{message}; no other checkpoint is whole")
+        advice = f"--checkpoint={whole} reads that of step {whole}, which is whole"
+        if whole < step:
+            advice += f"; to continue training from it, remove {self._folder / str(step)}"
+        raise DamagedError(f"{message}; {advice}")
+
+    def _is_whole(self, step: int) -> bool:
+        """Returns whether a checkpoint, of whichever model, is what was saved."""
+        try:
+            meta, everywhere = self._read_meta(step), sharding.replicated(sharding.make_mesh())
+            like = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+                dict(self._manager.item_metadata(step).state),
+            )
+            self._read_state(step, like, meta)
+        except Exception:  # Orbax raises nothing narrower for damaged files.
+            return False
+        return True
+
+
+class _Kept:
+    """The checkpoints that are not deleted: the latest and that of `best_step` (a preservation policy of orbax)."""
+
+    best_step: int | None = None
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        return [each.step in (checkpoints[-1].step, self.best_step) for each in checkpoints]
 
 
 def exists(workdir: epath.PathLike) -> bool:
@@ -152,3 +231,29 @@ def _state_difference(saved: dict, current: dict) -> str:
     if (teachers[0] == "ema") != (teachers[1] == "ema"):  # Other sources of pseudo-labels are not in the state.
         differences.append(f"method.teacher is {teachers[0]!r} there, {teachers[1]!r} in the config")
     return "; ".join(differences)
+
+
+def _sealed(meta: dict) -> dict:
+    """Returns `meta` with a checksum of everything else in it."""
+    content = {key: value for key, value in meta.items() if key != "checksum"}
+    return content | {"checksum": f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"}
+
+
+def _check_finite(step: int, summaries: dict[str, checksums.Summary]) -> None:
+    """Raises DivergedError, with the first array and its value, for values that are not within `LARGEST`."""
+    for name, summary in summaries.items():
+        for value in (summary.low, summary.high):
+            if not abs(value) <= LARGEST:  # Not a number is neither.
+                raise DivergedError(
+                    f"the state after step {step} is not saved: {name} holds {value:g}; expected magnitudes up to "
+                    f"{LARGEST:g}. A lower config.optimizer.lr may help"
+                )
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the message of the innermost exception that has one, in one line."""
+    chain = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    texts = [" ".join(str(each).split()) or type(each).__name__ for each in reversed(chain)]
+    return printable(texts[0].partition(" [tensorstore_spec")[0], 600)

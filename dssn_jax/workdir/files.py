@@ -1,13 +1,33 @@
-"""Atomic files and append-only files, on a local disk or in an object store (`gs://`)."""
+"""Atomic files, append-only files and locks, on a local disk or in an object store (`gs://`)."""
 
 import contextlib
+import fcntl
+import logging
 import os
 import pathlib
 import shutil
+import socket
 import tempfile
+import uuid
 from collections.abc import Iterator
+from typing import TextIO
 
+import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
+
+from configs import checks
+from dssn_jax import distributed
+from input_pipeline.errors import UserError, printable
+
+LOCK = ".lock"
+
+logger = logging.getLogger("dssn")
+
+
+class LockedError(UserError):
+    """A work directory that another process trains in."""
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -17,6 +37,7 @@ def is_remote(path: epath.PathLike) -> bool:
 
 def absolute(path: epath.PathLike) -> epath.Path:
     """Returns the absolute path; paths in an object store are unchanged."""
+    checks.check_storage(os.fspath(path))
     return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(path))
 
 
@@ -29,23 +50,65 @@ def atomic_write(path: epath.PathLike) -> Iterator[pathlib.Path]:
             yield part
             epath.Path(path).write_bytes(part.read_bytes())
         return
-    part = pathlib.Path(path).with_name(f".{pathlib.Path(path).name}.part")
+    part = pathlib.Path(path).with_name(f".{uuid.uuid4().hex}.part")
     try:
-        yield part
-        os.replace(part, path)
+        with name_in_errors(path):
+            yield part
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-class Folder:
-    """A work directory `path`, with a local folder `append_dir` for the files that are appended to.
+@contextlib.contextmanager
+def name_in_errors(path: epath.PathLike) -> Iterator[None]:
+    """Adds `path` to an OSError without one, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or not error.strerror:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
-    On a local disk both are the same. Object stores cannot append: there, `append_dir` is a temporary folder that
-    `sync` copies to `path`.
+
+def lock(folder: pathlib.Path) -> TextIO:
+    """Locks `folder/.lock`, which names the holder, until the returned file is closed or the process ends in any way.
+
+    On a file system without locks there is a warning instead. Raises LockedError if another process holds the lock.
+    """
+    file = (folder / LOCK).open("a+", errors="replace")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = printable(file.read(200).strip()) or "another process"
+        file.close()
+        raise LockedError(
+            f"{folder}: {holder} trains in this work directory; wait until it ends, stop it, or use another --workdir"
+        ) from None
+    except OSError as error:
+        logger.warning(
+            "%s: this file system has no locks (%s): two runs here would not notice each other", folder, error
+        )
+        return file
+    with name_in_errors(folder / LOCK):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    return file
+
+
+class Folder:
+    """A work directory `path` that is written to, with a local folder `append_dir` for the files that are appended to.
+
+    On a local disk both are the same, and the first process holds a lock. Object stores cannot append: there,
+    `append_dir` is a temporary folder that `sync` copies to `path`, and nothing is locked.
     """
 
     def __init__(self, path: epath.PathLike, continued: tuple[str, ...] = ()):
-        """Creates the folder if needed. Files named in `continued` are appended to if they exist in it already."""
+        """Creates the folder if needed. Files named in `continued` are appended to if they exist in it already.
+
+        Raises LockedError in all processes of the run if another process trains in the folder.
+        """
         self.path = epath.Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -54,6 +117,7 @@ class Folder:
         self._synced: dict[pathlib.Path, tuple[int, int]] = {}
         if not is_remote(path):
             self.append_dir = pathlib.Path(path)
+            self._lock = _lock_in_first(self.append_dir)
             return
         self.append_dir = pathlib.Path(tempfile.mkdtemp(prefix="append_dir_"))
         for name in continued:
@@ -71,12 +135,30 @@ class Folder:
                 self._synced[file] = fingerprint
 
     def close(self) -> None:
-        """Syncs, and removes the temporary folder."""
+        """Syncs, and removes the temporary folder; releases the lock."""
         try:
             self.sync()
         finally:
             if is_remote(self.path):
                 shutil.rmtree(self.append_dir, ignore_errors=True)
+            elif self._lock is not None:
+                self._lock.close()
+
+
+def _lock_in_first(folder: pathlib.Path) -> TextIO | None:
+    """Locks `folder` in the first process of the run; raises in every process if that fails."""
+    file, error = None, None
+    if distributed.is_first():
+        try:
+            file = lock(folder)
+        except (LockedError, OSError) as raised:
+            error = raised
+    failed = error is not None
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
+    if failed:
+        raise error or LockedError(f"{folder}: not locked by the first process, whose message has the reason")
+    return file
 
 
 def _fingerprint(file: pathlib.Path) -> tuple[int, int]:

@@ -6,16 +6,21 @@ evaluations hold, per network, each metric of the evaluation ("miou_student", ..
 evaluation, rows true classes: {"step", NETWORK: [K][K]}.
 """
 
+import functools
 import json
 import logging
 import os
+import pathlib
 import sys
 import time
+import uuid
 from collections.abc import Callable
 
 import numpy as np
-import tensorboardX
 from etils import epath
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from dssn_jax import distributed
 from dssn_jax.workdir import files
@@ -31,17 +36,40 @@ logger = logging.getLogger("dssn")
 # last logger is that of the module `warnings`.
 _LIBRARIES = {
     "absl": logging.CRITICAL,
+    "asyncio": logging.CRITICAL,
     "jax": logging.ERROR,
     "gcsfs": logging.ERROR,
     "py.warnings": logging.CRITICAL,
 }
 
 
+class _Screen(logging.StreamHandler):
+    """Shows lines; a screen that is gone (a closed pipe) ends no run."""
+
+    def handleError(self, record) -> None:  # noqa: N802
+        pass
+
+
+class _DebugFile(logging.FileHandler):
+    """Writes lines of libraries from any thread; where that fails, the run goes on."""
+
+    def handleError(self, record) -> None:  # noqa: N802
+        pass
+
+
+class _LogFile(logging.FileHandler):
+    """Writes the lines of the run; raises an OSError with the path where that fails."""
+
+    def handleError(self, record) -> None:  # noqa: N802
+        with files.name_in_errors(self.baseFilename):
+            raise
+
+
 def quiet_libraries() -> None:
     """Keeps warnings of libraries, and Python's own, off the screen; see `keep_library_warnings`."""
     logging.captureWarnings(True)
     for name, level in _LIBRARIES.items():
-        screen = logging.StreamHandler()
+        screen = _Screen()
         screen.setLevel(level)
         library = logging.getLogger(name)
         library.handlers, library.propagate = [screen], False
@@ -51,7 +79,7 @@ def keep_library_warnings(folder: os.PathLike) -> Callable[[], None]:
     """Appends warnings of libraries to `folder/debug.txt`, in the first process; returns a function that stops it."""
     if not distributed.is_first():
         return lambda: None
-    handler = logging.FileHandler(os.path.join(folder, DEBUG_LOG), delay=True)  # No warnings, no file.
+    handler = _DebugFile(os.path.join(folder, DEBUG_LOG), delay=True)  # No warnings, no file.
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name in _LIBRARIES:
@@ -70,11 +98,11 @@ def log_to(folder: os.PathLike | None = None) -> Callable[[], None]:
 
     Only the first process logs; the others print warnings and errors.
     """
-    handlers = [logging.StreamHandler(sys.stdout)]
+    handlers = [_Screen(sys.stdout)]
     if not distributed.is_first():
         handlers[0].setLevel(logging.WARNING)
     elif folder is not None:
-        handlers.append(logging.FileHandler(os.path.join(folder, LOG)))
+        handlers.append(_LogFile(os.path.join(folder, LOG)))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     before = logger.handlers, logger.propagate, logger.level
@@ -104,13 +132,11 @@ class Recorder:
     def __init__(self, workdir: files.Folder, step: int):
         """Continues after `step`: what an interrupted run recorded later is dropped."""
         self._workdir, self._path, self._confusion = workdir, workdir.append_dir / METRICS, workdir.path / CONFUSION
-        kept = [line for line in read_metrics(workdir.path) if line["step"] <= step]
-        self._board = None
+        kept, self._after = [line for line in read_metrics(workdir.path) if line["step"] <= step], step
         if distributed.is_first():
             with files.atomic_write(self._path) as part:
                 part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            self._board = tensorboardX.SummaryWriter(str(workdir.append_dir / "tensorboard"), purge_step=step + 1)
-        self._started = time.monotonic() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
+        self._started = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
 
     @property
     def seconds(self) -> float:
@@ -137,39 +163,96 @@ class Recorder:
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Records a uint8 [H, W, 3] picture."""
-        if self._board is not None:
-            self._board.add_image(name, image, step, dataformats="HWC")
+        if distributed.is_first():
+            self._board.add(step, summary.image(name, image, dataformats="HWC"))
 
     def sync(self) -> None:
         """Copies everything recorded so far to the work directory, if that is in an object store."""
-        if self._board is not None:
+        if distributed.is_first():
             self._workdir.sync()
 
     def close(self) -> None:
         """Closes the TensorBoard file."""
-        if self._board is not None:
+        if "_board" in vars(self):
             self._board.close()
 
+    @functools.cached_property
+    def _board(self) -> "_Board":
+        """The TensorBoard file, which begins with the first record."""
+        return _Board(self._workdir.append_dir / "tensorboard", self._after)
+
     def _write(self, step: int, values: dict) -> None:
-        if self._board is None:
-            return
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "seconds": round(self.seconds, 1), **values}) + "\n")
+        if distributed.is_first():
+            line = json.dumps({"step": step, "seconds": round(self.seconds, 1), **values})
+            with files.name_in_errors(self._path), self._path.open("a") as file:
+                file.write(line + "\n")
 
     def _show(self, step: int, values: dict[str, float]) -> None:
-        if self._board is None:
-            return
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+        if distributed.is_first():
+            for name, value in values.items():
+                self._board.add(step, summary.scalar(name, value))
+            self._board.flush()
+
+
+class _Board:
+    """A file of TensorBoard, written by the calling thread: tensorboardX's own waits forever when a disk is full."""
+
+    def __init__(self, folder: pathlib.Path, after: int):
+        """Opens a file whose records replace those of earlier files after the step `after`."""
+        self._folder = folder
+        with files.name_in_errors(folder):
+            folder.mkdir(exist_ok=True)
+            self._writer = event_file_writer.EventsWriter(str(folder / "events"), f".{uuid.uuid4().hex}")
+        self._write(Event(step=after + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, content: Summary) -> None:
+        self._write(Event(step=step, summary=content))
+
+    def flush(self) -> None:
+        with files.name_in_errors(self._folder):
+            self._writer.flush()
+
+    def close(self) -> None:
+        with files.name_in_errors(self._folder):
+            self._writer.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        with files.name_in_errors(self._folder):
+            self._writer.write_event(event)
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict]:
-    """Returns the complete lines of `metrics.jsonl`; the file may be missing, or its last line cut short."""
+    """Returns the lines of `metrics.jsonl`, which may be missing, or its last line cut short by a kill.
+
+    Other lines that are damaged are left out; a warning counts them.
+    """
     path = epath.Path(workdir) / METRICS
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    *lines, _ = path.read_bytes().split(b"\n")
+    parsed = [values for line in lines if (values := _parse(line)) is not None]
+    if len(parsed) < len(lines):
+        logger.warning("%s: skipped %d damaged of %d lines", path, len(lines) - len(parsed), len(lines))
+    return parsed
+
+
+def _parse(line: bytes) -> dict | None:
+    """Returns a line of `metrics.jsonl`, or None if it is none that `Recorder` writes."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):  # Not UTF-8, not JSON.
+        return None
+    is_record = isinstance(values, dict) and type(values.get("step")) is int and _is_number(values.get("seconds"))
+    return values if is_record and all(map(_is_record_value, values.values())) else None
+
+
+def _is_record_value(value) -> bool:
+    return _is_number(value) or (isinstance(value, list) and all(map(_is_number, value)))
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float)
 
 
 def duration(seconds: float) -> str:

@@ -10,12 +10,14 @@ from etils import epath
 from configs import checks, defaults
 from dssn_jax import auto_config
 from dssn_jax.learner import learner as learner_lib
-from dssn_jax.learner.state import deployed
+from dssn_jax.learner.state import TrainState, deployed
 from dssn_jax.validate import validate_model
 from dssn_jax.workdir.checkpoint import Checkpointer, exists
+from dssn_jax.workdir.recorder import logger
 from input_pipeline.errors import UserError
 
 CONFIG = "config.json"
+SUMMARY = "summary.json"
 
 
 class WorkdirError(UserError):
@@ -28,7 +30,7 @@ class Restored(NamedTuple):
     learner: Any  # `dssn_jax.learner.learner.Learner`; its config has the optimizer of the checkpoint.
     step: int
     networks: dict[str, dict]  # Variables for `learner.network.apply`: student and, with EMA, teacher.
-    meta: dict  # See `dssn_jax.workdir.checkpoint`.
+    state: TrainState
 
 
 def restore(
@@ -39,21 +41,39 @@ def restore(
     Args:
       workdir: of the run.
       checkpoint: "latest", "best", a step, or None (best, or latest if nothing was evaluated yet).
-      config: describes the networks; None: the configuration in the work directory.
+      config: describes the networks; None: the configuration in the checkpoint.
       mesh: None: all devices.
 
     Raises:
       WorkdirError, CheckpointError or ConfigError.
     """
-    config = read_config(workdir) if config is None else inherit_choices(config, workdir)
-    validate_model(config)
     with contextlib.closing(Checkpointer(workdir, read_only=True)) as saved:
         step = saved.resolve(checkpoint)
-        # Networks do not depend on the optimizer, but its state lies beside them.
-        config.optimizer = with_defaults(saved.meta(step)["config"]).optimizer
+        trained = with_defaults(saved.meta(step)["config"])
+        config = trained if config is None else inherit_choices(config, workdir)
+        validate_model(config)
+        config.optimizer = trained.optimizer  # Networks do not depend on it, but its state lies beside them.
         learner = learner_lib.build(config, mesh)
-        state, meta = saved.restore(step, learner.abstract_state(), config)
-    return Restored(learner, step, state.networks(), meta)
+        state, _ = saved.restore(step, learner.abstract_state(), config)
+    _compare(workdir, trained, config)
+    return Restored(learner, step, state.networks(), state)
+
+
+def _compare(workdir: epath.PathLike, trained, config) -> None:
+    """Raises ConfigError for another normalization than in training, and warns of other keys that change scores."""
+    trained, config = json.loads(trained.to_json()), json.loads(config.to_json())
+
+    def changed(*keys: str) -> list[str]:
+        data = [{key: each["data"][key] for key in keys} for each in (trained, config)]
+        return checks.differences(*data, section="config.data")
+
+    if changes := changed("mean", "std"):
+        raise checks.ConfigError(f"{workdir} was trained with another normalization: {'; '.join(changes)}")
+    changes = changed("ignore", "ignore_values", "label_map")
+    ignore = ("model.pretrained", "model.remat")
+    changes += checks.differences(trained["model"], config["model"], ignore, "config.model")
+    for change in changes:
+        logger.warning("not as in the training of %s: %s", workdir, change)
 
 
 def read_json(workdir: epath.PathLike, name: str) -> dict:
@@ -65,7 +85,7 @@ def read_json(workdir: epath.PathLike, name: str) -> dict:
         raise WorkdirError(f"{workdir}: no {name} in it; expected the work directory of a training run")
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # Not UTF-8, not JSON, or nested without end.
         raise WorkdirError(f"{path}: damaged, not JSON: {error}") from None
     if not isinstance(content, dict):
         raise WorkdirError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
@@ -75,9 +95,25 @@ def read_json(workdir: epath.PathLike, name: str) -> dict:
 def read_config(workdir: epath.PathLike):
     """Returns the configuration of a run, with defaults for keys that are newer than the run; raises WorkdirError."""
     try:
-        return with_defaults(read_json(workdir, CONFIG))
-    except (TypeError, ValueError) as error:
+        config = with_defaults(read_json(workdir, CONFIG))
+        checks.check_values(config)
+    except (TypeError, ValueError, KeyError, AttributeError, checks.ConfigError) as error:
         raise WorkdirError(f"{epath.Path(workdir) / CONFIG}: not a configuration of this program: {error}") from None
+    return config
+
+
+def check_unfinished(workdir: epath.PathLike) -> None:
+    """Raises WorkdirError if `workdir`, which has no checkpoint, holds the summary of a finished run."""
+    path = epath.Path(workdir) / SUMMARY
+    if path.exists():
+        raise WorkdirError(f"{path}: of a finished run, whose checkpoints are gone; remove it to start the run again")
+
+
+def summary_of(workdir: epath.PathLike, steps: int) -> dict | None:
+    """Returns the summary of a run of `steps` that finished; None if there is none, or a damaged one."""
+    with contextlib.suppress(WorkdirError):
+        summary = read_json(workdir, SUMMARY)
+        return summary if summary.get("steps") == steps else None
 
 
 def with_defaults(saved: dict):

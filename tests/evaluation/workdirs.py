@@ -15,7 +15,7 @@ def save(workdir, config, state, step: int = 3) -> None:
     settings = json.loads(config.to_json())
     scores = metrics.new_scores() | {"best_step": step, "best_score": 50.0}
     with contextlib.closing(checkpoint.Checkpointer(workdir)) as saved:
-        saved.save(step, state, {"config": settings, "steps": step, "records": {}, "scores": scores}, 50.0)
+        saved.save(step, state, {"config": settings, "steps": step, "records": {}, "scores": scores})
     recorder.write_json(workdir / "config.json", settings)
 
 

@@ -49,7 +49,7 @@ def record(config, workdir, steps):
             record.evaluation(step, scored, counts)
     record.close()
     saved, settings = checkpoint.Checkpointer(workdir), json.loads(config.to_json())
-    saved.save(steps, state, {"config": settings, "scores": scores | {"best_step": steps}}, 50.0)
+    saved.save(steps, state, {"config": settings, "scores": scores | {"best_step": steps}})
     saved.close()
     for name, content in (("config", settings), ("run", run_info(run)), ("summary", scores)):
         recorder.write_json(workdir / f"{name}.json", content)

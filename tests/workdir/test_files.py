@@ -1,6 +1,12 @@
 """Atomic and append-only files on a local disk and on a bucket, and a run whose work directory is on a bucket."""
 
+import contextlib
+import errno
 import json
+import pathlib
+import socket
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -12,6 +18,8 @@ from dssn_jax.evaluation import evaluate
 from dssn_jax.training import loop
 from dssn_jax.workdir import checkpoint, files, recorder, restore
 from tests import bucket
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -38,6 +46,63 @@ def test_atomic_files_appear_on_exit_or_not_at_all(root):
         part.write_text("2")
         raise KeyError
     assert path.read_text() == "1" and [entry.name for entry in path.parent.iterdir()] == ["numbers.json"]
+
+
+def test_files_of_the_user_are_left_alone(tmp_path):
+    mine = [tmp_path / name for name in (".a.part", "a.part", ".a.tmp")]
+    for path in mine:
+        path.write_text("mine")
+    with files.atomic_write(tmp_path / "a") as part:
+        part.write_text("1")
+    assert all(path.read_text() == "mine" for path in mine)
+    assert (tmp_path / "a").stat().st_mode == mine[0].stat().st_mode
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a'"), files.atomic_write(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+HOLD = """
+import sys, time
+from dssn_jax.workdir import files
+folder = files.Folder(sys.argv[1])
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
+    """Told who holds the lock; a killed process leaves none behind."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "locked\n"
+        expected = (
+            f"{tmp_path}: process {first.pid} on {socket.gethostname()} trains in this work directory; .*--workdir"
+        )
+        with pytest.raises(files.LockedError, match=expected):
+            files.Folder(tmp_path)
+        first.kill()
+    files.Folder(tmp_path).close()
+    files.Folder(tmp_path).close()
+
+
+def test_a_damaged_name_of_the_holder_is_shown_in_one_line(tmp_path):
+    with contextlib.closing(files.Folder(tmp_path)):
+        (tmp_path / files.LOCK).write_bytes(b"\xff\x00\n\x1b[31m" * 100)
+        with pytest.raises(files.LockedError) as refused:
+            files.Folder(tmp_path)
+    assert str(refused.value).isprintable()
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with caplog.at_level("WARNING", "dssn"), contextlib.closing(files.Folder(tmp_path)):
+        assert "No locks available" in caplog.text
 
 
 def test_appended_files_reach_their_folder_and_are_continued(root):
