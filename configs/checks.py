@@ -73,10 +73,19 @@ def shorten(message, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def check_output_file(path: pathlib.Path) -> None:
-    """Raises ConfigError if the folder of the output file `path` (the flag --to) does not exist."""
+def check_output_file(path: pathlib.Path, mark: str) -> None:
+    """Raises ConfigError if `path`, the flag --to, is in no folder, or exists without `mark` near its beginning.
+
+    Files that this program writes have a mark, and only those may be replaced.
+    """
     if not path.parent.is_dir():
         raise ConfigError(f"--to={path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ConfigError(f"--to={path}: is a folder; expected a file")
+    if path.exists():
+        with path.open("rb") as file:
+            if mark.encode() not in file.read(1024):
+                raise ConfigError(f"--to={path}: exists already, and holds no earlier {mark}; expected a new file")
 
 
 def check_keys(arguments: Iterable[str], defaults) -> None:

@@ -9,10 +9,14 @@ from etils import epath
 
 from configs.checks import ConfigError, check_output_file
 from dssn_jax.learner.learner import Learner
+from dssn_jax.weights import names
+from dssn_jax.weights.files import StateDictError
 from dssn_jax.workdir import files, recorder
 from dssn_jax.workdir.recorder import logger
 from dssn_jax.workdir.restore import pick_network, restore
+from input_pipeline.errors import first_names
 
+MADE_BY = "dssn_jax export"  # Marks the JSON file; a later export may replace it and the artifact.
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -40,18 +44,27 @@ def export(
       The path of the artifact.
 
     Raises:
-      WorkdirError, CheckpointError or ConfigError, before anything is written.
+      WorkdirError, CheckpointError, StateDictError or ConfigError, before anything is written.
     """
     height_width = _parse_size(size)
     learner, step, networks, _ = restore(workdir, checkpoint)
     network = pick_network(networks, network)
     height, width = height_width or (learner.config.data.crop,) * 2
     _check_size(learner, height, width)
+    defects = names.defects(names.to_state_dict(networks[network]))
+    if defects:
+        raise StateDictError(f"step {step} of {workdir}: {network}: {first_names(defects)}")
     path = epath.Path(to or epath.Path(workdir) / f"{network}_{step}.stablehlo")
-    check_output_file(path)
+    beside = path.with_name(path.name + ".json")
+    check_output_file(beside, MADE_BY)
+    if path.exists() and not beside.exists():
+        raise ConfigError(
+            f"--to={path}: exists already, and is no earlier export, which has a .json; expected a new file"
+        )
     logger.info("exporting the %s of step %d of %s for images of %dx%d", network, step, workdir, height, width)
     exported = lower(learner, networks[network], height, width)
     description = {
+        "made_by": MADE_BY,
         "name": learner.config.name,
         "network": network,
         "step": step,
@@ -62,7 +75,7 @@ def export(
         "calling_convention_version": exported.calling_convention_version,
         "jax": jax.__version__,
     }
-    recorder.write_json(path.with_name(path.name + ".json"), description)
+    recorder.write_json(beside, description)
     with files.atomic_write(path) as part:
         part.write_bytes(exported.serialize())
     logger.info("wrote %s (%.1f MB) and %s.json", path, path.stat().length / 1e6, path)

@@ -7,7 +7,9 @@ import numpy as np
 import tabulate
 
 from dssn_jax.prepare.check import KINDS, Report
+from input_pipeline.errors import printable
 
+MADE_BY = "dssn_jax check"  # Marks the file, which a later check may replace.
 _SHOWN = 5  # Items of a finding in the text.
 _SIZES = ("smallest", "median", "largest")
 
@@ -24,13 +26,13 @@ def to_text(report: Report) -> str:
             lines.append(f"        ... {count - _SHOWN} more")
         lines.append(f"      > {kind.advice}")
     lines.append(f"{report.defects} to fix" if report.defects else "nothing to fix")
-    # File names may hold bytes that are not valid text, which a terminal cannot show.
-    return os.fsencode("\n".join(lines)).decode(errors="backslashreplace")
+    return "\n".join(line for block in lines for line in map(printable, block.split("\n")))
 
 
 def to_json(report: Report) -> dict:
     """Returns the whole report, with all items of all findings."""
     return {
+        "made_by": MADE_BY,
         "images": {name: split.images for name, split in report.splits.items()},
         "sizes": {name: dict(zip(_SIZES, _sizes(split.sizes), strict=True)) for name, split in report.splits.items()},
         "classes": {
@@ -75,7 +77,7 @@ def _class_rows(report: Report) -> list[list]:
     splits = report.labeled_splits
     rows = [["class", *(f"{name} {what}" for name in splits for what in ("pixels", "images"))]]
     for i, label in enumerate(report.classes):
-        row = [f"{i} {label}"]
+        row = [f"{i} {printable(label)}"]
         for split in splits.values():
             row.append(_percent(split.pixels[i], split.pixels.sum()))
             row.append(f"{split.occurrences[i]} ({_percent(split.occurrences[i], split.masks)})")

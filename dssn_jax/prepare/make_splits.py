@@ -10,8 +10,8 @@ prefixes are all stratified.
 
 import os
 import re
-import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -188,18 +188,16 @@ def _write(folder: str, lists: dict[str, list[Entry]]) -> None:
             f"{', '.join(others)}: exists already, with other images; nothing was written. Choose another folder "
             "(--to), or move the old lists away"
         )
-    part = f"{folder.rstrip(os.sep)}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    for name, text in texts.items():
-        os.makedirs(os.path.dirname(os.path.join(part, name)), exist_ok=True)
-        with open(os.path.join(part, name), "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-    for name, path in paths.items():
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        os.replace(os.path.join(part, name), path)
-    shutil.rmtree(part)
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as part:
+        for number, text in enumerate(texts.values()):
+            with open(os.path.join(part, str(number)), "wb") as file:
+                file.write(text.encode(errors="surrogateescape"))
+        for number, path in enumerate(paths.values()):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.replace(os.path.join(part, str(number)), path)
 
 
 def _holds(path: str, text: str) -> bool:
     with open(path, "rb") as file:
-        return file.read() == text.encode()
+        return file.read() == text.encode(errors="surrogateescape")

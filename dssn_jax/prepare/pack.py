@@ -4,6 +4,7 @@ Packing that was stopped continues when the same command is run again and keeps 
 same, byte for byte, as if it had never been stopped.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -77,6 +78,12 @@ def pack_files(config, to: str, shard_bytes: int = SHARD_BYTES) -> PackResult:
     data, folder = config.data, pathlib.Path(to)
     if data.source != "folder":
         raise DataError(f"config.data.source is {data.source!r}; expected 'folder': only files can be packed")
+    for key in ("splits", "label_map"):
+        if os.path.normpath(data[key]).startswith(os.pardir):
+            raise DataError(
+                f"config.data.{key} is {data[key]!r}, outside of config.data.root and of {to}, which gets a copy; "
+                "expected an absolute path, or one without '..'"
+            )
     sources = open_sources(config)
     items = _items(sources, data.threads)
     described = json.dumps([(item.image, item.mask, item.bytes) for item in items])
@@ -157,10 +164,11 @@ def _open_folder(folder: pathlib.Path, plan: dict) -> dict[int, ShardResult]:
         for row in index.rows:
             done[row.shard].rows.append(row)
     elif (progress / _PLAN).exists():
-        existing = json.loads((progress / _PLAN).read_text())
+        existing = json.loads((progress / _PLAN).read_text(errors="replace"))
         for note in progress.glob("[0-9]*.json"):
-            shard, rows = json.loads(note.read_text())
-            done[int(note.stem)] = ShardResult(Shard(*shard), [records.row_from_json(row) for row in rows])
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # A damaged note: its shard is packed again.
+                shard, rows = json.loads(note.read_text())
+                done[int(note.stem)] = ShardResult(Shard(*shard), [records.row_from_json(row) for row in rows])
     elif folder.exists() and any(path != progress for path in folder.iterdir()):
         raise DataError(f"{folder}: neither empty nor a packed data set; expected a new folder")
     else:

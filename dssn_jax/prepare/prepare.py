@@ -29,7 +29,7 @@ def check(config, *, to: str | None = None) -> Report:
     """
     path = epath.Path(to) if to else None
     if path is not None:
-        check_output_file(path)
+        check_output_file(path, check_report.MADE_BY)
     report = check_data(config)
     print(check_report.to_text(report))
     if path is not None:

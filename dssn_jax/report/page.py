@@ -17,6 +17,7 @@ from dssn_jax.workdir import files
 from dssn_jax.workdir.recorder import duration, logger
 
 FOLDER = pathlib.Path(__file__).parent
+MADE_BY = "dssn_jax report"  # Marks the page, which a later one may replace.
 
 
 def report(workdirs: Sequence[str], *, to: str | None = None, images: int = 200) -> epath.Path:
@@ -33,10 +34,10 @@ def report(workdirs: Sequence[str], *, to: str | None = None, images: int = 200)
     """
     shown = runs.read(workdirs)
     path = epath.Path(to or shown[0].workdir / "report.html")
-    check_output_file(path)
+    check_output_file(path, MADE_BY)
     page = render(shown, [gallery.draw(run, images) for run in shown])
     with files.atomic_write(path) as part:
-        part.write_text(page)
+        part.write_bytes(page.encode(errors="backslashreplace"))  # File names may hold bytes that are no text.
     logger.info("wrote %s (%.1f MB)", path, path.stat().length / 1e6)
     return path
 
@@ -55,6 +56,7 @@ def render(shown: list[Run], galleries: list[gallery.Gallery]) -> str:
         return len(drawn) - 1
 
     return environment.get_template("page.html").render(
+        made_by=MADE_BY,
         runs=[_card(index, run) for index, run in enumerate(shown)],
         galleries=galleries,
         curves=charts.curves(shown),

@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import time
+import uuid
 
 import jax
 from etils import epath
@@ -168,10 +169,9 @@ def _load(path: str, like: dict, learner: Learner, **selection: str) -> tuple[di
 
 def _save(target: pathlib.Path, state: state_lib.TrainState, meta: dict) -> None:
     """Writes a work directory with one checkpoint under a temporary name, then renames it."""
-    part = target.with_name(f".{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = target.with_name(f".{uuid.uuid4().hex}.part")
+    part.mkdir(parents=True)
     try:
-        part.mkdir(parents=True)
         saved = Checkpointer(part)
         saved.save(0, state, meta)
         saved.wait()

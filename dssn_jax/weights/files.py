@@ -4,6 +4,7 @@ Code in a file is never run: pickles are read by PyTorch's `weights_only` unpick
 and only for .pth.
 """
 
+import os
 import pathlib
 import pickle
 import re
@@ -16,12 +17,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from configs.checks import shorten
 from dssn_jax.workdir.files import atomic_write
-from input_pipeline.errors import UserError
+from input_pipeline.errors import UserError, printable
 
 TORCH_SUFFIXES = (".pth", ".pt")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")  # Formats that can be written.
 _METADATA = ("epoch", "previous_best")  # Numbers beside the weights in the original's checkpoints.
+_LEAST_TORCH = (2, 6)  # Earlier ones may run code of a file that they read as `weights_only`.
 
 
 class StateDictError(UserError):
@@ -35,7 +38,8 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
     `model` or `state_dict`, whose metadata are `epoch` and `previous_best` where present. Tensors in bfloat16 become
     float32, which is exact.
 
-    Raises StateDictError for a file that is missing, damaged or of another kind, or whose pickle would run code.
+    Raises StateDictError for a file that is missing, damaged or of another kind, whose pickle would run code, or that
+    would take more memory than it has bytes.
     """
     if not path.is_file():
         raise StateDictError(f"{path}: no such file")
@@ -60,7 +64,7 @@ def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
             else:
                 torch = _import_torch(path)
                 torch.save({name: torch.from_numpy(value.copy()) for name, value in tensors.items()}, part)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # A missing folder, a full disk.
+    except (OSError, RuntimeError, UnicodeError, safetensors.SafetensorError) as error:  # No folder, a full disk.
         raise StateDictError(f"{path}: cannot be written: {error}") from None
 
 
@@ -74,29 +78,51 @@ def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             return {name: _widen(file.get_tensor(name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (safetensors.SafetensorError, TypeError) as error:  # TypeError: a dtype that NumPy does not have.
+    except (safetensors.SafetensorError, TypeError, UnicodeError) as error:  # TypeError: a dtype unknown to NumPy.
         raise StateDictError(f"{path}: not a safetensors file, or damaged or cut short ({error})") from None
 
 
 def _read_torch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
     torch = _import_torch(path)
     try:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            _check_zip(path)
         # An unusual pickle protocol causes a warning, and an error where it matters.
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(_numpy_scalars()):
             # Memory-mapped: the optimizer's state, which is not read, takes no memory.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except MemoryError:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except StateDictError:
         raise
+    except MemoryError:
+        raise StateDictError(f"{path}: needs more memory than there is") from None
     except Exception as error:  # A damaged file can raise anything.
         raise StateDictError(f"{path}: {_reason(error)}") from None
     state_dict, metadata = _unwrap(content)
     tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise StateDictError(f"{path}: no tensors in it; expected a state dict, or one under 'model' or 'state_dict'")
-    try:
-        return {str(name): _to_numpy(torch, value) for name, value in tensors.items()}, metadata
-    except (RuntimeError, TypeError) as error:  # Quantized and sparse tensors.
-        raise StateDictError(f"{path}: a tensor is of a kind that cannot be read: {error}") from None
+    return {
+        str(name): _to_numpy(torch, value, f"{path}: {printable(str(name))}") for name, value in tensors.items()
+    }, metadata
+
+
+def _check_zip(path: pathlib.Path) -> None:
+    """Raises StateDictError for entries that are compressed, larger than the file, or other than when written.
+
+    PyTorch's reader does not compare checksums, and takes the bytes of a compressed entry for numbers.
+    """
+    with zipfile.ZipFile(path) as file:
+        for entry in file.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise StateDictError(
+                    f"{path}: {printable(entry.filename)} in it is compressed ({entry.compress_size} bytes, "
+                    f"{entry.file_size} when read); expected a file as torch.save writes it, without compression"
+                )
+        if sum(entry.file_size for entry in file.infolist()) > os.path.getsize(path):
+            raise StateDictError(f"{path}: what is in it is larger than the file; expected a file of torch.save")
+        if damaged := file.testzip():
+            raise StateDictError(f"{path}: damaged: {printable(damaged)} in it does not have its checksum")
 
 
 def _reason(error: Exception) -> str:
@@ -124,9 +150,14 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float | np.number)
 
 
-def _to_numpy(torch, tensor) -> np.ndarray:
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+def _to_numpy(torch, tensor, name: str) -> np.ndarray:
+    try:
+        tensor = tensor.detach()
+        if tensor.numel() > tensor.untyped_storage().nbytes():  # A view that repeats a few bytes.
+            raise TypeError(f"{tuple(tensor.shape)} with less than a byte per number")
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # Quantized and sparse tensors.
+        raise StateDictError(f"{name} is of a kind that cannot be read: {shorten(error)}") from None
 
 
 def _widen(value: np.ndarray) -> np.ndarray:
@@ -149,4 +180,9 @@ def _import_torch(path: pathlib.Path):
             f"{path}: files of PyTorch (.pth) need PyTorch, which is not installed (pip install torch); "
             ".safetensors files do not"
         ) from None
+    if tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2]) < _LEAST_TORCH:
+        raise StateDictError(
+            f"{path}: files of PyTorch (.pth) need PyTorch {'.'.join(map(str, _LEAST_TORCH))} or later, which runs no "
+            f"code in them; {torch.__version__} is installed (pip install --upgrade torch)"
+        )
     return torch

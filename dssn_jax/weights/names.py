@@ -102,6 +102,22 @@ def standardize(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return tensors
 
 
+def defect(value: np.ndarray, is_variance: bool = False) -> str:
+    """Returns why an array cannot be weights, such as "has dtype int8; expected floating-point numbers", or ""."""
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return f"has dtype {value.dtype}; expected floating-point numbers"
+    least, most = (float(value.min()), float(value.max())) if value.size else (0.0, 0.0)
+    if not max(-least, most) <= np.finfo(np.float32).max:  # Not a number is neither.
+        return "holds a number that is not finite"
+    return f"holds {least:g}; expected variances of at least 0" if is_variance and least < 0 else ""
+
+
+def defects(state_dict: Mapping[str, np.ndarray]) -> list[str]:
+    """Returns NAME and `defect` of each tensor that cannot be weights."""
+    found = {name: defect(value, name.endswith(".running_var")) for name, value in state_dict.items()}
+    return [f"{name} {reason}" for name, reason in found.items() if reason]
+
+
 class Comparison(NamedTuple):
     """Result of comparing the tensors of a file with a model: names, in order."""
 

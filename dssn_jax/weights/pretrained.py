@@ -99,9 +99,15 @@ def fill(weights: Weights, like: dict, config) -> LoadedWeights:
 
 
 def check(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> names.Comparison:
-    """Compares weights with the names and shapes that a model needs; raises StateDictError if they do not fit."""
+    """Compares weights with the names and shapes that a model needs.
+
+    Raises StateDictError if they do not fit, or are not finite floating-point numbers.
+    """
     comparison = names.compare(weights.tensors, expected)
     if comparison.fits:
+        wrong = names.defects({name: weights.tensors[name] for name in comparison.matched})
+        if wrong:
+            raise StateDictError(f"{weights.path}: {first_names(wrong)}")
         return comparison
     problems = []
     if comparison.missing:

@@ -230,3 +230,13 @@ def test_mistakes_end_with_one_line(content, options, message, capsys, tmp_path)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert [entry.name for entry in tmp_path.iterdir()] == ["weights.pth"]
+
+
+def test_folders_of_the_user_stay(tiny_config, checkpoints, tmp_path):
+    """The temporary folder is a new one."""
+    own = tmp_path / ".run.part"
+    own.mkdir()
+    (own / "notes.txt").write_text("mine")
+    convert.convert(str(checkpoints[0][0]), str(tmp_path / "run"), config=tiny_config())
+    assert (own / "notes.txt").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {".run.part", "run", "best.safetensors", "t_best.safetensors"}

@@ -1,8 +1,11 @@
 """Files of weights: reading returns what was written; a bad file is named and its code never run."""
 
+import io
 import os
 import pickle
+import re
 import sys
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -72,6 +75,13 @@ class RunsCode:
         return os.system, (f"touch {self.path}",)
 
 
+def rewrite(path, compression=zipfile.ZIP_STORED, change=lambda content: content):
+    """Writes the entries of a zip file again."""
+    with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as old, zipfile.ZipFile(path, "w", compression) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, change(old.read(entry)))
+
+
 def spoiled(kind, folder):
     """Writes a file that must be refused; returns its path."""
     torch = pytest.importorskip("torch")
@@ -94,6 +104,25 @@ def spoiled(kind, folder):
     elif kind.startswith("cut_short"):
         torch.save({"a": torch.ones(1000)}, path, _use_new_zipfile_serialization=kind == "cut_short")
         path.write_bytes(path.read_bytes()[:-1500])
+    elif kind in ("compressed", "zip_bomb"):
+        torch.save({"a": torch.ones(1000)}, path)
+        zeros = bytes(10**7)
+        rewrite(
+            path,
+            zipfile.ZIP_DEFLATED,
+            lambda content: zeros if kind == "zip_bomb" and len(content) == 4000 else content,
+        )
+    elif kind == "flipped_bit":
+        torch.save({"a": torch.full((1000,), 7.0)}, path)
+        path.write_bytes(path.read_bytes().replace(np.full(9, 7, "<f4").tobytes(), np.full(9, 6, "<f4").tobytes(), 1))
+    elif kind == "repeated_number":
+        torch.save({"a": torch.ones(1).expand(10**12)}, path)
+    elif kind == "sparse":
+        torch.save({"a\x1b": torch.eye(3).to_sparse()}, path)
+    elif kind == "safetensors_lying":
+        path = path.with_suffix(".safetensors")
+        safetensors.numpy.save_file({"a": np.ones(1000)}, path)
+        path.write_bytes(path.read_bytes().replace(b'"shape":[1000]', b'"shape":[9999]'))
     elif kind == "safetensors_cut_short":
         path = path.with_suffix(".safetensors")
         safetensors.numpy.save_file({"a": np.ones(1000)}, path)
@@ -111,6 +140,12 @@ REFUSED = {
     "whole_module": "torch.nn.modules.linear.Linear",
     "cut_short": "damaged or cut short",
     "cut_short_legacy": "damaged or cut short",
+    "compressed": "is compressed .*expected a file as torch.save writes it",
+    "zip_bomb": r"is compressed \(\d{4,5} bytes, 10000000 when read\)",
+    "flipped_bit": "damaged: weights/data/0 in it does not have its checksum",
+    "repeated_number": "a is of a kind that cannot be read",
+    "sparse": r"a\\x1b is of a kind that cannot be read",
+    "safetensors_lying": "not a safetensors file, or damaged",
     "safetensors_cut_short": "not a safetensors file, or damaged",
 }
 
@@ -141,6 +176,18 @@ def test_without_pytorch_only_pth_files_fail(monkeypatch, tmp_path):
             attempt()
     files.write(tmp_path / "a.safetensors", TENSORS, {})
     assert files.read(tmp_path / "a.safetensors")[0].keys() == TENSORS.keys()
+
+
+def test_old_pytorch_is_refused(monkeypatch, tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pth")
+    for version, allowed in (("1.13.1", False), ("2.5.1+cu118", False), ("2.6.0a0", True), ("2.10.0", True)):
+        monkeypatch.setattr(torch, "__version__", version)
+        if allowed:
+            files.read(tmp_path / "a.pth")
+            continue
+        with pytest.raises(StateDictError, match=rf"need PyTorch 2\.6 or later.*{re.escape(version)} is installed"):
+            files.read(tmp_path / "a.pth")
 
 
 def test_a_write_that_fails_leaves_nothing(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from dssn_jax import models
 from dssn_jax.training import loop
-from dssn_jax.weights import files, names, pretrained
+from dssn_jax.weights import convert, files, names, pretrained
 from dssn_jax.weights.files import StateDictError
 from tests.weights import tensors as made
 from tests.weights.tensors import encoder_tensors, network_tensors
@@ -131,3 +131,26 @@ def test_another_normalization_than_the_weights_expect_is_warned_of(tiny_config,
     unreadable = {"mean": "ImageNet", "std": "0.5"}
     assert "WARNING" not in load(tiny_config(), tensors, tmp_path / "d.safetensors", unreadable).report
     assert "WARNING" not in load(tiny_config(), tensors, tmp_path / "c.safetensors").report
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value.astype(np.int8), "has dtype int8; expected floating-point numbers"),
+        (lambda value: value > 0, "has dtype bool"),
+        (lambda value: value.astype(np.complex64), "has dtype complex64"),
+        (lambda value: value.astype(np.int64), "has dtype int64"),
+        (lambda value: np.full_like(value, np.nan), "holds a number that is not finite"),
+        (lambda value: np.full(value.shape, 1e300), "holds a number that is not finite"),  # In float32.
+        (lambda value: value - 100, "holds -.*; expected variances of at least 0"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_named(change, message, tiny_config, tmp_path):
+    config, path = tiny_config(), tmp_path / "w.safetensors"
+    tensors = network_tensors(config)
+    name = next(name for name in tensors if name.endswith("running_var"))
+    with pytest.raises(StateDictError, match=f"w.safetensors: {name} {message}"):
+        load(config, tensors | {name: change(tensors[name])}, path)
+    with pytest.raises(StateDictError, match=f"w.safetensors: {name} {message}"):
+        convert.convert(str(path), str(tmp_path / "new.safetensors"), config=config)
+    assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
