@@ -9,9 +9,11 @@ of every array of the state and one of itself. The position in the data is the s
 import contextlib
 import gc
 import json
+import sys
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -61,10 +63,9 @@ class Checkpointer:
             enable_async_checkpointing=not read_only,
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        try:
-            self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
-        except Exception as error:  # Orbax raises nothing narrower.
-            raise CheckpointError(f"{self._folder}: cannot be opened: {_reason(error)}") from None
+        self._manager, reason = _attempt(ocp.CheckpointManager, self._folder, options=options, item_handlers=handlers)
+        if reason:
+            raise CheckpointError(f"{self._folder}: cannot be opened: {reason}")
 
     def latest_step(self) -> int | None:
         """Returns the step of the latest checkpoint, or None."""
@@ -82,23 +83,18 @@ class Checkpointer:
         meta = _sealed({**meta, "step": step, "checksums": sums})
         items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
         self._kept.best_step = meta["scores"]["best_step"]
-        with self._name_last_good():
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._check_saved(*_attempt(self._manager.save, step, args=ocp.args.Composite(**items), force=True))
 
     def wait(self) -> None:
         """Waits for the last save; raises CheckpointError if it failed."""
-        with self._name_last_good():
-            self._manager.wait_until_finished()
+        self._check_saved(*_attempt(self._manager.wait_until_finished))
 
-    @contextlib.contextmanager
-    def _name_last_good(self) -> Iterator[None]:
-        """Turns a failure to save (a full disk, a folder that became read-only) into a CheckpointError."""
-        try:
-            yield
-        except Exception as error:  # Orbax raises nothing narrower; a background thread may have raised anything.
+    def _check_saved(self, _, reason: str) -> None:
+        """Raises CheckpointError if there is a reason why a save failed: a full disk, a read-only folder."""
+        if reason:
             steps = ocp.path.step.checkpoint_steps(self._folder) if self._folder.is_dir() else []
             good = f"the last good checkpoint is that of step {max(steps)}" if steps else "there is no checkpoint yet"
-            raise CheckpointError(f"{self._folder}: cannot save ({_reason(error)}); {good}") from None
+            raise CheckpointError(f"{self._folder}: cannot save ({reason}); {good}")
 
     def meta(self, step: int) -> dict:
         """Returns the `meta` that `save` was given, with "step" and "checksums"; raises CheckpointError."""
@@ -141,8 +137,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Ends the threads; call `wait` first to learn of a save that failed."""
-        with contextlib.suppress(Exception):  # `wait` and `save` raise it.
-            self._manager.close()
+        _attempt(self._manager.close)  # `wait` and `save` raise the error.
 
     def _read_meta(self, step: int) -> dict:
         folder, meta = self._folder / str(step), self._restore(step, meta=ocp.args.JsonRestore()).meta
@@ -164,14 +159,10 @@ class Checkpointer:
         return state
 
     def _restore(self, step: int, **items):
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax raises nothing narrower for damaged files.
-            reason = _reason(error)
-        with warnings.catch_warnings():  # Orbax leaves unfinished coroutines behind, which warn when they are deleted.
-            warnings.simplefilter("ignore")
-            gc.collect()
-        raise DamagedError(f"{self._folder / str(step)}: cannot be read: {reason}")
+        restored, reason = _attempt(self._manager.restore, step, args=ocp.args.Composite(**items))
+        if reason:
+            raise DamagedError(f"{self._folder / str(step)}: cannot be read: {reason}")
+        return restored
 
     @contextlib.contextmanager
     def _name_whole(self, step: int) -> Iterator[None]:
@@ -248,6 +239,26 @@ def _check_finite(step: int, summaries: dict[str, checksums.Summary]) -> None:
                     f"the state after step {step} is not saved: {name} holds {value:g}; expected magnitudes up to "
                     f"{LARGEST:g}. A lower config.optimizer.lr may help"
                 )
+
+
+def _attempt(function: Callable, *arguments, **options) -> tuple[Any, str]:
+    """Calls a function of orbax; returns its result and "", or None and why it failed, in one line.
+
+    Orbax raises nothing narrower than Exception, and leaves unfinished coroutines behind, which are deleted here so
+    that Python prints nothing about them later.
+    """
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        try:
+            return function(*arguments, **options), ""
+        except Exception as error:
+            reason = _reason(error)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gc.collect()
+        return None, reason
+    finally:
+        sys.unraisablehook = hook
 
 
 def _reason(error: BaseException) -> str:

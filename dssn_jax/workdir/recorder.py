@@ -6,6 +6,7 @@ evaluations hold, per network, each metric of the evaluation ("miou_student", ..
 evaluation, rows true classes: {"step", NETWORK: [K][K]}.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -56,8 +57,12 @@ class _DebugFile(logging.FileHandler):
     def handleError(self, record) -> None:  # noqa: N802
         pass
 
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # What could not be written before cannot be now.
+            super().close()
 
-class _LogFile(logging.FileHandler):
+
+class _LogFile(_DebugFile):
     """Writes the lines of the run; raises an OSError with the path where that fails."""
 
     def handleError(self, record) -> None:  # noqa: N802
@@ -68,11 +73,18 @@ class _LogFile(logging.FileHandler):
 def quiet_libraries() -> None:
     """Keeps warnings of libraries, and Python's own, off the screen; see `keep_library_warnings`."""
     logging.captureWarnings(True)
+    if sys.unraisablehook is sys.__unraisablehook__:  # A test's own stays.
+        sys.unraisablehook = _log_unraisable
     for name, level in _LIBRARIES.items():
         screen = _Screen()
         screen.setLevel(level)
         library = logging.getLogger(name)
         library.handlers, library.propagate = [screen], False
+
+
+def _log_unraisable(event) -> None:
+    """Logs an exception in a destructor, such as those of coroutines that orbax abandons, as a warning."""
+    logging.getLogger("py.warnings").warning("%r was ignored in %r", event.exc_value, event.object)
 
 
 def keep_library_warnings(folder: os.PathLike) -> Callable[[], None]:

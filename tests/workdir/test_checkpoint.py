@@ -83,12 +83,13 @@ def test_checkpoints_that_are_not_there_are_refused(workdir, config, name):
         read(workdir, config, name)
 
 
-def test_flipped_bits_are_noticed_in_every_file(workdir, config, tmp_path_factory):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Coroutines that orbax abandons.
+def test_flipped_bits_are_noticed_in_every_file(workdir, config):
     """What is read is what was saved, or the error names the checkpoint and the whole one."""
     rng, noticed = np.random.default_rng(0), 0
     for path in files_of(workdir, 4):
         whole = path.read_bytes()
-        for bit in rng.choice(8 * len(whole), min(8, 8 * len(whole)), replace=False):
+        for bit in rng.choice(8 * len(whole), min(4, 8 * len(whole)), replace=False):
             flip(path, bit)
             try:
                 state, meta = read(workdir, config, "4")
