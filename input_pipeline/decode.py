@@ -119,8 +119,12 @@ def mask(file: Encoded, colors: bool) -> np.ndarray:
             return values.astype(np.uint8) if values.dtype == bool else _ids(values, file.shown)
         if oriented.has_transparency_data:
             _check_opaque(oriented, file.shown)
-        red, green, blue = np.moveaxis(np.asarray(oriented.convert("RGB"), np.int32), -1, 0)
-        return red << 16 | green << 8 | blue
+        rgb = np.asarray(oriented.convert("RGB"))
+        values = rgb[..., 0].astype(np.int32)
+        for channel in (1, 2):
+            values <<= 8
+            values |= rgb[..., channel]
+        return values
 
 
 @contextlib.contextmanager
@@ -137,6 +141,8 @@ def _open(file: Encoded) -> Iterator[Image.Image]:
                 f"{file.shown}: an animation, or several pages ({opened.format}); expected a single picture: save the "
                 "one to use as a file of its own"
             )
+        if opened.format == "TIFF" and not _is_complete(opened):
+            raise DataError(f"{file.shown}: damaged image: it has data of fewer pixels than its size")
         yield opened
 
 
@@ -176,6 +182,12 @@ def _is_single(opened: Image.Image) -> bool:
         opened.seek(0)
         return True
     return False
+
+
+def _is_complete(opened: Image.Image) -> bool:
+    """Whether the strips or tiles of a TIFF cover it; Pillow would leave the rest black."""
+    right, bottom = (max((tile.extents[side] for tile in opened.tile), default=0) for side in (2, 3))
+    return right * bottom >= opened.width * opened.height  # Before the orientation, which may swap width and height.
 
 
 def _load(opened: Image.Image, where: str) -> Image.Image:

@@ -317,3 +317,14 @@ def test_smaller_copies_in_a_tiff_do_not_count():
     assert Image.open(io.BytesIO(file.content)).n_frames == 3
     np.testing.assert_array_equal(decode.mask(file, colors=False), np.asarray(picture))
     assert decode.image_size(file) == (8, 12)
+
+
+def test_a_tiff_with_fewer_strips_than_rows_is_damaged():
+    """Pillow would leave the other rows black."""
+    tiff = encoded(Image.fromarray(random(16, 24)), "TIFF").content
+    height = struct.pack("<HHLL", 257, 4, 1, 16)
+    assert height in tiff
+    file = Encoded(tiff.replace(height, struct.pack("<HHLL", 257, 4, 1, 17)), "a.tif")
+    for read in (decode.image_size, decode.image, lambda file: decode.mask(file, colors=False)):
+        with pytest.raises(DataError, match=r"a\.tif: damaged image: it has data of fewer pixels than its size"):
+            read(file)
