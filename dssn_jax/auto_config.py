@@ -111,7 +111,7 @@ def memory_of(devices: list[jax.Device]) -> int:
     """Returns the bytes that a step may use on the smallest of `devices`, those of other processes included."""
     local = [device for device in devices if device.process_index == jax.process_index()]
     limits = [stats["bytes_limit"] for stats in (device.memory_stats() for device in local) if stats]
-    smallest = min(limits) if limits else _free_memory() // len(local)
+    smallest = min(limits) if limits else free_memory() // len(local)
     if jax.process_count() > 1:  # All processes must choose the same values.
         smallest = int(multihost_utils.process_allgather(np.int64(smallest >> 20)).min()) << 20
     return int(_MEMORY_SHARE * smallest)
@@ -205,7 +205,7 @@ def evaluation_cost(config, val: Source) -> float:
     return networks * pixels / step
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Returns the free bytes of memory of this machine, or of the container that this process runs in."""
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo, group = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup/memory.max")

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, printable
 from input_pipeline.sources.open import Source
 
+_LARGE_STEPS = 4  # Per doubling of a side; similar sides are those within a step.
 _MOST_BUCKETS = 64  # Before joining; similar sizes share a bucket from the start if there are more.
 
 Size = tuple[int, int]  # Height and width, pixels.
@@ -32,19 +33,26 @@ class EvalBatch(NamedTuple):
     sizes: np.ndarray
     indices: tuple[int, ...]
 
+    def split(self, rows: int) -> Iterator["EvalBatch"]:
+        """Yields batches of `rows` rows each."""
+        for start in range(0, len(self.images), rows):
+            yield EvalBatch(*(field[start : start + rows] for field in self))
+
 
 class EvalOptions(NamedTuple):
     """How `eval_batches` groups and pads images.
 
     Attributes:
-      batch: rows per batch, over all processes; the last batch of a size may hold fewer images.
+      batch: greatest number of rows per batch, over all processes; the last batch of a size may hold fewer images.
       ignore: label of the padding.
-      buckets: greatest number of padded sizes.
+      buckets: greatest number of padded sizes; large images, and images that would be large if joined, have others.
       crop: if not 0, the central `crop` x `crop` pixels of each image, or all of a side that is shorter.
       size_multiple: padded heights and widths are multiples of this.
       threads: number of threads that decode.
       process_index: index of this host.
       process_count: number of hosts; host i of n gets the rows [i b / n, (i + 1) b / n) of a batch of b.
+      devices: number of devices, between which rows are divided equally.
+      pixels: greatest number of padded pixels per device, if not 0; larger images have a device for themselves.
     """
 
     batch: int
@@ -55,6 +63,17 @@ class EvalOptions(NamedTuple):
     threads: int = 16
     process_index: int = 0
     process_count: int = 1
+    devices: int = 1
+    pixels: int = 0
+
+    def rows(self, size: Size) -> int:
+        """Returns the number of rows in batches of this padded size."""
+        most = self.batch // self.devices
+        return self.devices * (min(most, max(1, self.pixels // math.prod(size))) if self.pixels else most)
+
+    def is_large(self, size: Size) -> bool:
+        """Whether an image of this padded size has a device for itself."""
+        return 0 < self.pixels < math.prod(size)
 
 
 class _Bucket(NamedTuple):
@@ -63,45 +82,60 @@ class _Bucket(NamedTuple):
     images: int
     members: tuple[Size, ...]
 
-    def cost(self, batch: int) -> int:
+    @property
+    def size(self) -> Size:
+        return self.height, self.width
+
+    def cost(self, options: EvalOptions) -> int:
         """Returns the pixels per channel of the batches that its images fill, padding included."""
-        return math.ceil(self.images / batch) * self.height * self.width
+        rows = options.rows(self.size)
+        return math.ceil(self.images / rows) * rows * math.prod(self.size)
 
     def join(self, other: "_Bucket") -> "_Bucket":
         height, width = max(self.height, other.height), max(self.width, other.width)
         return _Bucket(height, width, self.images + other.images, self.members + other.members)
 
 
-def choose_buckets(sizes: Sequence[Size], batch: int, count: int) -> dict[Size, Size]:
-    """Maps each image size to its padded size, of which there are at most `count`.
+def choose_buckets(sizes: Sequence[Size], options: EvalOptions) -> dict[Size, Size]:
+    """Maps each image size to its padded size, of which there are at most `options.buckets`, and those of large images.
 
     Starting with one bucket per size, the two whose union adds the fewest pixels, counted in full batches, are joined
-    until at most `count` are left, and then as long as joining adds no pixels.
+    until at most `options.buckets` are left, and then as long as joining adds no pixels. Unions that are large are not
+    made: large images are joined only if their sides are similar, so that one does not enlarge the others.
     """
-    buckets = _first_buckets(sizes)
+    large = [size for size in sizes if options.is_large(size)]
+    buckets = _first_buckets([size for size in sizes if not options.is_large(size)])
+
+    def added(a: int, b: int) -> float:
+        union = buckets[a].join(buckets[b])
+        costs = (bucket.cost(options) for bucket in (buckets[a], buckets[b]))
+        return math.inf if options.is_large(union.size) else union.cost(options) - sum(costs)
+
     while len(buckets) > 1:
-        added, a, b = min(
-            (buckets[a].join(buckets[b]).cost(batch) - buckets[a].cost(batch) - buckets[b].cost(batch), a, b)
-            for a, b in itertools.combinations(range(len(buckets)), 2)
-        )
-        if added > 0 and len(buckets) <= count:
+        least, a, b = min((added(a, b), a, b) for a, b in itertools.combinations(range(len(buckets)), 2))
+        if least == math.inf or (least > 0 and len(buckets) <= options.buckets):
             break
         buckets[a] = buckets[a].join(buckets.pop(b))
-    return {member: (bucket.height, bucket.width) for bucket in buckets for member in bucket.members}
+    buckets += _group(large, lambda side: math.ceil(_LARGE_STEPS * math.log2(side)))
+    return {member: bucket.size for bucket in buckets for member in bucket.members}
 
 
 def _first_buckets(sizes: Sequence[Size]) -> list[_Bucket]:
     """Returns one bucket per size, or per group of similar sizes if there are too many."""
-    counts = collections.Counter(sizes)
     for multiple in (2**power for power in itertools.count()):
-        buckets: dict[Size, _Bucket] = {}
-        for size, images in sorted(counts.items()):
-            key = (-(-size[0] // multiple), -(-size[1] // multiple))
-            bucket = _Bucket(*size, images, (size,))
-            buckets[key] = buckets[key].join(bucket) if key in buckets else bucket
+        buckets = _group(sizes, lambda side, multiple=multiple: -(-side // multiple))
         if len(buckets) <= _MOST_BUCKETS:
-            return list(buckets.values())
+            return buckets
     raise AssertionError("unreachable: some multiple exceeds every size")
+
+
+def _group(sizes: Sequence[Size], key: Callable[[int], int]) -> list[_Bucket]:
+    """Returns one bucket per group of sizes whose sides have equal keys."""
+    buckets: dict[tuple[int, ...], _Bucket] = {}
+    for size, images in sorted(collections.Counter(sizes).items()):
+        bucket, keys = _Bucket(*size, images, (size,)), tuple(map(key, size))
+        buckets[keys] = buckets[keys].join(bucket) if keys in buckets else bucket
+    return list(buckets.values())
 
 
 def eval_batches(
@@ -112,7 +146,7 @@ def eval_batches(
     ahead: int = 2,
     on_error: Callable[[int, DataError], None] | None = None,
 ) -> Iterator[EvalBatch]:
-    """Yields every record of a source once, in batches of at most `options.buckets` padded sizes.
+    """Yields every record of a source once, in batches of few padded sizes; see `choose_buckets`.
 
     Args:
       source: with or without labels.
@@ -125,10 +159,8 @@ def eval_batches(
     Raises:
       DataError: a file cannot be used.
     """
-    share = options.batch // options.process_count
-    rows = slice(options.process_index * share, (options.process_index + 1) * share)
     indices = range(len(source)) if indices is None else indices
-    plan = [(size, members[rows]) for size, members in _plan(source, indices, options)]
+    plan = [(size, _share(members, size, options)) for size, members in _plan(source, indices, options)]
     for (size, members), records in _read_ahead(source, plan, options.threads, ahead):
         readable = []
         for index, record in zip(members, records, strict=True):
@@ -138,20 +170,26 @@ def eval_batches(
                 raise record
             else:
                 on_error(index, record)
-        yield _padded(readable, share, size, options)
+        yield _padded(readable, options.rows(size) // options.process_count, size, options)
+
+
+def _share(members: list[int], size: Size, options: EvalOptions) -> list[int]:
+    """Returns the records of a batch that are this process's."""
+    rows = options.rows(size) // options.process_count
+    return members[options.process_index * rows : (options.process_index + 1) * rows]
 
 
 def _plan(source: Source, indices: Sequence[int], options: EvalOptions) -> list[tuple[Size, list[int]]]:
     """Returns the padded size and the records of each batch."""
     sizes = {index: _least_padded(source.size(index), options) for index in indices}
-    bucket_of = choose_buckets(list(sizes.values()), options.batch, options.buckets)
+    bucket_of = choose_buckets(list(sizes.values()), options)
     by_bucket = collections.defaultdict(list)
     for index in indices:
         by_bucket[bucket_of[sizes[index]]].append(index)
     return [
-        (size, members[start : start + options.batch])
+        (size, members[start : start + options.rows(size)])
         for size, members in by_bucket.items()
-        for start in range(0, len(members), options.batch)
+        for start in range(0, len(members), options.rows(size))
     ]
 
 
@@ -177,6 +215,8 @@ def _read_ahead(source: Source, plan: list, threads: int, ahead: int) -> Iterato
             return source[index]
         except DataError as error:
             return error
+        except MemoryError:
+            return DataError(f"{printable(source.name(index))}: needs more memory than there is")
 
     with ThreadPoolExecutor(threads, thread_name_prefix="eval") as pool:
         pending: collections.deque[list[Future]] = collections.deque()

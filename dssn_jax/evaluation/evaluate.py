@@ -1,17 +1,21 @@
 """Evaluation: confusion matrices of networks over the validation images; `--mode=eval`."""
 
 import collections
+import contextlib
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
-from dssn_jax import sharding
+from configs.checks import shorten
+from dssn_jax import auto_config, sharding
 from dssn_jax.evaluation import inference, metrics
 from dssn_jax.learner.learner import Learner
 from dssn_jax.models.extent import Extent
@@ -19,8 +23,11 @@ from dssn_jax.validate import validate_evaluation
 from dssn_jax.workdir import recorder
 from dssn_jax.workdir.recorder import duration, logger
 from dssn_jax.workdir.restore import inherit_choices, restore
+from input_pipeline.errors import DataError, first_lines, printable
 from input_pipeline.eval_batches import EvalBatch, EvalOptions, eval_batches
 from input_pipeline.sources.open import Source, open_source
+
+_MOST_SCORES = 2**29  # Per device at a time, in number: 2 GiB of float32; of images for fewer than 32 classes, for 32.
 
 
 class Scored(NamedTuple):
@@ -29,6 +36,18 @@ class Scored(NamedTuple):
     confusion: jax.Array  # int32 [K, K]
     class_maps: jax.Array  # uint8 [rows, H, W], ignored outside images.
     images: jax.Array  # int32 []: images in the batch, over all processes.
+
+
+class MemoryLimitError(DataError):
+    """A batch that needs more memory than there is."""
+
+
+class Program(NamedTuple):
+    """A program for batches of one size."""
+
+    compiled: Callable | None  # None: too large even to compile.
+    needed: float  # Bytes per device, without the parameters.
+    free: float  # Bytes per device, the least of all processes.
 
 
 class Evaluator:
@@ -49,15 +68,89 @@ class Evaluator:
             threads=config.data.threads,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            devices=learner.mesh.size,
+            pixels=int(_MOST_SCORES / max(learner.network.num_classes, 32) / max(1.0, *config.eval.scales) ** 2),
         )
+        self._programs: dict[tuple, Program] = {}
         replicated, split = sharding.replicated(learner.mesh), sharding.batch_sharded(learner.mesh)
         shardings = {"in_shardings": (replicated, split), "out_shardings": Scored(replicated, split, replicated)}
         self._score = jax.jit(self._score_batch, **shardings)
         self._predict = jax.jit(self._predict_batch, **shardings | {"out_shardings": split})
 
-    def batches(self, source: Source, **options) -> Iterator[EvalBatch]:
-        """Yields the images of `source` in batches, this process's rows; `options` go to `eval_batches`."""
-        return eval_batches(source, self._options, **options)
+    def batches(
+        self,
+        source: Source,
+        *,
+        probabilities: bool = False,
+        indices: Sequence[int] | None = None,
+        on_error: Callable[[int, DataError], None] | None = None,
+    ) -> Iterator[EvalBatch]:
+        """Yields images of `source` in batches that fit into memory, this process's rows.
+
+        Args:
+          source: with or without labels.
+          probabilities: whether the batches are for `predict`.
+          indices: records to read; default all.
+          on_error: receives the index and the error of an image that is left out, because it cannot be read or needs
+            more memory than there is. By default an image that cannot be read raises its DataError, and a warning at
+            the end names those that are too large.
+        """
+        program, too_large, fitting = self._predict if probabilities else self._score, [], 0
+        for batch in eval_batches(source, self._options, indices=indices, on_error=on_error):
+            for piece in self._fitting(program, batch):
+                if isinstance(piece, EvalBatch):
+                    fitting += len(piece.indices)
+                    yield piece
+                    continue
+                for index in piece:
+                    error = self._too_large(program, source, index, batch)
+                    too_large.append(error) if on_error is None else on_error(index, error)
+        if too_large and not fitting and jax.process_count() == 1:
+            raise MemoryLimitError(first_lines(too_large))
+        if too_large:
+            logger.warning("%d images are left out:\n%s", len(too_large), first_lines(too_large))
+
+    def _fitting(self, program: Callable, batch: EvalBatch) -> Iterator[EvalBatch | tuple[int, ...]]:
+        """Yields `batch`, or batches of one row per device if it needs too much memory, or the indices of these."""
+        rows = self._options.devices // self._options.process_count
+        for size in dict.fromkeys((len(batch.images), rows)):
+            found = self._program(program, (size, *batch.images.shape[1:3]))
+            if found.needed <= found.free:
+                yield from batch.split(size)
+                return
+        yield batch.indices
+
+    def _too_large(self, program: Callable, source: Source, index: int, batch: EvalBatch) -> MemoryLimitError:
+        rows = self._options.devices // self._options.process_count
+        found, (height, width) = self._program(program, (rows, *batch.images.shape[1:3])), source.size(index)
+        return MemoryLimitError(
+            f"{printable(source.name(index))}: {width}x{height} pixels need {found.needed / 1e9:.1f} GB of memory, and "
+            f"{found.free / 1e9:.1f} GB are free"
+        )
+
+    def _program(self, program: Callable, shape: tuple[int, int, int]) -> Program:
+        """Returns `program` (`self._score` or `self._predict`) compiled for this process's rows, height and width."""
+        key = program is self._predict, shape
+        if key not in self._programs:
+            rows, height, width = shape[0] * self._options.process_count, *shape[1:]
+            types = {"images": ((3,), np.uint8), "labels": ((), np.uint8)}
+            batch = {
+                name: jax.ShapeDtypeStruct((rows, height, width, *channels), dtype)
+                for name, (channels, dtype) in types.items()
+            }
+            batch["sizes"] = jax.ShapeDtypeStruct((rows, 2), np.int32)
+            self._programs[key] = _compile(program, self._learner.abstract_state().networks()["student"], batch)
+            found = self._programs[key]
+            logger.info(
+                "evaluating %d images of %dx%d pixels at a time: %.2f GB of memory per device, %.2f GB free",
+                rows, width, height, found.needed / 1e9, found.free / 1e9,
+            )  # fmt: skip
+        return self._programs[key]
+
+    def _run(self, program: Callable, variables: dict, batch: dict[str, jax.Array]):
+        rows, height, width = batch["labels"].shape
+        shape = (rows // self._options.process_count, height, width)
+        return self._program(program, shape).compiled(variables, batch)
 
     def __call__(
         self,
@@ -72,26 +165,29 @@ class Evaluator:
         classes = self._learner.network.num_classes
         totals = {name: np.zeros((classes, classes), np.int64) for name in networks}
         done, ahead = 0, collections.deque()
-        for batch in itertools.chain(batches, [None]):
-            if batch is not None:
-                arrays = self._put(batch)
-                scored = {name: self._score(variables, arrays) for name, variables in networks.items()}
-                ahead.append({name: (each.confusion, each.images) for name, each in scored.items()})
-            while len(ahead) > (batch is not None):  # The devices are one batch ahead of the sums.
-                counts = ahead.popleft()
-                for name, (confusion, _) in counts.items():
-                    totals[name] += np.asarray(confusion, np.int64)
-                done += max(int(images) for _, images in counts.values())
-                progress(done)
+        with _memory_errors():
+            for batch in itertools.chain(batches, [None]):
+                if batch is not None:
+                    arrays = self._put(batch)
+                    scored = {name: self._run(self._score, variables, arrays) for name, variables in networks.items()}
+                    ahead.append({name: (each.confusion, each.images) for name, each in scored.items()})
+                while len(ahead) > (batch is not None):  # The devices are one batch ahead of the sums.
+                    counts = ahead.popleft()
+                    for name, (confusion, _) in counts.items():
+                        totals[name] += np.asarray(confusion, np.int64)
+                    done += max(int(images) for _, images in counts.values())
+                    progress(done)
         return totals
 
     def class_maps(self, variables: dict, batch: EvalBatch) -> np.ndarray:
         """Predicts a batch: class ids uint8 [rows, H, W], ignored outside images."""
-        return sharding.local_rows(self._score(variables, self._put(batch)).class_maps)
+        with _memory_errors():
+            return sharding.local_rows(self._run(self._score, variables, self._put(batch)).class_maps)
 
     def predict(self, variables: dict, batch: EvalBatch) -> tuple[np.ndarray, np.ndarray]:
         """Predicts a batch: class ids and their probabilities, 0 to 255, both uint8 [rows, H, W]."""
-        return tuple(map(sharding.local_rows, self._predict(variables, self._put(batch))))
+        with _memory_errors():
+            return tuple(map(sharding.local_rows, self._run(self._predict, variables, self._put(batch))))
 
     def _put(self, batch: EvalBatch) -> dict[str, jax.Array]:
         arrays = {"images": batch.images, "labels": batch.labels, "sizes": batch.sizes}
@@ -111,6 +207,41 @@ class Evaluator:
     def _infer(self, variables: dict, batch: dict) -> tuple[jax.Array, jax.Array, Extent]:
         extent = Extent(batch["sizes"][:, 0], batch["sizes"][:, 1])
         return *self._inference.predict(variables, self._learner.normalize(batch["images"]), extent), extent
+
+
+def _compile(program: Callable, variables: dict, batch: dict) -> Program:
+    """Compiles a program and compares the memory that it needs with what there is."""
+    compiled, needed = None, math.inf
+    with contextlib.suppress(MemoryLimitError), _memory_errors():
+        compiled = program.lower(variables, batch).compile()
+        memory = compiled.memory_analysis()
+        needed = memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else 0
+    free = _free_memory()
+    if jax.process_count() > 1:
+        free = float(multihost_utils.process_allgather(np.float32(free)).min())
+    return Program(compiled, needed, free)
+
+
+def _free_memory() -> float:
+    """Returns the free bytes per device of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is None:
+        return auto_config.free_memory() / jax.local_device_count()
+    return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else math.inf
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Raises a MemoryLimitError instead of the error of a device whose memory is full."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryLimitError(
+            f"out of memory: {shorten(error)}; a smaller config.eval.batch, config.eval.mode=sliding_window or smaller "
+            "images may help"
+        ) from None
 
 
 def log_progress(total: int, period: float = 10.0) -> Callable[[int], None]:

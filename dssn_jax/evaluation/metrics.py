@@ -9,6 +9,7 @@ import numpy as np
 import tabulate
 
 from configs.checks import check_choice
+from input_pipeline.errors import printable
 
 NETWORKS = ("student", "teacher")
 
@@ -82,7 +83,8 @@ def scores_of(confusion: np.ndarray, classes: tuple[str, ...]) -> dict:
 def class_table(scores: dict[str, dict]) -> str:
     """Formats the scores of networks, by name, as a table: a row per class and per metric, a column per network."""
     networks = list(scores)
-    rows = [[label, *(scores[name]["iou"][label] for name in networks)] for label in scores[networks[0]]["iou"]]
+    classes = scores[networks[0]]["iou"]
+    rows = [[printable(label), *(scores[name]["iou"][label] for name in networks)] for label in classes]
     rows.append(tabulate.SEPARATING_LINE)
     rows += [[metric.title, *(scores[name][key] for name in networks)] for key, metric in METRICS.items()]
     return tabulate.tabulate(rows, ["IoU, %", *networks], floatfmt=".2f", disable_numparse=[0])

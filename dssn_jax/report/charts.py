@@ -4,11 +4,14 @@ Color identifies the run, the dash the network. The "meta" of a curve holds what
 or time instead of steps, and that of every trace the index of its run, so that runs can be hidden.
 """
 
+import html
+
 import numpy as np
 
 from dssn_jax import visualize
 from dssn_jax.evaluation.metrics import METRICS, NETWORKS
 from dssn_jax.report.runs import Run, Series
+from input_pipeline.errors import printable
 
 # Colors of runs: distinct on white and on black, the first ones also with common kinds of color blindness.
 COLORS = ("#3b82f6", "#f97316", "#10b981", "#db2777", "#a78bfa", "#ca8a04", "#06b6d4", "#84cc16")
@@ -17,6 +20,11 @@ SCORES = "Scores"  # The section of the metrics of student and teacher.
 # The other sections, and the prefixes of the names of their metrics; the first match counts.
 SECTIONS = {"Losses": ("loss", "contrast"), "Selected pixels": ("mask_ratio",), "Optimization and speed": ("",)}
 CELL_TEXT = 24  # Confusion matrices of more classes show no numbers in their cells.
+
+
+def escape(name: str) -> str:
+    """Returns a name as plotly shows it unchanged: plotly reads HTML, and %{...} as a variable."""
+    return html.escape(printable(name), quote=False).replace("%{", "&#37;{")
 
 
 def color(index: int) -> str:
@@ -45,10 +53,10 @@ def class_bars(runs: list[Run]) -> list[dict]:
     """Returns a chart of the IoU of each class at the last evaluation, with a bar per run and network; [] if none."""
     traces, classes = [], {}
     for index, run, network in _evaluated(runs):
-        series, name = run.series[f"iou_{network}"], f"{run.label} {network}"
+        series, name = run.series[f"iou_{network}"], escape(f"{run.label} {network}")
         classes |= dict.fromkeys(run.classes)
         traces.append({
-            "type": "bar", "x": run.classes, "y": _json_numbers(series.values[-1]), "name": name,
+            "type": "bar", "x": [*map(escape, run.classes)], "y": _json_numbers(series.values[-1]), "name": name,
             "marker": {"color": color(index), "opacity": 1.0 if network == run.networks[-1] else 0.45},
             "hovertemplate": f"%{{x}}: %{{y:.2f}}<extra>{name}, step {series.steps[-1]:.0f}</extra>",
             "meta": {"run": index},
@@ -77,8 +85,9 @@ def confusion(run: Run, network: str) -> dict:
     """Returns the confusion matrix of the last evaluation: predictions of the pixels of each class, in percent."""
     counts = run.confusions[network]
     percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    names = [*map(escape, run.classes)]
     trace = {
-        "type": "heatmap", "x": run.classes, "y": run.classes, "z": np.round(percent, 2).tolist(),
+        "type": "heatmap", "x": names, "y": names, "z": np.round(percent, 2).tolist(),
         "colorscale": "Cividis", "zmin": 0, "zmax": 100, "xgap": 1, "ygap": 1,
         "colorbar": {"thickness": 10}, "showscale": len(run.classes) > CELL_TEXT,
         "hovertemplate": "%{y} predicted as %{x}: %{z:.2f} %<extra></extra>",
@@ -98,7 +107,7 @@ def _evaluated(runs: list[Run]) -> list[tuple[int, Run, str]]:
 
 
 def _line(index: int, run: Run, network: str | None, series: Series) -> dict:
-    label = f"{run.label} {network}" if network else run.label
+    label = escape(f"{run.label} {network}" if network else run.label)
     few = len(series.steps) < 40
     return {
         "type": "scatter", "mode": "lines+markers" if few else "lines", "name": label,

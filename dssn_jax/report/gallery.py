@@ -21,7 +21,7 @@ from dssn_jax.training.image_summaries import ImageSummaries
 from dssn_jax.workdir.recorder import logger
 from dssn_jax.workdir.restore import Restored, restore
 from input_pipeline.batch import Batch
-from input_pipeline.errors import UserError
+from input_pipeline.errors import UserError, printable
 from input_pipeline.pipeline import run_length, train_dataset
 from input_pipeline.sources.open import Source, Sources, open_source
 
@@ -75,12 +75,12 @@ def draw(run: Run, images: int) -> Gallery:
         val = open_source(run.config, "val")
         restored = restore(run.workdir, None, config=run.config, mesh=sharding.make_mesh(jax.local_devices()[:1]))
         note, validation = _draw_validation(restored, val, images, run.label)
-    except UserError as error:
+    except (UserError, OSError) as error:
         logger.warning("%s: no pictures: %s", run.label, error)
         return Gallery(f"No pictures: {error}")
     try:
         return Gallery(note, validation, _draw_training(restored, val))
-    except UserError as error:
+    except (UserError, OSError) as error:
         logger.warning("%s: no pictures of training images: %s", run.label, error)
         return Gallery(f"{note} No pictures of training images: {error}", validation)
 
@@ -135,7 +135,7 @@ def _validation_row(scored: ScoredImage, overlay: Callable) -> Row:
         "truth": overlay(scored.image, scored.label),
         "prediction": overlay(scored.image, scored.prediction),
     }
-    return Row(f"{scored.name}: {scored.miou:.1f}", [_picture(*item) for item in pictures.items()])
+    return Row(f"{printable(scored.name)}: {scored.miou:.1f}", [_picture(*item) for item in pictures.items()])
 
 
 def _draw_training(restored: Restored, val: Source) -> dict[str, list[Row]]:

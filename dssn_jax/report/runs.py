@@ -12,7 +12,11 @@ from etils import epath
 
 from dssn_jax.evaluation import metrics
 from dssn_jax.workdir import files, recorder, restore
+from dssn_jax.workdir.recorder import logger
 from dssn_jax.workdir.restore import WorkdirError
+
+# Types of the entries of `dssn_jax.training.run.run_info` that the page shows.
+_INFO = {"parameters": int, "images": dict, "devices": str, "steps": int, "steps_per_epoch": int}
 
 
 class Series(NamedTuple):
@@ -49,8 +53,9 @@ class Run:
 
     @property
     def networks(self) -> list[str]:
-        """The networks that were evaluated."""
-        return [name for name in metrics.NETWORKS if f"iou_{name}" in self.series]
+        """The networks of which every metric was recorded."""
+        recorded = ("iou", *metrics.METRICS)
+        return [name for name in metrics.NETWORKS if all(f"{metric}_{name}" in self.series for metric in recorded)]
 
     @property
     def total_steps(self) -> int | None:
@@ -99,28 +104,64 @@ def _labels(paths: list[epath.Path]) -> list[str]:
 def _read(workdir: epath.Path, label: str) -> Run:
     config, path = restore.read_config(workdir), workdir / recorder.METRICS
     metrics.ranking(config)
-    try:
-        lines = recorder.read_metrics(workdir)
-        series = _series(lines)
-    except (ValueError, TypeError, KeyError) as error:
-        raise WorkdirError(f"{path}: damaged: {error}") from None
-    confusions = _optional_json(workdir, recorder.CONFUSION)
+    lines = [line for line in recorder.read_metrics(workdir) if _is_usable(line, len(config.data.classes))]
     return Run(
         label=label,
         workdir=workdir,
         config=config,
-        info=_optional_json(workdir, recorder.RUN),
-        series=series,
-        confusions={name: np.array(confusions[name]) for name in metrics.NETWORKS if name in confusions},
+        info=_info(workdir),
+        series=_series(lines),
+        confusions=_confusions(workdir, len(config.data.classes)),
         steps=lines[-1]["step"] if lines else 0,
         seconds=lines[-1]["seconds"] if lines else 0.0,
         recorded=datetime.datetime.fromtimestamp(path.stat().mtime) if lines else None,
     )
 
 
+def _is_usable(line: dict, classes: int) -> bool:
+    """Whether a line of `metrics.jsonl` has numbers that can be drawn, and lists of one IoU per class."""
+    ious = {f"iou_{network}" for network in metrics.NETWORKS}
+    try:
+        values = {name: np.array(value, float) for name, value in line.items()}
+    except OverflowError:
+        return False
+    at = np.array([values["step"], values["seconds"]])
+    shapes = all(value.shape == ((classes,) if name in ious else ()) for name, value in values.items())
+    return shapes and bool((np.abs(at) < 2**53).all())
+
+
+def _info(workdir: epath.Path) -> dict:
+    """Returns what is recorded about a run; entries of another type than the program writes are left out."""
+    info = _optional_json(workdir, recorder.RUN)
+    usable = {name: value for name, value in info.items() if isinstance(value, _INFO.get(name, object))}
+    if usable != info:
+        logger.warning("%s: left out, of another type than expected: %s", workdir / recorder.RUN, {*info} - {*usable})
+    return usable
+
+
+def _confusions(workdir: epath.Path, classes: int) -> dict[str, np.ndarray]:
+    """Returns the recorded confusion matrices by network; what is none of as many classes is left out."""
+    content = _optional_json(workdir, recorder.CONFUSION)
+    confusions = {}
+    for network in (name for name in metrics.NETWORKS if name in content):
+        rows = content[network]
+        square = isinstance(rows, list) and all(isinstance(row, list) and len(row) == classes for row in rows)
+        if square and len(rows) == classes and all(type(n) is int and 0 <= n < 2**53 for row in rows for n in row):
+            confusions[network] = np.array(rows)
+        else:
+            logger.warning(
+                "%s: %s is left out: no %dx%d counts", workdir / recorder.CONFUSION, network, classes, classes
+            )
+    return confusions
+
+
 def _optional_json(workdir: epath.Path, name: str) -> dict:
-    """Returns the content of a JSON file, {} if it does not exist (yet)."""
-    return restore.read_json(workdir, name) if (workdir / name).exists() else {}
+    """Returns the content of a JSON file; {} if it does not exist (yet) or, with a warning, is damaged."""
+    try:
+        return restore.read_json(workdir, name) if (workdir / name).exists() else {}
+    except WorkdirError as error:
+        logger.warning("left out: %s", error)
+        return {}
 
 
 def _series(lines: list[dict]) -> dict[str, Series]:

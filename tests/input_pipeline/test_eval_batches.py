@@ -95,15 +95,15 @@ def test_chosen_indices():
 def test_buckets_join_what_adds_the_fewest_pixels():
     sizes = [(10, 20)] * 8 + [(20, 10)] * 8 + [(10, 19)] * 4 + [(19, 10)] * 4
     expected = {(10, 20): (10, 20), (10, 19): (10, 20), (20, 10): (20, 10), (19, 10): (20, 10)}
-    assert choose_buckets(sizes, 4, 2) == expected
+    assert choose_buckets(sizes, EvalOptions(batch=4, buckets=2)) == expected
     # Two sizes of one image each fill one batch together: a second program would only cost.
-    assert set(choose_buckets([(8, 8), (8, 9)], 4, 2).values()) == {(8, 9)}
+    assert set(choose_buckets([(8, 8), (8, 9)], EvalOptions(batch=4, buckets=2)).values()) == {(8, 9)}
 
 
 def test_buckets_of_thousands_of_sizes():
     rng = np.random.default_rng(0)
     sizes = [(int(h), int(w)) for h, w in rng.integers(200, 640, (3000, 2))]
-    buckets = choose_buckets(sizes, 8, 4)
+    buckets = choose_buckets(sizes, EvalOptions(batch=8))
     assert len(set(buckets.values())) <= 4
     assert all(height <= buckets[height, width][0] and width <= buckets[height, width][1] for height, width in sizes)
     counts = collections.Counter(buckets[size] for size in sizes)
