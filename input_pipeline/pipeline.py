@@ -6,6 +6,7 @@ run resumes from its step number. Each host makes its own rows of the global bat
 
 import functools
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import operator
 import os
 import re
@@ -208,6 +209,8 @@ class TrainIterator(grain.DatasetIterator):
         self._dataset, self._workers, self._buffer = dataset, workers, buffer
         self._step = 0
         self._batches: grain.DatasetIterator | None = None
+        if workers:
+            _start_resource_tracker()
 
     def __next__(self) -> Batch:
         if self._closed:
@@ -238,7 +241,6 @@ class TrainIterator(grain.DatasetIterator):
             options = grain.ReadOptions(num_threads=self._buffer, prefetch_buffer_size=self._buffer)
             batches = self._dataset[self._step :].to_iter_dataset(options)
             if self._workers:
-                _quiet_resource_tracker()
                 # Grain assigns batches to workers in turn, which keeps their order.
                 options = grain.MultiprocessingOptions(num_workers=self._workers)
                 batches = batches.mp_prefetch(options, worker_init_fn=_end_with_parent)
@@ -273,11 +275,16 @@ def _end_with_parent(worker: int, workers: int) -> None:
     threading.Thread(target=watch, name="end with parent", daemon=True).start()
 
 
-def _quiet_resource_tracker() -> None:
-    """Keeps Python's process that frees shared memory of killed processes from warning that it did."""
-    ignored, current = "ignore:resource_tracker:UserWarning", os.environ.get("PYTHONWARNINGS", "")
-    if ignored not in current:
-        os.environ["PYTHONWARNINGS"] = f"{current},{ignored}" if current else ignored
+def _start_resource_tracker() -> None:
+    """Starts Python's process that frees the shared memory of killed processes, without its warning that it did.
+
+    Python would start it with the first worker, and let that thread, and so the workers, receive SIGINT and SIGTERM
+    even if they are blocked there.
+    """
+    ignored, before = "ignore:resource_tracker:UserWarning", os.environ.get("PYTHONWARNINGS", "")
+    if ignored not in before:
+        os.environ["PYTHONWARNINGS"] = f"{before},{ignored}" if before else ignored
+    multiprocessing.resource_tracker.ensure_running()
 
 
 def train_iterator(dataset: grain.MapDataset, config: ConfigDict) -> TrainIterator:

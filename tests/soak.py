@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -21,17 +22,17 @@ WARM_UP = 0.3  # Of the steps, in which programs are compiled and pools of memor
 
 
 class Usage(NamedTuple):
-    """What a run holds at a moment; without shared memory that others use too."""
+    """What a run holds at a moment."""
 
-    memory: float  # MB, of the run and its child processes.
+    memory: float  # MB that the run and its child processes share with no other process.
     descriptors: int
     threads: int
     processes: int  # Child processes.
-    shared: int  # Segments of shared memory on this machine.
+    segments: int  # Shared memory that it has mapped.
 
 
 # Least slope per 1000 steps that counts as growth.
-BOUNDS = Usage(memory=40.0, descriptors=3, threads=3, processes=1, shared=10)
+BOUNDS = Usage(memory=40.0, descriptors=3, threads=3, processes=1, segments=10)
 
 
 def children(process: int) -> list[int]:
@@ -47,6 +48,20 @@ def shared_memory() -> set[str]:
     return {path.name for path in pathlib.Path("/dev/shm").glob("psm_*")}
 
 
+def mapped_segments(process: int) -> list[str]:
+    """Returns the names of segments of shared memory that a process has mapped."""
+    return re.findall("/dev/shm/(psm_[0-9a-f]+)", pathlib.Path(f"/proc/{process}/maps").read_text())
+
+
+def segments_left(before: set[str], seconds: float = 30.0) -> set[str]:
+    """Returns the segments that are there now, were not `before`, and stay; other runs free theirs within `seconds`."""
+    left, end = shared_memory() - before, time.monotonic() + seconds
+    while left and time.monotonic() < end:
+        time.sleep(0.1)
+        left &= shared_memory()
+    return left
+
+
 def usage(process: int) -> Usage:
     """Counts what a process and its children hold; raises OSError once it ends."""
     started = children(process)
@@ -54,7 +69,8 @@ def usage(process: int) -> Usage:
     threads = int(status.split("Threads:")[1].split()[0])
     descriptors = len(os.listdir(f"/proc/{process}/fd"))
     memory = sum(private_memory(each) for each in (process, *started))
-    return Usage(memory, descriptors, threads, len(started), len(shared_memory()))
+    segments = {name for each in (process, *started) for name in mapped_segments(each)}
+    return Usage(memory, descriptors, threads, len(started), len(segments))
 
 
 def private_memory(process: int) -> float:
@@ -117,7 +133,7 @@ def soak(steps: int, workers: int = 2) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         before = shared_memory()
         measured, left = watch(pathlib.Path(folder), steps, workers)
-        segments = shared_memory() - before
+        segments = segments_left(before)
     growth, flat = slopes(measured), True
     print(f"{'':12s} {'first':>9s} {'last':>9s} {'per 1000 steps':>15s} {'bound':>9s}")
     for name, slope, bound in zip(Usage._fields, growth, BOUNDS, strict=True):

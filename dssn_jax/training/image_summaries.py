@@ -1,5 +1,6 @@
 """Pictures of what training reads and what the networks predict, for TensorBoard and the report."""
 
+import contextlib
 import functools
 
 import jax
@@ -53,7 +54,8 @@ class ImageSummaries:
     def validation_panel(self, state: TrainState, evaluator: Evaluator, val: Source) -> dict[str, np.ndarray]:
         """Returns a picture of validation images with the predictions of each network, as `panels` does."""
         networks, shown = state.networks(), slice(self._rows)
-        batch = next(evaluator.batches(val, ahead=0))
+        with contextlib.closing(evaluator.batches(val)) as batches:
+            batch = next(batches)
         maps = [self._color(evaluator.class_maps(variables, batch)[shown]) for variables in networks.values()]
         name = "-".join(["validation/image", *networks, "truth"])
         return {name: visualize.panel(batch.images[shown], *maps, self._color(batch.labels[shown]))}

@@ -15,7 +15,9 @@ import threading
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax.traverse_util import flatten_dict
+from PIL import Image
 
 from configs import shapes
 from configs.checks import ConfigError
@@ -23,8 +25,9 @@ from dssn_jax.evaluation import evaluate
 from dssn_jax.learner import learner as learners
 from dssn_jax.training import loop
 from dssn_jax.training.run import plan
+from dssn_jax.weights import convert
 from dssn_jax.workdir import checkpoint, files, recorder, restore
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, UserError
 from tests.conftest import ONE_DEVICE
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -220,11 +223,95 @@ def test_finished_runs_are_not_trained_again(tiny_config, trained, tmp_path):
     assert losses(tmp_path) == losses(trained)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
-    config = tiny_config("supervised", optimizer__lr=1e30)
-    with pytest.raises(loop.DivergedError, match=r"not finite at step \d+ .*loss_x"):
+def test_a_finished_run_is_not_replaced_by_another(tiny_config, trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    records = [tmp_path / name for name in ("config.json", "run.json", "summary.json", "confusion.json")]
+    before = [path.read_bytes() for path in records]
+    for options in ({"seed": 1}, {"data__std": (0.2, 0.2, 0.2)}, {"eval__mode": "center_crop"}, {"train__steps": 10}):
+        with pytest.raises(ConfigError, match="holds another run, finished at step 12, .*another --workdir"):
+            loop.train(tiny_config(**LONG | {"train__resume": "changed"} | options), tmp_path)
+    loop.train(tiny_config(**LONG | {"name": "other", "train__log_every": 5}), tmp_path)
+    assert [path.read_bytes() for path in records] == before
+
+
+@pytest.mark.parametrize(
+    ("every", "rate", "message"),
+    [
+        (100, 1e30, r"the (loss|norm of the gradients) is not finite at step 2 .*loss_x.*no checkpoint was saved"),
+        (1, 1e30, r"the state after step 1 is not saved: .* holds .*; no checkpoint was saved"),
+        (1, 1e10, r"step [23] .*; the last checkpoint, which is finite, is that of step (1|2) in"),
+    ],
+)
+def test_a_run_that_diverges_keeps_the_last_finite_checkpoint(tiny_config, tmp_path, every, rate, message):
+    config = tiny_config("supervised", optimizer__lr=rate, train__checkpoint_every=every, train__eval_every=100)
+    with pytest.raises(loop.DivergedError, match=message) as raised:
         loop.train(config, tmp_path)
-    assert not (tmp_path / "summary.json").exists()
+    assert "lower config.optimizer.lr" in str(raised.value) and not (tmp_path / "summary.json").exists()
+    if "no checkpoint" not in message:
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(latest_state(tmp_path).student))
+
+
+def test_pretrained_weights_that_are_not_finite_are_named(tiny_config, trained, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    convert.convert(str(trained), str(weights))
+    tensors = safetensors.numpy.load_file(weights)
+    tensors["classifier.bias"] = np.full_like(tensors["classifier.bias"], np.nan)
+    safetensors.numpy.save_file(tensors, weights)
+    with pytest.raises(UserError, match="weights.safetensors.*classifier.bias"):
+        loop.train(tiny_config(model__pretrained=str(weights)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def write_images(root):
+    """Writes a data set of eight 40x50 images with masks of 3 classes; two validate."""
+    random = np.random.default_rng(0)
+    for name in ("images", "masks", "splits/few"):
+        (root / name).mkdir(parents=True)
+    lines = []
+    for number in range(8):
+        Image.fromarray(random.integers(0, 255, (40, 50, 3), np.uint8)).save(root / f"images/{number}.png")
+        Image.fromarray(random.integers(0, 3, (40, 50), np.uint8)).save(root / f"masks/{number}.png")
+        lines.append(f"images/{number}.png masks/{number}.png\n")
+    (root / "splits/few/labeled.txt").write_text("".join(lines[:4]))
+    (root / "splits/few/unlabeled.txt").write_text("".join(lines[:6]))
+    (root / "splits/val.txt").write_text("".join(lines[6:]))
+
+
+def of_images(tiny_config, root, **options):
+    """Returns the configuration of a supervised run on the images of `write_images`."""
+    data = {"data__source": "folder", "data__root": str(root), "data__split": "few", "data__classes": ("a", "b", "c")}
+    return tiny_config("supervised", **data, train__pictures=0, **options)
+
+
+def test_a_bad_validation_mask_is_named_before_the_first_step(tiny_config, tmp_path):
+    write_images(tmp_path / "data")
+    Image.fromarray(np.full((40, 50), 200, np.uint8)).save(tmp_path / "data/masks/7.png")
+    with pytest.raises(DataError, match=r"masks/7.png: mask values 200"):
+        loop.train(of_images(tiny_config, tmp_path / "data"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_masks_without_a_class_are_in_the_log(tiny_config, tmp_path):
+    write_images(tmp_path / "data")
+    Image.fromarray(np.full((40, 50), 255, np.uint8)).save(tmp_path / "data/masks/2.png")
+    loop.train(of_images(tiny_config, tmp_path / "data", train__steps=1), tmp_path / "run")
+    assert "WARNING: " in (log := (tmp_path / "run/log.txt").read_text()) and "images/2.png" in log
+
+
+def test_an_evaluation_that_fails_loses_no_step(tiny_config, tmp_path, monkeypatch):
+    """A file that is removed while training."""
+    write_images(tmp_path / "data")
+    config = of_images(tiny_config, tmp_path / "data", train__eval_every=3, train__checkpoint_every=100)
+    evaluate_as_before = loop.Trainer._evaluate
+
+    def remove_then_evaluate(self, batch):
+        (tmp_path / "data/images/7.png").unlink()
+        evaluate_as_before(self, batch)
+
+    monkeypatch.setattr(loop.Trainer, "_evaluate", remove_then_evaluate)
+    with pytest.raises((DataError, OSError), match="images/7.png"):
+        loop.train(config, tmp_path / "run")
+    assert int(latest_state(tmp_path / "run").step) == 3
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.soak import children, shared_memory
+from tests.soak import children, segments_left, shared_memory
 from tests.training.test_loop import ENVIRONMENT, ROOT, command, wait_for
 
 pytestmark = pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="reads /proc of Linux")
@@ -38,7 +38,7 @@ def workers_of(process):
 def run_until(step, notify, config, workdir):
     """Starts a run in a process group of its own, calls `notify` after `step`.
 
-    Returns (exit code, standard error, child processes, shared memory that is new).
+    Returns (exit code, standard error, segments of shared memory that are left).
     """
     before = shared_memory()
     with subprocess.Popen(
@@ -51,7 +51,15 @@ def run_until(step, notify, config, workdir):
         notify(process)
         _, errors = process.communicate(timeout=120)
     wait_until(lambda: not any(map(is_running, started)), "child processes outlive the run")
-    return process.returncode, errors, shared_memory() - before
+    return process.returncode, errors, segments_left(before)
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Lets runs receive Ctrl-C, which shells keep from what they start in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
