@@ -70,7 +70,7 @@ _TFDS = Section(
 
 _SHAPES = Section(
     'The generated images of `data.source = "shapes"`.',
-    size=Key(96, Int(8, 2048), "Side of an image.", "pixels"),
+    size=Key(96, Int(32, 2048), "Side of an image.", "pixels"),
     labeled=Key(16, Int(1, 10**6), "Labeled images: the first of the unlabeled ones."),
     unlabeled=Key(512, Int(1, 10**6), "Unlabeled images."),
     val=Key(64, Int(1, 10**6), "Validation images."),
@@ -109,15 +109,15 @@ _DATA = Section(
     scale=Key((0.5, 2.0), Pair(Float(0.01, 100)), "The long side is scaled by U[scale] before the crop."),
     flip=Key(0.5, _PROBABILITY, "Probability of a horizontal flip."),
     labeled_batch=Key(
-        8, Int(0, 65536), "Labeled images per step, over all devices and hosts; `method.labeled_batch_factor` "
+        8, Int(0, 4096), "Labeled images per step, over all devices and hosts; `method.labeled_batch_factor` "
         "multiplies them. 0: chosen from the memory of the devices.", "images",
     ),
-    unlabeled_batch=Key(8, Int(0, 65536), "Unlabeled images per step, likewise.", "images"),
+    unlabeled_batch=Key(8, Int(0, 4096), "Unlabeled images per step, likewise.", "images"),
     mean=Key(IMAGENET_MEAN, Tuple(_PROBABILITY, 3, 3), "Of RGB in [0, 1]; subtracted."),
     std=Key(IMAGENET_STD, Tuple(Float(0.001, 10), 3, 3), "Of RGB in [0, 1]; divided by."),
     workers=Key(0, Int(0, 256), "Processes that make batches; 0: threads of this process."),
     threads=Key(16, Int(1, 1024), "Threads (of each process) that decode and augment."),
-    buffer=Key(2, Int(1, 1000), "Batches (of each process) made ahead.", "batches"),
+    buffer=Key(2, Int(1, 100), "Batches (of each process) made ahead.", "batches"),
     tfds=_TFDS,
     shapes=_SHAPES,
 )  # fmt: skip
@@ -181,7 +181,7 @@ _METHOD = Section(
     "unlabeled streams (strong_views = feature_views = 0) the labeled loss remains.",
     name=Key("dssn", Text(), "The entry of configs/methods.py that filled this section."),
     labeled_batch_factor=Key(
-        1, Int(1, 1024), "Labeled images per step are `data.labeled_batch` times this. 2 for the supervised baseline, "
+        1, Int(1, 16), "Labeled images per step are `data.labeled_batch` times this. 2 for the supervised baseline, "
         "which gives the place of the unlabeled images to labeled ones.",
     ),
     strong_views=Key(2, Int(0, 16), "Streams of strongly augmented views."),
@@ -272,7 +272,7 @@ _TRAIN = Section(
         "exact", Choice("exact", "changed"), "When a continued run has a configuration, or lists of images, that would "
         "change what follows. exact: stop and name the changes; changed: continue with them.",
     ),
-    log_every=Key(50, Int(1), "Interval of log lines.", "steps"),
+    log_every=Key(50, Int(1, 10000), "Interval of log lines.", "steps"),
     eval_every=Key(
         0, Int(), "Interval of evaluations; 0: every epoch. The last step is always evaluated.", "steps"
     ),
@@ -290,7 +290,7 @@ _EVAL = Section(
     mode=Key("original", Choice("original", "sliding_window", "center_crop"), "original: whole images."),
     crop=Key(0, _CROP, "Side of the window or center crop; 0: that of training.", "pixels"),
     batch=Key(
-        8, Int(1, 65536), "Images predicted together (rounded up to a multiple of the devices).", "images"
+        8, Int(1, 4096), "Images predicted together (rounded up to a multiple of the devices).", "images"
     ),
     buckets=Key(
         4, Int(1, 1000),
@@ -298,7 +298,7 @@ _EVAL = Section(
     ),
     flip=Key(False, Bool(), "Test-time augmentation: adds the mirrored image to the class probabilities."),
     scales=Key(
-        (1.0,), Tuple(Float(0.05, 20), 1, 32), "Test-time augmentation: scales at which the image is predicted."
+        (1.0,), Tuple(Float(0.1, 8), 1, 32), "Test-time augmentation: scales at which the image is predicted."
     ),
 )  # fmt: skip
 
