@@ -1,8 +1,8 @@
 """An attack, what came of it, and the definition of a good outcome, which is the same for all of them.
 
 Good is exit 0 with the right result, or another exit with one line "error: ..." on standard error that names the
-culprit. Never good: a traceback, a crash, a hang, more memory than a limit, another result than that of the run that was
-not attacked, processes that are left, and a file of the user that changed.
+culprit. Never good: a traceback, a crash, a hang, more memory than a limit, another result than that of the untouched
+run, processes that are left, and a file of the user that changed.
 """
 
 import dataclasses

@@ -162,7 +162,7 @@ def _noise(rng, *shape: int) -> np.ndarray:
 
 
 _BAD_FILES = {
-    "truncated": lambda path, rng: path.write_bytes(path.read_bytes()[: rng.randrange(1, 1000)]),
+    "truncated": lambda path, rng: path.write_bytes(path.read_bytes()[: rng.randrange(len(path.read_bytes()))]),
     "empty": damage.empty,
     "noise": damage.noise,
     "page of HTML": _write(lambda rng: b"<html><body>404 Not Found</body></html>"),

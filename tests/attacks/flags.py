@@ -175,7 +175,8 @@ def _keys(place: Place, rng: random.Random) -> Attack:
 
 _ENVIRONMENT = (
     {"SLURM_NTASKS": ""}, {"SLURM_NTASKS": "abc", "SLURM_PROCID": "0"}, {"OMPI_COMM_WORLD_SIZE": ""},
-    {"OMPI_COMM_WORLD_SIZE": "x"}, {"SLURM_NTASKS": "-3"}, {"COLUMNS": "-1"}, {"COLUMNS": "abc"}, {"LC_ALL": "C", "LANG": "C"},
+    {"OMPI_COMM_WORLD_SIZE": "x"}, {"SLURM_NTASKS": "-3"}, {"COLUMNS": "-1"}, {"COLUMNS": "abc"},
+    {"LC_ALL": "C", "LANG": "C"},
     {"TERM": "nothing"}, {"SLURM_NTASKS": "2.5", "SLURM_PROCID": ""},
 )  # fmt: skip
 

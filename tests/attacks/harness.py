@@ -45,16 +45,17 @@ class Worker:
     """A worker process; see `tests.attacks.worker`."""
 
     def __init__(self, fixtures: pathlib.Path, *options: str):
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  Closed with the worker.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.attacks.worker", str(fixtures), *options], cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None if os.environ.get("ATTACKS_DEBUG") else subprocess.DEVNULL,
-            start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True,
         )  # fmt: skip
         self._answers: queue.Queue = queue.Queue()
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         if self._answers.get(timeout=_STARTING) is None:
-            raise RuntimeError("a worker could not start; run `python -m tests.attacks.worker FOLDER --build`")
+            self._errors.seek(0)
+            raise RuntimeError(f"a worker could not start: {self._errors.read().decode(errors='replace')[-3000:]}")
 
     def _listen(self) -> None:
         for line in self._process.stdout:
@@ -104,6 +105,7 @@ class Worker:
         self._process.stdout.close()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+        self._errors.close()
 
 
 def run(

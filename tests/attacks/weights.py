@@ -258,6 +258,6 @@ _PTH = {
     "empty": damage.empty,
 }
 _REFUSED = {
-    "int8", "bool", "int64", "a nan", "an inf", "tensor missing", "tensor renamed", "tensor reshaped", "negative variance",
-    *(name for name in (*_PTH, *_SAFETENSORS) if name != "compressed"), *damage.KINDS,
+    "int8", "bool", "int64", "a nan", "an inf", "tensor missing", "tensor renamed", "tensor reshaped",
+    "negative variance", *(name for name in (*_PTH, *_SAFETENSORS) if name != "compressed"), *damage.KINDS,
 }  # fmt: skip

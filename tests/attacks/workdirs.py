@@ -30,7 +30,7 @@ def targets(workdir: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
 
 def generate(place: Place, rng: random.Random) -> Attack:
     """Damages a file or folder of a run."""
-    mode = rng.choice([*READING, "train", "train"])
+    mode = rng.choice([*READING, "train"])
     workdir = place.copy("part" if mode == "train" else "run")
     name, path = rng.choice(targets(workdir))
     how = rng.choice(_ways(path))

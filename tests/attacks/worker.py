@@ -22,7 +22,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 from dssn_jax import commands
 from tests.attacks import attack as attacks
-from tests.attacks import fixtures, generators
+from tests.attacks import fixtures, generators, memo
 
 
 @contextlib.contextmanager
@@ -109,6 +109,7 @@ def main() -> None:
         except Exception:
             print(*texts, file=sys.stderr)
             raise
+    memo.install()
     oracle = pickle.loads((folder / "oracle.pickle").read_bytes())
     say({"ready": True})
     for line in sys.stdin:
