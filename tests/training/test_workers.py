@@ -64,7 +64,7 @@ def interrupts():
 
 @pytest.fixture
 def config(tiny_config):
-    return tiny_config(data__workers=2, train__steps=500, train__pictures=0, train__eval_every=500)
+    return tiny_config("supervised", data__workers=2, train__steps=500, train__pictures=0, train__eval_every=500)
 
 
 def test_workers_end_with_a_killed_run(config, tmp_path):
@@ -79,7 +79,9 @@ def test_a_killed_worker_is_named_in_one_line(config, tmp_path):
     assert errors.count("\n") == 1 and "config.data.workers is 2" in errors
 
 
-@pytest.mark.parametrize(("notice", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("notice", "name"), [(signal.SIGINT, "Ctrl-C"), pytest.param(signal.SIGTERM, "SIGTERM", marks=pytest.mark.slow)]
+)
 def test_a_signal_to_all_processes_saves_and_stops(config, tmp_path, notice, name):
     """Terminals send Ctrl-C, and some clusters SIGTERM, to workers too."""
     code, errors, left = run_until(2, lambda run: os.killpg(run.pid, notice), config, tmp_path)
@@ -87,6 +89,7 @@ def test_a_signal_to_all_processes_saves_and_stops(config, tmp_path, notice, nam
     assert errors.startswith(f"error: stopped by {name} after step ") and errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_stops_at_once(config, tmp_path):
     def notify(run):
         run.send_signal(signal.SIGSTOP)  # The run receives both before it has finished a step.
