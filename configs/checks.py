@@ -28,7 +28,7 @@ def check_choice(what: str, value: str, known: Iterable[str]) -> None:
     """Raises ConfigError if `value` is not one of `known`; `what` names it in the message."""
     known = list(known)
     if value not in known:
-        raise ConfigError(f"unknown {what} {value!r}{suggest(value, known)}")
+        raise ConfigError(f"unknown {what} {show(value)}{suggest(value, known)}")
 
 
 def check_values(config, keys: Section = KEYS, path: str = "config") -> None:
@@ -53,10 +53,10 @@ def check_path(flag: str, path: str) -> str:
     """Returns the value of a flag with ~ expanded; raises ConfigError for one that names no path."""
     kind = Path(STORAGE)
     if not path.strip() or not kind.accepts(path):
-        raise ConfigError(f"{flag}={path}: expected {kind}")
+        raise ConfigError(f"{flag}={show(path)}: expected {kind}")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise ConfigError(f"{flag}={path}: there is no such user; ./{path} is a path that begins with ~")
+        raise ConfigError(f"{flag}={show(path)}: there is no such user; ./~ begins a path of that name")
     check_storage(expanded)
     return expanded
 
@@ -108,7 +108,7 @@ def unreadable_config_file(path: str) -> str:
     known = sorted(
         f"configs/{file.name}" for file in folder.glob("*.py") if "\ndef get_config(argument" in file.read_text()
     )
-    return f"config file {path!r} cannot be read{suggest(path, known)}"
+    return f"config file {show(path)} cannot be read{suggest(path, known)}"
 
 
 def differences(old: dict, new: dict, ignore: Collection[str] = (), section: str = "config") -> list[str]:

@@ -189,7 +189,7 @@ def parse(arguments: Sequence[str]) -> tuple[Mode, flags.FlagValues]:
     except Exception as error:  # An override that Python, ml_collections or absl cannot parse.
         raise ConfigError(f"command line: {type(error).__name__}: {shorten(error)}") from None
     if rest:
-        raise ConfigError(f"unexpected argument {rest[0]!r}; expected --FLAG=VALUE")
+        raise ConfigError(f"unexpected argument {show(rest[0])}; expected --FLAG=VALUE")
     checks.check_choice("--mode", values["mode"].value, MODES)
     _check_flags(values)
     if values["config"].value is not None:

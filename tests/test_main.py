@@ -122,8 +122,8 @@ def test_a_mistake_ends_with_one_line(options, messages, tmp_path, capsys):
     [
         ("", "expected a path of this machine or gs://BUCKET/..."),
         (" ", "expected a path of this machine"),
-        ("http://x", "--{flag}=http://x: expected a path of this machine"),
-        ("a://b", "--{flag}=a://b: expected a path of this machine"),
+        ("http://x", "--{flag}='http://x': expected a path of this machine"),
+        ("a://b", "--{flag}='a://b': expected a path of this machine"),
         ("~nobody_of_this_name/x", "there is no such user"),
     ],
 )
@@ -137,7 +137,7 @@ def test_paths_that_are_none_are_refused(path, message, tmp_path, monkeypatch, c
         ("workdir", ["--mode=report"]),
     ):
         assert commands.run([*options, f"--{flag}={path}"]) == 1
-        assert capsys.readouterr().err.startswith(f"error: --{flag}={path}: ")
+        assert capsys.readouterr().err.startswith(f"error: --{flag}={path!r}: ")
         assert commands.run([*options, f"--{flag}={path}"]) == 1
         printed = capsys.readouterr().err
         assert message.format(flag=flag) in printed and printed.count("\n") == 1
