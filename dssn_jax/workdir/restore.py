@@ -97,7 +97,7 @@ def read_config(workdir: epath.PathLike):
     try:
         config = with_defaults(read_json(workdir, CONFIG))
         checks.check_values(config)
-    except (TypeError, ValueError, KeyError, AttributeError, checks.ConfigError) as error:
+    except (TypeError, ValueError, OverflowError, KeyError, AttributeError, checks.ConfigError) as error:
         raise WorkdirError(f"{epath.Path(workdir) / CONFIG}: not a configuration of this program: {error}") from None
     return config
 
