@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs.checks import ConfigError
 from dssn_jax import commands
 from dssn_jax.evaluation import metrics
 from dssn_jax.report import charts, gallery, runs
@@ -34,7 +36,8 @@ HEADLESS = [
 def record(config, workdir, steps):
     """Writes what training leaves after `steps` steps, with made-up numbers, which need no compilation."""
     rng, run = np.random.default_rng(0), plan(config)
-    record = recorder.Recorder(files.Folder(workdir), 0)
+    folder = files.Folder(workdir)
+    record = recorder.Recorder(folder, 0)
     scores, state = metrics.new_scores(), run.learner.init_state()
     for step in range(1, steps + 1):
         names = ["loss", "loss_x", "lr", "grad_norm", "images_per_second", "waiting"]
@@ -48,6 +51,7 @@ def record(config, workdir, steps):
             metrics.update_scores(scores, step, scored)
             record.evaluation(step, scored, counts)
     record.close()
+    folder.close()
     saved, settings = checkpoint.Checkpointer(workdir), json.loads(config.to_json())
     saved.save(steps, state, {"config": settings, "scores": scores | {"best_step": steps}})
     saved.close()
@@ -224,3 +228,64 @@ def test_data_without_training_images(trained, tmp_path):
     titles = {row.title.partition(":")[0] for rows in drawn.validation.values() for row in rows}
     assert titles == {"images/a.png", "images/b.png"}  # Every pixel of c is ignored.
     assert drawn.training == {}
+
+
+def damage_metrics(workdir, lines):
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    changed = [record | change for record, change in zip(records, lines, strict=False)] + records[len(lines) :]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in changed))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "3", "", '{"student": 1, "teacher": [[1]]}', "\x00\x01", "not json"])
+@pytest.mark.parametrize("name", ["run.json", "confusion.json", "summary.json"])
+def test_parts_that_are_damaged_are_left_out(name, content, trained, tmp_path):
+    shutil.copytree(trained / "supervised", tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    text = report([str(tmp_path / "run")], images=0).read_text()
+    assert "loss_x" in text and "Pixel accuracy" in text
+
+
+def test_entries_of_other_types_are_left_out(trained, tmp_path):
+    shutil.copytree(trained / "dssn", tmp_path / "run")
+    info = {"parameters": "many", "images": [1], "devices": 3, "steps": "6", "steps_per_epoch": {}}
+    (tmp_path / "run/run.json").write_text(json.dumps(info))
+    odd = [
+        {"loss": 10**400},
+        {"lr": [1, 2]},
+        {"iou_student": [1.0]},
+        {"seconds": float("nan")},
+        {"step": 10**30},
+        {"x": 1},
+    ]
+    damage_metrics(tmp_path / "run", odd)
+    text = report([str(tmp_path / "run")], images=0).read_text()
+    assert "Pixel accuracy" in text and "not recorded" in text
+    damage_metrics(tmp_path / "run", [{"miou_teacher": "?"}] * 99)  # No score of the teacher is left.
+    assert "Run report" in report([str(tmp_path / "run")], images=0).read_text()
+
+
+def test_names_are_shown_as_they_are(trained, tmp_path):
+    """Markup of class names and of folders, bytes that are no text, and a class with the name of a metric."""
+    workdir = tmp_path / os.fsdecode(b"<i>caf\xe9 %{x}")
+    shutil.copytree(trained / "dssn", workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["classes"] = ["<b>bold</b>", "a & b", "mean", "Mean IoU", "ring", "cross"]
+    (workdir / "config.json").write_text(json.dumps(config))
+    (run,) = runs.read([str(workdir)])
+    shown = ["&lt;b&gt;bold&lt;/b&gt;", "a &amp; b", "mean", "Mean IoU", "ring", "cross"]
+    (bars,) = charts.class_bars([run])
+    trace = charts.confusion(run, "student")["traces"][0]
+    assert bars["traces"][0]["x"] == trace["x"] == trace["y"] == shown
+    assert bars["traces"][0]["name"] == r"&lt;i&gt;caf\xe9 &#37;{x} student"
+    text = report([str(workdir)], images=0).read_text()
+    assert "<b>" not in text.partition("<script>")[0] and "<td>mean</td>" in text and "<td>Mean IoU</td>" in text
+
+
+def test_files_of_the_user_stay(trained, tmp_path):
+    own = tmp_path / "page.html"
+    own.write_text("<!DOCTYPE html>mine")
+    with pytest.raises(ConfigError, match="page.html: exists already, and holds no earlier dssn_jax report"):
+        report([str(trained / "dssn")], to=str(own), images=0)
+    assert own.read_text() == "<!DOCTYPE html>mine"
+    for _ in range(2):  # A report may be renewed.
+        report([str(trained / "dssn")], to=str(tmp_path / "new.html"), images=0)
