@@ -14,7 +14,7 @@ KINDS = {
     "data": (data.generate, 200),
     "weights": (weights.generate, 110),
     "flags": (flags.generate, 120),
-    "disks": (disks.generate, 20),
+    "disks": (disks.generate, 8),
     "signals": (signals.generate, 6),
     "processes": (two_processes.generate, 4),
 }
