@@ -26,6 +26,7 @@ import os
 from configs import arguments
 from configs.checks import ConfigError, check_choice
 from configs.defaults import KEYS
+from configs.kinds import show
 from input_pipeline.class_names import read_class_names
 from input_pipeline.errors import DataError
 
@@ -42,7 +43,7 @@ def get_config(argument: str | None = None):
     if not root:
         raise ConfigError("configs/custom.py needs the folder of your images: configs/custom.py:root=FOLDER")
     if not os.path.isdir(root):
-        raise ConfigError(f"configs/custom.py:root={values['root']}: no such folder; expected that of your images")
+        raise ConfigError(f"configs/custom.py:root={show(values['root'])}: no such folder; expected that of your images")
     _check_splits(root, values)
     check_choice("unmasked", values["unmasked"], KEYS["data"]["folders"]["unmasked"].kind.names)
     config = arguments.recipe("custom", values, _class_names(os.path.join(root, values["names"])))

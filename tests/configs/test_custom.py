@@ -53,7 +53,7 @@ def test_splits_or_folders(tmp_path):
     ("arguments", "message"),
     [
         ("", r"needs the folder of your images"),
-        ("root=/absent", r"root=/absent: no such folder"),
+        ("root=/absent", r"root='/absent': no such folder"),
         ("root={root},unmasked=allow", r"unknown unmasked 'allow'.* known: refuse, unlabeled"),
         ("root={root},ignore=none", r"ignore='none': expected numbers, such as 0\+254"),
     ],
