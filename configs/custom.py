@@ -43,7 +43,7 @@ def get_config(argument: str | None = None):
     if not root:
         raise ConfigError("configs/custom.py needs the folder of your images: configs/custom.py:root=FOLDER")
     if not os.path.isdir(root):
-        raise ConfigError(f"configs/custom.py:root={show(values['root'])}: no such folder; expected that of your images")
+        raise ConfigError(f"configs/custom.py:root={show(values['root'])}: no such folder, expected that of images")
     _check_splits(root, values)
     check_choice("unmasked", values["unmasked"], KEYS["data"]["folders"]["unmasked"].kind.names)
     config = arguments.recipe("custom", values, _class_names(os.path.join(root, values["names"])))
