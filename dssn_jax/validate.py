@@ -26,7 +26,7 @@ def validate_model(config) -> None:
     for key in ("dtype", "param_dtype"):
         if config.model[key] == "float64" and not jax.config.jax_enable_x64:
             raise ConfigError(f"config.model.{key}=float64 needs the environment variable JAX_ENABLE_X64=1")
-    check_choice("config.method.teacher", config.method.teacher, method.TEACHERS)
+    method.check(config)
 
 
 def validate_evaluation(config) -> None:
@@ -47,7 +47,6 @@ def validate_training(config, device_count: int) -> None:
     """
     validate_evaluation(config)
     check_choice("config.optimizer.name", config.optimizer.name, OPTIMIZERS)
-    method.check(config)
     _check_cutmix(config.views)
     _check_crop(config)
     _check_batches(config, device_count)

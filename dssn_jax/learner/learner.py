@@ -98,7 +98,7 @@ def build(config, mesh: jax.sharding.Mesh | None = None, length: RunLength = Run
       length: steps of the run and of an epoch, which the schedules follow; only training needs the real ones.
 
     Raises:
-      ConfigError: an expression of `config.optimizer` fits no parameter of the network.
+      ConfigError: an expression of `config.optimizer` matches no parameter.
     """
     network = models.build(config.model, len(config.data.classes))
     shapes = jax.eval_shape(lambda key: init_variables(network, key), jax.random.PRNGKey(0))
