@@ -15,9 +15,9 @@ import jax
 
 from benchmarks import tables
 from configs import pascal
-from dssn_jax.evaluation.metrics import new_scores
 from dssn_jax.learner import learner
 from dssn_jax.workdir import checkpoint, checksums
+from dssn_jax.workdir.checkpoint import new_scores
 
 
 def measure(config, repeats: int, folder: str | None = None) -> dict:

@@ -9,6 +9,7 @@ import numpy as np
 import tabulate
 
 from configs.checks import check_choice
+from dssn_jax.workdir.checkpoint import new_scores
 from input_pipeline.errors import printable
 
 NETWORKS = ("student", "teacher")
@@ -88,14 +89,6 @@ def class_table(scores: dict[str, dict]) -> str:
     rows.append(tabulate.SEPARATING_LINE)
     rows += [[metric.title, *(scores[name][key] for name in networks)] for key, metric in METRICS.items()]
     return tabulate.tabulate(rows, ["IoU, %", *networks], floatfmt=".2f", disable_numparse=[0])
-
-
-def new_scores(metric: str = "miou") -> dict:
-    """Returns the scores of a run that was not evaluated yet; they are part of checkpoints and of the summary.
-
-    `update_scores` adds, per network, {"best": scores, "last": scores}, each with its "step".
-    """
-    return {"metric": metric, "best_step": None, "best_score": None}
 
 
 def update_scores(run: dict, step: int, evaluated: dict[str, dict]) -> float:

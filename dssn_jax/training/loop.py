@@ -88,7 +88,7 @@ class Trainer:
         self._run, self._learner, self._config = run, run.learner, run.learner.config
         self._workdir, mesh = workdir.path, run.learner.mesh
         self._evaluator = run.evaluator
-        self._scores = metrics.new_scores(metrics.ranking(self._config))
+        self._scores = checkpoint.new_scores(metrics.ranking(self._config))
         self._records = {name: digest(getattr(run.sources, name)) for name in ("labeled", "unlabeled")}
         self._checkpointer = checkpoint.Checkpointer(workdir.path)
         stack.callback(self._checkpointer.close)

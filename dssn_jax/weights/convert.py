@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from configs import defaults
 from configs.checks import ConfigError, check_choice
 from dssn_jax import sharding
-from dssn_jax.evaluation.metrics import new_scores
 from dssn_jax.learner import learner as learner_lib
 from dssn_jax.learner import state as state_lib
 from dssn_jax.learner.learner import Learner
@@ -25,7 +24,7 @@ from dssn_jax.weights import files, names, pretrained
 from dssn_jax.weights.files import StateDictError
 from dssn_jax.weights.pretrained import Weights
 from dssn_jax.workdir import recorder, restore
-from dssn_jax.workdir.checkpoint import Checkpointer
+from dssn_jax.workdir.checkpoint import Checkpointer, new_scores
 from dssn_jax.workdir.recorder import logger
 
 PARTS = ("network", "encoder")

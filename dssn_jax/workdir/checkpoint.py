@@ -205,6 +205,14 @@ class _Kept:
         return [each.step in (checkpoints[-1].step, self.best_step) for each in checkpoints]
 
 
+def new_scores(metric: str = "miou") -> dict:
+    """Returns the scores of a run that was not evaluated yet; they are part of checkpoints and of the summary.
+
+    `evaluation.metrics.update_scores` adds, per network, {"best": scores, "last": scores}, each with its "step".
+    """
+    return {"metric": metric, "best_step": None, "best_score": None}
+
+
 def exists(workdir: epath.PathLike) -> bool:
     """Returns whether there is a checkpoint in `workdir`."""
     folder = files.absolute(workdir) / FOLDER

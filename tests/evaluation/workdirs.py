@@ -6,14 +6,13 @@ import json
 import numpy as np
 from PIL import Image
 
-from dssn_jax.evaluation import metrics
 from dssn_jax.workdir import checkpoint, recorder
 
 
 def save(workdir, config, state, step: int = 3) -> None:
     """Saves `state` as the best and only checkpoint of a run of `config`."""
     settings = json.loads(config.to_json())
-    scores = metrics.new_scores() | {"best_step": step, "best_score": 50.0}
+    scores = checkpoint.new_scores() | {"best_step": step, "best_score": 50.0}
     with contextlib.closing(checkpoint.Checkpointer(workdir)) as saved:
         saved.save(step, state, {"config": settings, "steps": step, "records": {}, "scores": scores})
     recorder.write_json(workdir / "config.json", settings)

@@ -16,7 +16,7 @@ from dssn_jax.evaluation import metrics
 from dssn_jax.methods import method as methods
 from dssn_jax.training.loop import DivergedError
 from dssn_jax.validate import validate_training
-from dssn_jax.workdir import recorder
+from dssn_jax.workdir import checkpoint, recorder
 from experiments import compare, compare_plots, compare_results, compilations, prediction_picture
 from input_pipeline.batch import labeled_rows
 
@@ -60,7 +60,7 @@ class FakeTraining:
             raise PreemptedError("stopped")
         if self._diverging and self._diverging in workdir.name:
             raise DivergedError("not finite")
-        scores = metrics.new_scores()
+        scores = checkpoint.new_scores()
         for step in (10, 20):
             (workdir / "checkpoints" / str(step)).mkdir(parents=True)
             confusions = {name: self._confusion() for name in self._networks(config)}

@@ -38,7 +38,7 @@ def record(config, workdir, steps):
     rng, run = np.random.default_rng(0), plan(config)
     folder = files.Folder(workdir)
     record = recorder.Recorder(folder, 0)
-    scores, state = metrics.new_scores(), run.learner.init_state()
+    scores, state = checkpoint.new_scores(), run.learner.init_state()
     for step in range(1, steps + 1):
         names = ["loss", "loss_x", "lr", "grad_norm", "images_per_second", "waiting"]
         if config.method.strong_views:
