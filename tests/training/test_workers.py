@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.soak import children, segments_left, shared_memory
+from tests.soak import children, is_running, segments_left, shared_memory
 from tests.training.test_loop import ENVIRONMENT, ROOT, command, wait_for
 
 pytestmark = pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="reads /proc of Linux")
@@ -19,14 +19,6 @@ def wait_until(condition, what, seconds=30):
     while not condition():
         assert time.monotonic() < end, what
         time.sleep(0.05)
-
-
-def is_running(process):
-    """Returns whether a process runs: it exists and is no zombie."""
-    try:
-        return pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def workers_of(process):
