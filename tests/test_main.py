@@ -292,7 +292,7 @@ def test_predict(workdir, folder, tmp_path, capsys):
     assert commands.run([*options, "--checkpoint=latest", "--network=student", "--confidence"]) == 0
     assert "student of step 2" in capsys.readouterr().out
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
-    assert written == {"class_ids/0.png", "overlays/0.jpg", "confidence/0.png"}
+    assert written == {"class_ids/0.png", "overlays/0.jpg", "confidence/0.png", "predictions.json"}
 
 
 def test_report(workdir, tmp_path):

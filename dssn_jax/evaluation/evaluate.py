@@ -124,8 +124,8 @@ class Evaluator:
         rows = self._options.devices // self._options.process_count
         found, (height, width) = self._program(program, (rows, *batch.images.shape[1:3])), source.size(index)
         return MemoryLimitError(
-            f"{printable(source.name(index))}: {width}x{height} pixels need {found.needed / 1e9:.1f} GB of memory, and "
-            f"{found.free / 1e9:.1f} GB are free"
+            f"{printable(source.name(index))}: {width}x{height} pixels need {found.needed / 1e6:.0f} MB of memory, and "
+            f"{found.free / 1e6:.0f} MB are free"
         )
 
     def _program(self, program: Callable, shape: tuple[int, int, int]) -> Program:
@@ -139,13 +139,26 @@ class Evaluator:
                 for name, (channels, dtype) in types.items()
             }
             batch["sizes"] = jax.ShapeDtypeStruct((rows, 2), np.int32)
-            self._programs[key] = _compile(program, self._learner.abstract_state().networks()["student"], batch)
+            self._programs[key] = self._compile(program, batch)
             found = self._programs[key]
             logger.info(
-                "evaluating %d images of %dx%d pixels at a time: %.2f GB of memory per device, %.2f GB free",
-                rows, width, height, found.needed / 1e9, found.free / 1e9,
+                "evaluating %d images of %dx%d pixels at a time: %.0f MB of memory per device, %.0f MB free",
+                rows, width, height, found.needed / 1e6, found.free / 1e6,
             )  # fmt: skip
         return self._programs[key]
+
+    def _compile(self, program: Callable, batch: dict) -> Program:
+        """Compiles a program and compares the memory that it needs with what there is."""
+        compiled, needed = None, math.inf
+        variables = self._learner.abstract_state().networks()["student"]
+        with contextlib.suppress(MemoryLimitError), _memory_errors():
+            compiled = program.lower(variables, batch).compile()
+            memory = compiled.memory_analysis()
+            needed = memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else 0
+        free = _free_memory(self._learner.mesh.local_devices)
+        if jax.process_count() > 1:
+            free = float(multihost_utils.process_allgather(np.float32(free)).min())
+        return Program(compiled, needed, free)
 
     def _run(self, program: Callable, variables: dict, batch: dict[str, jax.Array]):
         rows, height, width = batch["labels"].shape
@@ -209,24 +222,11 @@ class Evaluator:
         return *self._inference.predict(variables, self._learner.normalize(batch["images"]), extent), extent
 
 
-def _compile(program: Callable, variables: dict, batch: dict) -> Program:
-    """Compiles a program and compares the memory that it needs with what there is."""
-    compiled, needed = None, math.inf
-    with contextlib.suppress(MemoryLimitError), _memory_errors():
-        compiled = program.lower(variables, batch).compile()
-        memory = compiled.memory_analysis()
-        needed = memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else 0
-    free = _free_memory()
-    if jax.process_count() > 1:
-        free = float(multihost_utils.process_allgather(np.float32(free)).min())
-    return Program(compiled, needed, free)
-
-
-def _free_memory() -> float:
-    """Returns the free bytes per device of this process."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats is None:
-        return auto_config.free_memory() / jax.local_device_count()
+def _free_memory(devices: Sequence[jax.Device]) -> float:
+    """Returns the free bytes for each of the `devices` of this process."""
+    stats = devices[0].memory_stats()
+    if stats is None:  # A CPU, whose devices share the memory of the machine.
+        return auto_config.free_memory() / len(devices)
     return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else math.inf
 
 

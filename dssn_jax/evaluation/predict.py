@@ -16,7 +16,7 @@ from dssn_jax.evaluation.evaluate import Evaluator, MemoryLimitError
 from dssn_jax.workdir import files, recorder
 from dssn_jax.workdir.recorder import logger
 from dssn_jax.workdir.restore import pick_network, read_config, restore
-from input_pipeline.errors import UserError, first_names, printable
+from input_pipeline.errors import UserError, printable
 from input_pipeline.eval_batches import EvalBatch
 from input_pipeline.sources.folder import ImagesSource
 from input_pipeline.sources.images import find_images
@@ -72,7 +72,7 @@ def predict(
         source, probabilities=True, indices=source.readable, on_error=lambda _, error: errors.append(error)
     )
     epath.Path(to).mkdir(parents=True, exist_ok=True)
-    description = {"made_by": MADE_BY, "run": str(workdir), "step": step, "network": network}
+    description = {"made_by": MADE_BY, "name": config.name, "network": network, "step": step}
     recorder.write_json(epath.Path(to) / DESCRIPTION, description | {"classes": list(config.data.classes)})
     with (
         ThreadPoolExecutor(config.data.threads) as pool,
@@ -83,7 +83,7 @@ def predict(
             try:
                 predicted = evaluator.predict(networks[network], batch)
             except MemoryLimitError as error:
-                errors.append(f"{first_names([source.name(index) for index in batch.indices], len(source))}: {error}")
+                errors += [f"{printable(source.name(index))}: {error}" for index in batch.indices]
                 continue
             writer.write(pool, batch, *predicted)
             done += len(batch.indices)

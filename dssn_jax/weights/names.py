@@ -107,7 +107,7 @@ def defect(value: np.ndarray, is_variance: bool = False) -> str:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return f"has dtype {value.dtype}; expected floating-point numbers"
     least, most = (float(value.min()), float(value.max())) if value.size else (0.0, 0.0)
-    if not max(-least, most) <= np.finfo(np.float32).max:  # Not a number is neither.
+    if not max(-least, most) <= float(np.finfo(np.float32).max):  # Not a number is neither.
         return "holds a number that is not finite"
     return f"holds {least:g}; expected variances of at least 0" if is_variance and least < 0 else ""
 

@@ -1,14 +1,18 @@
 """Confusion matrices, scores and the evaluator, against counts by hand and images one by one."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 
-from dssn_jax import sharding
+from dssn_jax import auto_config, sharding
+from dssn_jax.evaluation import evaluate as evaluate_lib
 from dssn_jax.evaluation import metrics
-from dssn_jax.evaluation.evaluate import Evaluator, evaluate
+from dssn_jax.evaluation.evaluate import Evaluator, MemoryLimitError, evaluate
 from dssn_jax.evaluation.predict import predict
 from dssn_jax.learner import learner as learners
+from dssn_jax.workdir import checkpoint
 from input_pipeline.eval_batches import EvalBatch
 from tests.evaluation import workdirs
 
@@ -68,8 +72,8 @@ class Images:
         return self.sizes[index]
 
 
-def start(config):
-    learner = learners.build(config)
+def start(config, devices=None):
+    learner = learners.build(config, sharding.make_mesh(jax.devices()[:devices]))
     return learner, learner.init_state().student, Evaluator(learner)
 
 
@@ -139,7 +143,7 @@ def test_neither_training_data_nor_the_batch_of_training_matter(tiny_config, tmp
 
 
 def test_scores_of_a_run():
-    run = metrics.new_scores("miou")
+    run = checkpoint.new_scores("miou")
 
     def update(step, **mious):
         scores = {name: {"miou": miou, "pixel_accuracy": 90.0 - step} for name, miou in mious.items()}
@@ -164,3 +168,57 @@ def test_the_table_has_a_row_for_each_class_and_metric():
     assert cells["ground"] == ["75.00", "75.00"] and cells["sky"] == ["80.00", "80.00"]
     assert cells["Mean IoU"] == ["77.50", "77.50"] and cells["Pixel accuracy"] == ["87.50", "87.50"]
     assert {metric.title for metric in metrics.METRICS.values()} <= cells.keys()
+
+
+def test_fewer_rows_at_a_time_give_the_same_scores(tiny_config, monkeypatch):
+    """One image at a time by the bound of pixels, and by that of memory."""
+    learner, variables, _ = start(tiny_config("supervised", eval__batch=4, eval__buckets=2), devices=1)
+    source = Images()
+
+    def confusion():
+        evaluator = Evaluator(learner)
+        batches = list(evaluator.batches(source))
+        return evaluator({"student": variables}, batches)["student"], {len(batch.images) for batch in batches}
+
+    whole, rows = confusion()
+    assert rows == {4}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_lib, "_MOST_SCORES", 32)
+        by_pixels, rows = confusion()
+    assert rows == {1}
+    np.testing.assert_array_equal(by_pixels, whole)
+    needed = {key[1][0]: program.needed for key, program in _programs(learner, source).items()}
+    monkeypatch.setattr(auto_config, "free_memory", lambda: needed[4] - 1)
+    by_memory, rows = confusion()
+    assert 1 in rows
+    np.testing.assert_array_equal(by_memory, whole)
+
+
+def _programs(learner, source):
+    evaluator = Evaluator(learner)
+    list(evaluator.batches(source))
+    return evaluator._programs
+
+
+def test_validation_images_that_are_too_large_are_left_out_and_named(tiny_config, monkeypatch, caplog):
+    learner, variables, _ = start(tiny_config("supervised", eval__batch=2, eval__buckets=7), devices=1)
+    source, evaluator = Images(), Evaluator(learner)
+    source.sizes = (*source.sizes, (480, 320))
+    source._records.append({"image": np.zeros((480, 320, 3), np.uint8), "label": np.zeros((480, 320), np.uint8)})
+    whole = evaluator({"student": variables}, evaluator.batches(source, indices=range(7)))["student"]
+    monkeypatch.setattr(evaluate_lib, "_MOST_SCORES", 32 * 480 * 200)
+    monkeypatch.setattr(auto_config, "free_memory", lambda: 5e6)
+    evaluator = Evaluator(learner)
+    left = evaluator({"student": variables}, evaluator.batches(source))["student"]
+    np.testing.assert_array_equal(left, whole)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and re.search(r"1 images are left out:\n7.png: 320x480 pixels need .* MB", warnings[0])
+    monkeypatch.setattr(auto_config, "free_memory", lambda: 0)
+    with pytest.raises(MemoryLimitError, match="MB of memory, and 0 MB are free"):
+        list(Evaluator(learner).batches(source))
+
+
+def test_the_table_shows_any_class():
+    scores = metrics.scores_of(np.diag([3, 1, 2, 1]), ("mean", "Mean IoU", "\x1b[31mred\x01", "12"))
+    lines = metrics.class_table({"student": scores}).splitlines()
+    assert [line.rsplit(None, 1)[0] for line in lines[2:6]] == ["mean", "Mean IoU", "\\x1b[31mred\\x01", "12"]

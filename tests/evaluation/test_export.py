@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from configs.checks import ConfigError
+from dssn_jax.evaluation import export as export_lib
 from dssn_jax.evaluation.export import PLATFORMS, export
 from dssn_jax.learner import learner as learners
+from dssn_jax.weights.files import StateDictError
 from dssn_jax.workdir import checkpoint, restore
 from dssn_jax.workdir.recorder import write_json
 from tests.evaluation import workdirs
@@ -77,7 +79,7 @@ def test_the_example_of_the_guide(trained, tmp_path):
         ({"size": "40"}, ConfigError, "--size='40' is not HEIGHTxWIDTH"),
         ({"to": "/nowhere/a.stablehlo"}, ConfigError, "folder /nowhere does not exist"),
         ({"checkpoint": "7"}, checkpoint.CheckpointError, "no checkpoint '7'"),
-        ({"workdir": "/nowhere"}, restore.WorkdirError, "/nowhere: no such folder"),
+        ({"workdir": "/nowhere"}, checkpoint.CheckpointError, "/nowhere/checkpoints: no such folder"),
     ],
 )
 def test_mistakes_are_named(trained, options, error, message):
@@ -85,3 +87,27 @@ def test_mistakes_are_named(trained, options, error, message):
     with pytest.raises(error, match=message):
         export(**{"workdir": trained} | options)
     assert sorted(trained.iterdir()) == before
+
+
+def test_files_of_the_user_stay(trained, tmp_path):
+    to, beside = tmp_path / "a.stablehlo", tmp_path / "a.stablehlo.json"
+    for file in (to, beside):
+        file.write_text("mine")
+        with pytest.raises(ConfigError, match=f"--to={file}: exists already"):
+            export(trained, to=to, size="33x33")
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+        file.unlink()
+    for _ in range(2):  # An export may be renewed.
+        export(trained, to=to, size="33x33")
+
+
+def test_weights_that_are_not_finite_are_named(trained, tmp_path, monkeypatch):
+    learner, step, networks, state = restore.restore(trained)
+    kernel = networks["teacher"]["params"]["decoder"]["classifier"]["kernel"]
+    networks["teacher"]["params"]["decoder"]["classifier"]["kernel"] = kernel.at[0].set(np.nan)
+    monkeypatch.setattr(export_lib, "restore", lambda *_: restore.Restored(learner, step, networks, state))
+    with pytest.raises(
+        StateDictError, match="step 3 of .*: teacher: classifier.weight holds a number that is not finite"
+    ):
+        export(trained, to=tmp_path / "a.stablehlo")
+    assert list(tmp_path.iterdir()) == []

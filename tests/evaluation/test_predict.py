@@ -1,13 +1,18 @@
 """`--mode=predict`: what is written, what is skipped, and that its scores are those of `--mode=eval`."""
 
+import os
+import re
+
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs.checks import ConfigError
-from dssn_jax import visualize
+from dssn_jax import auto_config, visualize
+from dssn_jax.evaluation import evaluate as evaluate_lib
 from dssn_jax.evaluation import metrics
-from dssn_jax.evaluation.evaluate import evaluate
+from dssn_jax.evaluation.evaluate import Evaluator, evaluate
 from dssn_jax.evaluation.predict import UnreadableError, predict
 from dssn_jax.learner import learner as learners
 from dssn_jax.workdir import checkpoint, restore
@@ -96,3 +101,68 @@ def test_the_configuration_is_read_from_the_work_directory(run, root, tmp_path):
     with pytest.raises(restore.WorkdirError, match="no such folder"):
         predict(tmp_path / "nowhere", str(root / "images/d.jpg"), to=tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_an_image_that_is_too_large_is_skipped_and_named(run, root, tmp_path, monkeypatch):
+    """The others, one of which would share its batch, have the predictions that they have without it."""
+    config, workdir = run
+    predict(workdir, str(root / "images"), to=tmp_path / "expected", config=config)
+    Image.new("RGB", (700, 500)).save(root / "images/large.jpg")
+    monkeypatch.setattr(evaluate_lib, "_MOST_SCORES", 32 * 300 * 300)
+    monkeypatch.setattr(auto_config, "free_memory", lambda: 30e6)
+    with pytest.raises(UnreadableError, match=r"1 of 5 images were skipped") as error:
+        predict(workdir, str(root / "images"), to=tmp_path / "out", config=config)
+    assert re.search(r"images/large\.jpg: 700x500 pixels need \d+ MB of memory, and 8 MB are free", str(error.value))
+    for name in SIZES:
+        picture = f"class_ids/{name}.png"
+        np.testing.assert_array_equal(opened(tmp_path / "out" / picture), opened(tmp_path / "expected" / picture))
+
+
+def test_a_device_that_runs_out_of_memory_ends_no_prediction(run, root, tmp_path, monkeypatch):
+    config, workdir = run
+    original, calls = Evaluator._run, []
+
+    def full(self, program, variables, batch):
+        calls.append(1)
+        if len(calls) == 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n\nmore")
+        return original(self, program, variables, batch)
+
+    monkeypatch.setattr(Evaluator, "_run", full)
+    monkeypatch.setattr(evaluate_lib, "_MOST_SCORES", 32)  # Images of other sizes are in other batches.
+    with pytest.raises(UnreadableError, match="2 of 4 images were skipped:\n.*images/a.*: out of memory: RES") as error:
+        predict(workdir, str(root / "images"), to=tmp_path / "out", config=config)
+    assert str(error.value).count("\n") == 2
+    assert {path.name for path in (tmp_path / "out").rglob("*.png")} == {"b.png", "c.png"}
+
+
+def test_files_of_the_user_stay(run, root, tmp_path):
+    config, workdir = run
+    own = tmp_path / "own/class_ids/a.png"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(root)
+    before = sorted(tmp_path.rglob("*"))
+    for to, message in (
+        ("own", "own: neither empty nor a folder of predictions"),
+        ("file", "file: is a file; expected a folder"),
+        ("root", r"root: the image .*images/a\.jpg is in it"),
+        ("link/images", r"link/images: the image .*images/a\.jpg is in it"),
+        ("root/images/out", "root/images/out: in the folder of the images"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            predict(workdir, str(root / "images"), to=tmp_path / to, config=config)
+    assert sorted(tmp_path.rglob("*")) == before and own.read_text() == "mine"
+    for _ in range(2):  # Predictions may be renewed.
+        predict(workdir, str(root / "images/d.jpg"), to=tmp_path / "out", config=config)
+
+
+def test_names_that_are_not_utf_8(run, root, tmp_path):
+    config, workdir = run
+    name = os.fsdecode(b"caf\xe9.jpg")
+    (root / "images/d.jpg").rename(root / "images" / name)
+    (root / "images" / os.fsdecode(b"bad\xe9.jpg")).write_text("none")
+    with pytest.raises(UnreadableError, match=r"bad\\xe9\.jpg"):
+        predict(workdir, str(root / "images"), to=tmp_path / "out", config=config)
+    assert opened(tmp_path / "out/class_ids" / name.replace(".jpg", ".png")).size == (50, 40)

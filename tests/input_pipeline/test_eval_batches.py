@@ -135,3 +135,36 @@ def test_damaged_files_of_a_folder_are_named(folder, config):
     (folder / "images/11.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"images/11\.png"):
         list(eval_batches(source, EvalOptions(batch=1)))
+
+
+def test_batches_of_large_images_have_fewer_rows():
+    """Batches hold at most `pixels` per device; larger images have a device for themselves, and enlarge no others."""
+    sizes = [(10, 10)] * 9 + [(20, 20)] * 3 + [(10, 39), (39, 10)] + [(100, 100), (99, 100), (400, 300)]
+    source = SizedSource(len(sizes))
+    source.size = sizes.__getitem__
+    options = EvalOptions(batch=8, buckets=1, devices=2, pixels=400, process_count=2)
+    batches = [list(eval_batches(source, options._replace(process_index=index))) for index in (0, 1)]
+    for first, second in zip(*batches, strict=True):
+        rows, *size = first.images.shape[:3]
+        assert second.images.shape == first.images.shape and rows == options.rows(tuple(size)) / 2
+        assert rows == 1 or rows * size[0] * size[1] <= 400
+        for batch in (first, second):
+            assert [sizes[index] for index in batch.indices] == [*map(tuple, batch.sizes[: len(batch.indices)])]
+    padded = {index: batch.images.shape[1:3] for each in batches for batch in each for index in batch.indices}
+    assert sorted(padded) == list(range(len(sizes)))
+    assert padded[12] == (10, 39) and padded[13] == (39, 10)  # Their union would be large.
+    assert padded[14] == padded[15] == (100, 100) and padded[16] == (400, 300)
+    assert len({*padded.values()}) == 5
+
+
+def test_a_record_that_memory_cannot_hold_is_an_error_of_its_own():
+    class Source(SizedSource):
+        def __getitem__(self, index):
+            if index == 3:
+                raise MemoryError
+            return super().__getitem__(index)
+
+    errors = {}
+    batches = list(eval_batches(Source(6), EvalOptions(batch=2), on_error=errors.setdefault))
+    assert sorted(index for batch in batches for index in batch.indices) == [0, 1, 2, 4, 5]
+    assert str(errors[3]) == "3.png: needs more memory than there is"

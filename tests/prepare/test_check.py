@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from configs import custom, shapes
+from configs.checks import ConfigError
 from dssn_jax.prepare import check_report, prepare
 from dssn_jax.prepare.check import KINDS, check_data
 from dssn_jax.prepare.pack import pack_files
@@ -179,3 +180,13 @@ def test_exif_and_color_maps(tmp_path):
     report = check_data(custom.get_config(f"root={root},label_map=map.txt"))
     assert not report.defects
     assert (report.splits["labeled"].pixels + report.splits["val"].pixels).tolist() == [16 + 64, 16, 0]
+
+
+def test_files_of_the_user_stay(tmp_path, capsys):
+    config = custom.get_config(f"root={make_root(tmp_path / 'root', {'a': (0, 1), 'b': (0, 1)})}")
+    (tmp_path / "own.json").write_text('{"mine": 1}')
+    with pytest.raises(ConfigError, match="own.json: exists already, and holds no earlier dssn_jax check"):
+        prepare.check(config, to=str(tmp_path / "own.json"))
+    assert (tmp_path / "own.json").read_text() == '{"mine": 1}'
+    for _ in range(2):  # A report may be renewed.
+        prepare.check(config, to=str(tmp_path / "new.json"))

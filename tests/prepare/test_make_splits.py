@@ -151,3 +151,11 @@ def test_lists_of_the_original_are_left_alone(tmp_path):
     (summary,) = make_splits(config.data, ["1"], to=str(tmp_path / "mine"))
     assert (summary.labeled, summary.unlabeled, summary.val) == (1, 3, 2)
     assert {path: path.read_bytes() for path in splits.rglob("*.txt")} == before
+
+
+def test_other_files_beside_the_lists_stay(root):
+    (root / "splits.part").mkdir()
+    (root / "splits.part/notes.txt").write_text("mine")
+    make_splits(custom.get_config(f"root={root}").data, ["1_8"])
+    assert (root / "splits.part/notes.txt").read_text() == "mine"
+    assert {path.name for path in (root / "splits").iterdir()} == {"1_8", "val.txt"}

@@ -141,7 +141,7 @@ REFUSED = {
     "cut_short": "damaged or cut short",
     "cut_short_legacy": "damaged or cut short",
     "compressed": "is compressed .*expected a file as torch.save writes it",
-    "zip_bomb": r"is compressed \(\d{4,5} bytes, 10000000 when read\)",
+    "zip_bomb": "is compressed .*expected a file as torch.save writes it",
     "flipped_bit": "damaged: weights/data/0 in it does not have its checksum",
     "repeated_number": "a is of a kind that cannot be read",
     "sparse": r"a\\x1b is of a kind that cannot be read",

@@ -265,3 +265,13 @@ def test_a_run_may_continue_from_files_to_records(config, packed):
     assert inexact_changes(config.to_dict(), packed.to_dict()) == []
     packed.data.label_map = "other.txt"
     assert inexact_changes(config.to_dict(), packed.to_dict()) == ["config.data.label_map: '', now 'other.txt'"]
+
+
+@pytest.mark.parametrize("key", ["label_map", "splits"])
+def test_nothing_is_written_beside_the_folder(key, folder, config, tmp_path):
+    (folder.parent / "x").mkdir()
+    config.data[key] = f"../x/{key}"
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=rf"config\.data\.{key} is '\.\./x/{key}', outside of config\.data\.root"):
+        pack_files(config, str(tmp_path / "packed"))
+    assert sorted(tmp_path.rglob("*")) == before
