@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -158,7 +159,8 @@ def _confusions(workdir: epath.Path, classes: int) -> dict[str, np.ndarray]:
 def _optional_json(workdir: epath.Path, name: str) -> dict:
     """Returns the content of a JSON file; {} if it does not exist (yet) or, with a warning, is damaged."""
     try:
-        return restore.read_json(workdir, name) if (workdir / name).exists() else {}
+        exists = os.path.lexists(workdir / name) or (workdir / name).exists()  # A broken link is damage.
+        return restore.read_json(workdir, name) if exists else {}
     except WorkdirError as error:
         logger.warning("left out: %s", error)
         return {}

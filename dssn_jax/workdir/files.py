@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from configs import checks
 from dssn_jax import distributed
 from input_pipeline.errors import UserError, printable
+from input_pipeline.files import open_regular
 
 LOCK = ".lock"
 
@@ -33,6 +34,17 @@ class LockedError(UserError):
 def is_remote(path: epath.PathLike) -> bool:
     """Returns whether a path is in an object store, such as gs://BUCKET/FOLDER."""
     return "://" in os.fspath(path)
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+    """Returns the content of a file; on a disk, of a regular file alone: a named pipe would wait for a writer.
+
+    Raises DataError or OSError.
+    """
+    if is_remote(path):
+        return epath.Path(path).read_bytes()
+    with open_regular(os.fspath(path)) as file:
+        return file.read()
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

@@ -242,7 +242,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict]:
     path = epath.Path(workdir) / METRICS
     if not path.exists():
         return []
-    *lines, _ = path.read_bytes().split(b"\n")
+    *lines, _ = files.read_bytes(path).split(b"\n")
     parsed = [values for line in lines if (values := _parse(line)) is not None]
     if len(parsed) < len(lines):
         logger.warning("%s: skipped %d damaged of %d lines", path, len(lines) - len(parsed), len(lines))

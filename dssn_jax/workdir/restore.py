@@ -12,9 +12,10 @@ from dssn_jax import auto_config
 from dssn_jax.learner import learner as learner_lib
 from dssn_jax.learner.state import TrainState, deployed
 from dssn_jax.validate import validate_model
+from dssn_jax.workdir import files
 from dssn_jax.workdir.checkpoint import Checkpointer, exists
 from dssn_jax.workdir.recorder import logger
-from input_pipeline.errors import UserError
+from input_pipeline.errors import DataError, UserError
 
 CONFIG = "config.json"
 SUMMARY = "summary.json"
@@ -84,7 +85,9 @@ def read_json(workdir: epath.PathLike, name: str) -> dict:
     if not path.is_file():
         raise WorkdirError(f"{workdir}: no {name} in it; expected the work directory of a training run")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(files.read_bytes(path))
+    except DataError as error:
+        raise WorkdirError(str(error)) from None
     except (ValueError, RecursionError) as error:  # Not UTF-8, not JSON, or nested without end.
         raise WorkdirError(f"{path}: damaged, not JSON: {error}") from None
     if not isinstance(content, dict):

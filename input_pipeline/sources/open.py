@@ -13,7 +13,7 @@ import numpy as np
 
 from input_pipeline import layout
 from input_pipeline.class_names import SHAPES_CLASSES
-from input_pipeline.errors import DataError, first_lines
+from input_pipeline.errors import DataError, first_lines, printable
 from input_pipeline.labels import Labels
 from input_pipeline.sources import records
 from input_pipeline.sources import tfds as tfds_source
@@ -81,7 +81,7 @@ def open_source(config, split: str) -> Source:
 
 def _open(data, splits: Sequence[str]) -> list[Source]:
     if data.source not in SOURCES:
-        raise DataError(f"config.data.source is {data.source!r}; known: {', '.join(SOURCES)}")
+        raise DataError(f"config.data.source is {printable(repr(data.source), 100)}; known: {', '.join(SOURCES)}")
     return SOURCES[data.source](data, splits)
 
 

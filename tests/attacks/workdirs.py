@@ -44,7 +44,7 @@ def generate(place: Place, rng: random.Random) -> Attack:
     def verify(stdout: str) -> str:
         wrong = normal.verify(stdout)
         is_record = path.relative_to(workdir).parts[0] in _RECORDS
-        if wrong and mode == "report" and is_record and how in _TOLERATED:
+        if wrong and mode == "report" and is_record and (how in _TOLERATED or f"left out: {path}" in stdout):
             return f"other: the report shows the records that there are ({wrong})"
         if wrong and mode == "train" and path.name == "metrics.jsonl" and wrong.startswith("losses differ"):
             return f"other: {wrong} in the records, not in the state"
