@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -82,6 +83,8 @@ def read_json(workdir: epath.PathLike, name: str) -> dict:
     path = epath.Path(workdir) / name
     if not epath.Path(workdir).is_dir():
         raise WorkdirError(f"{workdir}: no such folder; expected the work directory of a training run")
+    if os.path.islink(path) and not path.exists():
+        raise WorkdirError(f"{path}: a broken link; expected a file")
     if not path.is_file():
         raise WorkdirError(f"{workdir}: no {name} in it; expected the work directory of a training run")
     try:
