@@ -131,6 +131,7 @@ def test_sigterm_is_received_and_its_handler_restored():
 
 def test_ctrl_c_stops_as_sigterm_and_a_second_one_at_once(monkeypatch, capfd):
     """The second one ends the process while the main thread is busy outside Python."""
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored where the tests run in the background.
     before, ended, notices = signal.getsignal(signal.SIGINT), [], []
     monkeypatch.setattr(os, "_exit", ended.append)
     preemption = distributed.Preemption(notify=notices.append)
@@ -145,6 +146,7 @@ def test_ctrl_c_stops_as_sigterm_and_a_second_one_at_once(monkeypatch, capfd):
     assert len(notices) == 1 and "Ctrl-C again stops it at once" in notices[0]
     assert ended == [130] and capfd.readouterr().err.startswith("error: stopped at once by Ctrl-C")
     assert signal.getsignal(signal.SIGINT) == before and signal.set_wakeup_fd(-1) == -1
+    signal.signal(signal.SIGINT, outside)
 
 
 def test_ctrl_c_that_a_background_job_ignores_stays_ignored():

@@ -80,6 +80,8 @@ def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
             return {name: _widen(file.get_tensor(name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (safetensors.SafetensorError, TypeError, UnicodeError) as error:  # TypeError: a dtype unknown to NumPy.
         raise StateDictError(f"{path}: not a safetensors file, or damaged or cut short ({error})") from None
+    except OSError as error:  # A device, for example, cannot be mapped.
+        raise StateDictError(f"{path}: cannot be read: {error}") from None
 
 
 def _read_torch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:

@@ -20,11 +20,6 @@ def test_200_attacks():
     _attack(200, _FAST, workers=1)
 
 
-@pytest.mark.slow
-def test_1000_attacks():
-    _attack(1000, list(generators.KINDS), workers=2)
-
-
 def _judged(code: int | None, stderr: str = "", **options) -> bool:
     return judge(Attack("a", "eval", [], ("config.data.crop",)), Result(code, "", stderr, **options)).good
 
