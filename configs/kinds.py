@@ -6,7 +6,7 @@ import re
 from typing import Any, NamedTuple, Protocol
 
 MOST_INT = 2**31 - 1
-MOST_FLOAT = 1e38  # What float32 holds.
+MOST_FLOAT = 1e38  # Largest order of magnitude in float32.
 STORAGE = ("gs",)  # Schemes of paths of work directories.
 # Control characters, and half characters: bytes of the command line that are not UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -24,7 +24,7 @@ class Key(NamedTuple):
 
     default: Any
     kind: Kind
-    text: str  # What it means.
+    text: str  # Its meaning.
     unit: str = ""
 
 

@@ -26,7 +26,7 @@ from input_pipeline.batch import labeled_rows
 from input_pipeline.sources.open import Source, Sources
 
 _BATCH = 8  # config.data.labeled_batch and unlabeled_batch of the published recipes.
-_MAX_CROP = 513  # That of the VOC recipe.
+_MAX_CROP = 513  # As in the VOC recipe.
 _PASSES = 100  # Over the unlabeled images, as in the VOC recipe.
 _STEPS = (4000, 40000)  # Least and most; with fewer SGD does not converge. The VOC recipe has 130 000.
 _EVALUATIONS, _EVALUATION_SHARE = 20, 0.2  # Most evaluations per run, and the greatest share of its work.
@@ -157,8 +157,8 @@ def _choose_batches(config, unlabeled: int, devices: int, limit: int) -> list[st
             batch, why = unlabeled, [f"there are {unlabeled} unlabeled images"]
         data[key] = max(1, batch // multiple) * multiple
         if data[key] != batch:
-            parts = f" x {micro_batches} micro-batches" if micro_batches > 1 else ""
-            why.append(f"a multiple of {devices} devices{parts}")
+            factor = f" x {micro_batches} micro-batches" if micro_batches > 1 else ""
+            why.append(f"a multiple of {devices} devices{factor}")
         if most[key] < data[key]:
             why.append("which may be too much: config.model.remat=True or a smaller config.data.crop needs less")
         reasons.append(f"data.{key}={data[key]}: {', '.join(why)}")

@@ -15,8 +15,8 @@ from dssn_jax.methods import method
 from input_pipeline.batch import labeled_rows
 from input_pipeline.sources.open import SOURCES
 
-_LEAST_CROP = 8  # Of crops and sliding windows, in pixels.
-_LEAST_CUTMIX_SHARE = 1e-3  # Of the boxes of the largest area that lie inside the crop; others are drawn again.
+_LEAST_CROP = 8  # Smallest crop and sliding window, in pixels.
+_LEAST_CUTMIX_SHARE = 1e-3  # Least share of largest boxes that lie inside the crop; others are redrawn.
 
 
 def validate_model(config) -> None:

@@ -140,7 +140,7 @@ def _check_output(folder: epath.Path, images: str, source: ImagesSource) -> None
         raise ConfigError(f"--to={folder}: is a file; expected a folder")
     if folder.exists() and any(folder.iterdir()):
         description = folder / DESCRIPTION
-        if not description.is_file() or MADE_BY.encode() not in description.read_bytes():
+        if not description.is_file() or MADE_BY.encode() not in files.read_bytes(description):
             raise ConfigError(f"--to={folder}: neither empty nor a folder of predictions; expected a new folder")
 
 

@@ -1,4 +1,4 @@
-"""What a configuration builds: network, method, optimizer and the training step, for the devices of a mesh."""
+"""Builds from a configuration: network, method, optimizer and the training step, for the devices of a mesh."""
 
 import dataclasses
 from collections.abc import Callable

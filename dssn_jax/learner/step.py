@@ -24,7 +24,7 @@ def stream_key(rng: jax.Array, step: jax.Array, stream: int) -> jax.Array:
 
 
 class Carry(NamedTuple):
-    """What forward passes change: variables other than parameters, and the state of the method."""
+    """State that forward passes change: variables other than parameters, and the state of the method."""
 
     student: dict  # Collections but "params".
     teacher: dict | None

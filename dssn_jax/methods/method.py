@@ -62,7 +62,7 @@ class Ema:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What one training step computes; `from_config` fills it from `config.method` and `config.ema`."""
+    """Data that define a training step; `from_config` fills it from `config.method` and `config.ema`."""
 
     streams: tuple[Stream, ...] = ()
     contrasts: tuple[Contrast, ...] = ()

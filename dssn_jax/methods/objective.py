@@ -174,7 +174,7 @@ def loss_terms(
 
 
 class Target(NamedTuple):
-    """What a stream is trained toward."""
+    """Pseudo-labels of a stream, with their weights."""
 
     labels: jax.Array  # int32 [U, H, W]
     weight: jax.Array  # float [U, H, W], 0 where not selected.

@@ -65,7 +65,7 @@ def from_config(views) -> StrongAugment:
 
 
 class Draw(NamedTuple):
-    """What was drawn for each of N samples."""
+    """Random parameters of N samples."""
 
     jitter: jax.Array  # bool [N]
     order: jax.Array  # int32 [N, 4]: indices into JITTER, in the order of application.

@@ -9,7 +9,7 @@ from input_pipeline.batch import Batch
 
 
 class Views(NamedTuple):
-    """What one training step reads: float images [N, H, W, 3], labels and masks; a method leaves others empty."""
+    """Inputs of one training step: float images [N, H, W, 3], labels and masks; a method leaves others empty."""
 
     image_x: jax.Array  # Labeled images, L of them.
     label_x: jax.Array  # Integers [L, H, W].

@@ -111,7 +111,7 @@ class Report(NamedTuple):
     splits: dict[str, SplitStatistics]  # labeled, unlabeled, val
     classes: tuple[str, ...]
     root: str  # Folder of the files; "" if the data are no files.
-    findings: tuple[Finding, ...]  # Those to fix first.
+    findings: tuple[Finding, ...]  # Errors first.
 
     @property
     def labeled_splits(self) -> dict[str, SplitStatistics]:

@@ -34,7 +34,7 @@ class ImageInfo(NamedTuple):
     error: str = ""
     size: tuple[int, int] = (0, 0)  # Height and width.
     gray: bool = False  # All channels are equal.
-    digest: bytes = b""  # Of the pixels.
+    digest: bytes = b""  # Hash of the pixels.
     masks: dict[str, MaskInfo] = {}  # By name.
 
 

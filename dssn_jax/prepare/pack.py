@@ -51,7 +51,7 @@ class Item(NamedTuple):
     mask: str | None
     image_path: str
     mask_path: str | None
-    bytes: int  # Of both files.
+    bytes: int  # Size of both files.
 
 
 class ShardResult(NamedTuple):

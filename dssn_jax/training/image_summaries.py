@@ -63,7 +63,7 @@ class ImageSummaries:
     def _draw(self, state: TrainState, batch: Batch) -> dict:
         learner = self._learner
         network, method = learner.network, learner.method
-        views = learner.views(batch, state.rng, state.step - 1)  # Those of the step that led to `state`.
+        views = learner.views(batch, state.rng, state.step - 1)  # The step that led to `state`.
         student, teacher = state.student, state.networks().get("teacher")
         drawn = {"image_x": batch.image_x, "label_x": batch.label_x}
         drawn["prediction_x"] = network.apply(student, views.image_x).argmax(-1)

@@ -1,4 +1,4 @@
-"""What a run trains, on what and for how long: built from a configuration before anything is written."""
+"""Plans a run (learner, data, length) from a configuration, before anything is written."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from input_pipeline.sources.open import Sources, open_sources
 
 
 class Run(NamedTuple):
-    """What is trained, on what and for how long."""
+    """A planned run: learner, data and length."""
 
     learner: Learner  # Its config has a value for every key.
     evaluator: Evaluator

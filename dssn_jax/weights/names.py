@@ -22,7 +22,7 @@ class Rule(NamedTuple):
     """Maps the end of a variable's path, such as "attn/kernel", to PyTorch's name and layout."""
 
     pattern: str  # Regular expression for the last parts of a path, joined by "/".
-    replacement: str  # What PyTorch has in their place: a template, as of `re.sub`.
+    replacement: str  # PyTorch's name for them, a template for `re.sub`.
     axes: Mapping[int, tuple[int, ...]] = {}  # Number of axes -> their order in PyTorch; default: ours.
 
 

@@ -37,7 +37,7 @@ class Weights(NamedTuple):
     path: epath.Path
     tensors: dict[str, np.ndarray]
     normalization: Normalization
-    metadata: dict  # Of the source: epoch, previous_best, step.
+    metadata: dict  # From the source: epoch, previous_best, step.
     config: ConfigDict | None = None  # Configuration of the run, if the source is a work directory.
 
     @property

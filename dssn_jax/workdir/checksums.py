@@ -16,7 +16,7 @@ _ROW = 512  # 64-bit words.
 
 
 class Summary(NamedTuple):
-    """What is kept of an array."""
+    """Checksum and range of an array."""
 
     checksum: str  # 8 hexadecimal digits.
     low: float  # Smallest value; NaN if there is one.

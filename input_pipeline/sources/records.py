@@ -31,7 +31,7 @@ class Row(NamedTuple):
     image: str
     mask: str | None
     shard: int
-    position: int  # Of the image in the shard; the mask is the next record.
+    position: int  # Index of the image in the shard; the mask is the next record.
     image_bytes: int
     mask_bytes: int
     size: tuple[int, int]  # H, W of the image.
