@@ -25,9 +25,6 @@ from input_pipeline.errors import UserError, first_names, printable
 
 FOLDER = "checkpoints"
 
-# The largest magnitude of a value of the state: the norm of 10^8 parameters of this size is still a float32.
-LARGEST = 1e15
-
 # Keys that change the arrays of the state: the networks, which of them there are, and the optimizer's state.
 _SHAPES_STATE = (
     "data.classes", "model.encoder", "model.decoder", "model.stem", "model.shortcut", "model.aspp_dilations",
@@ -44,7 +41,7 @@ class DamagedError(CheckpointError):
 
 
 class DivergedError(UserError):
-    """A loss or weights that are not finite, or larger than `LARGEST`."""
+    """A loss or weights that are not finite, or larger than `checksums.LARGEST`."""
 
 
 class Checkpointer:
@@ -239,14 +236,13 @@ def _sealed(meta: dict) -> dict:
 
 
 def _check_finite(step: int, summaries: dict[str, checksums.Summary]) -> None:
-    """Raises DivergedError, with the first array and its value, for values that are not within `LARGEST`."""
+    """Raises DivergedError, with the first array and its value, for values that are not within `checksums.LARGEST`."""
     for name, summary in summaries.items():
-        for value in (summary.low, summary.high):
-            if not abs(value) <= LARGEST:  # Not a number is neither.
-                raise DivergedError(
-                    f"the state after step {step} is not saved: {name} holds {value:g}; expected magnitudes up to "
-                    f"{LARGEST:g}. A lower config.optimizer.lr may help"
-                )
+        if summary.bad is not None:
+            raise DivergedError(
+                f"the state after step {step} is not saved: {name} holds {summary.bad:g}; expected magnitudes up to "
+                f"{checksums.LARGEST:g}. A lower config.optimizer.lr may help"
+            )
 
 
 def _attempt(function: Callable, *arguments, **options) -> tuple[Any, str]:
