@@ -70,7 +70,7 @@ def test_a_run_with_all_additions_trains_evaluates_and_converts(extended, tmp_pa
         return result.stdout
 
     overrides = [f"--config.{key}={value}" for key, value in {
-        "model.decoder": "linear", "method.selection": "running", "optimizer.name": "lion", "optimizer.lr": "0.001",
+        "model.decoder": "pointwise", "method.selection": "running", "optimizer.name": "lion", "optimizer.lr": "0.001",
         "eval.metric": "dice", "data.labeled_batch": 4, "data.unlabeled_batch": 4, "data.shapes.val": 6,
         "data.shapes.unlabeled": 16, "data.shapes.size": 48,
     }.items()]  # fmt: skip

@@ -30,10 +30,9 @@ class DeepLabV3Plus(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    @property
-    def stride(self) -> int:
-        """The stride of the logits."""
-        return self.strides[0]
+    def logits_extent(self, extent: Extent | None) -> Extent | None:
+        """Returns the extent of the logits for images of `extent`."""
+        return strided(extent, self.strides[0])
 
     @nn.compact
     def __call__(self, features: tuple[jax.Array, ...], train: bool, extent: Extent | None = None) -> jax.Array:

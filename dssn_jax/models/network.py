@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dssn_jax.models.extent import Extent, strided
+from dssn_jax.models.extent import Extent
 from dssn_jax.models.resize import upsample
 
 
@@ -15,8 +15,8 @@ class Network(nn.Module):
 
     The encoder maps (images [B, H, W, 3], train, extent) to a tuple of feature maps. It has the attributes `strides`
     (one per feature map), `size_multiple` (of height and width), `supports_padding` (whether it respects `extent`) and
-    `input_size` (the smallest square image it takes). The decoder maps (features, train, extent) to logits of stride
-    `stride`. Both get the extent of the images.
+    `input_size` (the smallest square image it takes). The decoder maps (features, train, extent) to logits, and its
+    method `logits_extent` maps the extent of images to that of their logits. Both get the extent of the images.
     """
 
     encoder: nn.Module
@@ -31,10 +31,10 @@ class Network(nn.Module):
         (except for batch statistics in training); those outside are undefined.
         """
         low_res = self.low_res_logits(images, train, extent)
-        return upsample(low_res, *images.shape[1:3], strided(extent, self.decoder.stride), extent)
+        return upsample(low_res, *images.shape[1:3], self.decoder.logits_extent(extent), extent)
 
     def low_res_logits(self, images: jax.Array, train: bool = False, extent: Extent | None = None) -> jax.Array:
-        """Maps images [B, H, W, 3] to logits [B, h, w, K] in `dtype`, at the stride of the decoder."""
+        """Maps images [B, H, W, 3] to logits [B, h, w, K] in `dtype`, at the decoder's resolution."""
         return self.decode(self.encode(images, train, extent), train, extent)
 
     def encode(self, images: jax.Array, train: bool = False, extent: Extent | None = None) -> tuple[jax.Array, ...]:
@@ -42,7 +42,7 @@ class Network(nn.Module):
         return self.encoder(images.astype(self.dtype), train, extent)
 
     def decode(self, features: tuple[jax.Array, ...], train: bool = False, extent: Extent | None = None) -> jax.Array:
-        """Maps feature maps of `encode` to logits [B, h, w, K] in `dtype`, at the stride of the decoder."""
+        """Maps feature maps of `encode` to logits [B, h, w, K] in `dtype`, at the decoder's resolution."""
         return self.decoder(features, train, extent)
 
     @property
