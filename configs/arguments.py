@@ -1,10 +1,10 @@
-"""Arguments of a config file: `--config=configs/pascal.py:split=183,encoder=resnet50,method=unimatch`."""
+"""Arguments of a config file: `--config=configs/pascal.py:split=183,encoder=dinov2_base,method=unimatch_v2`."""
 
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from configs import defaults, methods
+from configs import defaults, encoders, methods
 from configs.checks import ConfigError, check_choice, check_values, suggest
 from configs.kinds import Text, show
 
@@ -12,12 +12,14 @@ from configs.kinds import Text, show
 def parse(argument: str | None, **default_values) -> dict:
     """Parses `key=value,key=value` to a dict on top of `default_values`, whose types the values take.
 
+    A crop that is not given is that of `default_values`, or the side nearest to it that the encoder takes.
+
     Raises ConfigError for a key without default, a value of another type, or an unknown method.
     """
-    values = dict(default_values)
+    values, given = dict(default_values), set()
     for item in filter(None, (argument or "").split(",")):
         key, equals, text = item.partition("=")
-        if not equals:
+        if not (key and equals):
             raise ConfigError(f"config argument {show(item)} is not of the form key=value")
         if key not in default_values:
             raise ConfigError(f"unknown config argument {show(key)}{suggest(key, default_values)}")
@@ -28,16 +30,21 @@ def parse(argument: str | None, **default_values) -> dict:
         except ValueError:
             kind = type(default_values[key]).__name__
             raise ConfigError(f"config argument {key}={show(text)} is not of type {kind}") from None
+        given.add(key)
     check_choice("method", values["method"], methods.METHODS)
+    if "crop" in values.keys() - given and "encoder" in values:
+        values["crop"] = encoders.nearest_crop(values["encoder"], values["crop"])
     return values
 
 
 def recipe(dataset: str, values: dict, classes: Sequence[str], splits: Sequence[str] = ()) -> ConfigDict:
     """Returns the defaults with the arguments of a config file, for the data set's own settings to follow.
 
+    Vision transformers have the recipe of their family (`configs/encoders.py`) already.
+
     Args:
-      dataset: name of the data set, for the name of the run.
-      values: parsed arguments, with at least encoder, method and crop.
+      dataset: name of the data set, for the name of the run and the published schedule.
+      values: parsed arguments, with at least encoder, method and crop; decoder is optional.
       classes: class names.
       splits: names of the published splits, if the argument split must be one of them.
 
@@ -51,11 +58,17 @@ def recipe(dataset: str, values: dict, classes: Sequence[str], splits: Sequence[
     config.data.classes = tuple(classes)
     config.data.crop = values["crop"]
     config.model.encoder = values["encoder"]
+    config.model.decoder = values.get("decoder") or encoders.decoder_for(values["encoder"])
     methods.apply(config, values["method"])
+    encoders.apply(config, dataset)
     check_values(config)  # Before the data set's settings compute with them.
     return config
 
 
 def describe(dataset: str, values: dict) -> str:
-    """Returns the name of a run, such as "pascal split=183 encoder=resnet50 method=dssn crop=513"."""
-    return " ".join([dataset, *(f"{key}={value}" for key, value in values.items())])
+    """Returns the name of a run, such as "pascal split=183 encoder=resnet50 method=dssn crop=513".
+
+    A decoder that is not given is left out.
+    """
+    shown = {key: value for key, value in values.items() if value or key != "decoder"}
+    return " ".join([dataset, *(f"{key}={value}" for key, value in shown.items())])

@@ -183,9 +183,9 @@ class Names(Tuple):
 
 
 def show(value: Any, most: int = 80) -> str:
-    """Returns `repr(value)`, cut to `most` characters."""
+    """Returns `repr(value)` in one line, cut to `most` characters."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).splitlines()).strip()
     except ValueError:  # Python refuses to print integers of thousands of digits.
         return f"of {type(value).__name__} and too long to print"
     return text if len(text) <= most else f"{text[: most - 3]}..."

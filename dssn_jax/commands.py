@@ -157,6 +157,10 @@ class _ConfigFile(flags.ArgumentParser):
             raise ConfigError(f"config file {path}{where}: {type(error).__name__}: {shorten(error)}") from None
         if not isinstance(config, ConfigDict):
             raise ConfigError(f"config file {path}: get_config returns {show(config)}; expected a ConfigDict")
+        try:
+            checks.check_values(config)
+        except ConfigError as error:
+            raise ConfigError(f"config file {path}: {error}") from None
         return config.lock()
 
 

@@ -32,10 +32,23 @@ def open_regular(path: str, most_bytes: int = _MOST_BYTES) -> BinaryIO:
     except ValueError:
         raise DataError(f"{path}: a path with a NUL character, which no file has") from None
     if not stat.S_ISREG(found.st_mode):
-        raise DataError(f"{path}: {_KINDS.get(stat.S_IFMT(found.st_mode), 'a special file')}; expected a file")
+        raise DataError(f"{path}: {_kind(found)}; expected a file")
     if found.st_size > most_bytes:
         raise DataError(f"{path}: a file of {found.st_size} bytes; expected at most {most_bytes}")
     return open(path, "rb")
+
+
+def special_file(folder: str) -> str:
+    """Returns the path and kind of a file below `folder` that is no regular one, such as a named pipe, or ""."""
+    for where, _, names in os.walk(folder):
+        for path in (os.path.join(where, name) for name in sorted(names)):
+            if os.path.exists(path) and not os.path.isfile(path):
+                return f"{path}: {_kind(os.stat(path))}"
+    return ""
+
+
+def _kind(found: os.stat_result) -> str:
+    return _KINDS.get(stat.S_IFMT(found.st_mode), "a special file")
 
 
 def read_text(path: str, what: str) -> str:

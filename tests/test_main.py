@@ -177,6 +177,15 @@ def test_home_is_expanded_in_paths(tmp_path, monkeypatch, capsys):
             "    del config.data.crop\n    return config",
             ["config.data.crop is missing"],
         ),
+        (
+            "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict()",
+            ["config.name is missing"],
+        ),
+        (
+            "from configs import shapes\ndef get_config():\n    config = shapes.get_config()\n"
+            "    with config.ignore_type():\n        config.data.workers = {}\n    return config",
+            ["config.data.workers is {}; expected an integer"],
+        ),
     ],
 )
 def test_a_config_file_that_fails_is_named_with_its_line(text, messages, tmp_path, capsys):

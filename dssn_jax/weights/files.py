@@ -19,11 +19,13 @@ import safetensors.numpy
 
 from configs.checks import shorten
 from dssn_jax.workdir.files import atomic_write
-from input_pipeline.errors import UserError, printable
+from input_pipeline.errors import DataError, UserError, printable
+from input_pipeline.files import open_regular
 
 TORCH_SUFFIXES = (".pth", ".pt")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")  # Formats that can be written.
 _METADATA = ("epoch", "previous_best")  # Numbers beside the weights in the original's checkpoints.
+_MOST_BYTES = 1 << 40
 _LEAST_TORCH = (2, 6)  # Earlier ones may run code of a file that they read as `weights_only`.
 
 
@@ -41,10 +43,12 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
     Raises StateDictError for a file that is missing, damaged or of another kind, whose pickle would run code, or that
     would take more memory than it has bytes.
     """
-    if not path.is_file():
-        raise StateDictError(f"{path}: no such file")
     try:
-        path.open("rb").close()
+        open_regular(os.fspath(path), _MOST_BYTES).close()
+    except DataError as error:
+        raise StateDictError(str(error)) from None
+    except FileNotFoundError:
+        raise StateDictError(f"{path}: no such file") from None
     except OSError as error:
         raise StateDictError(f"{path}: cannot be read: {error.strerror}") from None
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)

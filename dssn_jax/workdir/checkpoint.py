@@ -9,6 +9,7 @@ of every array of the state and one of itself. The position in the data is the s
 import contextlib
 import gc
 import json
+import os
 import sys
 import warnings
 import zlib
@@ -22,6 +23,7 @@ from etils import epath
 from dssn_jax import sharding
 from dssn_jax.workdir import checksums, files
 from input_pipeline.errors import UserError, first_names, printable
+from input_pipeline.files import special_file
 
 FOLDER = "checkpoints"
 
@@ -156,6 +158,9 @@ class Checkpointer:
         return state
 
     def _restore(self, step: int, **items):
+        special = "" if files.is_remote(self._folder) else special_file(os.fspath(self._folder / str(step)))
+        if special:
+            raise DamagedError(f"{special}; expected a file")  # Orbax would wait for what is written to a pipe.
         restored, reason = _attempt(self._manager.restore, step, args=ocp.args.Composite(**items))
         if reason:
             raise DamagedError(f"{self._folder / str(step)}: cannot be read: {reason}")

@@ -38,8 +38,8 @@ def generate(place: Place, rng: random.Random) -> Attack:
     normal = command(place, mode, workdir)
     step = path.relative_to(workdir).parts[1:2] if name.startswith("checkpoints/") else ()
     culprits = (path.name, *(f"checkpoints/{number}" for number in step))
-    if path.is_dir() or name == "checkpoints":
-        culprits += ("checkpoints",)
+    if name == "checkpoints" or len(path.relative_to(workdir).parts) == 2:
+        culprits += ("/checkpoints: no checkpoint in it", f"{workdir} was trained with another")
 
     def verify(stdout: str) -> str:
         wrong = normal.verify(stdout)

@@ -51,6 +51,7 @@ def test_recipe_table():
     [
         ("splt=183", "unknown config argument 'splt'; did you mean 'split'"),
         ("split", "not of the form key=value"),
+        ("=3", "not of the form key=value"),
         ("crop=big", "crop='big' is not of type int"),
         ("method=dsn", "unknown method 'dsn'; did you mean 'dssn'"),
     ],

@@ -119,6 +119,8 @@ def spoiled(kind, folder):
         torch.save({"a": torch.ones(1).expand(10**12)}, path)
     elif kind == "sparse":
         torch.save({"a\x1b": torch.eye(3).to_sparse()}, path)
+    elif kind == "pipe":
+        os.mkfifo(path)
     elif kind == "safetensors_lying":
         path = path.with_suffix(".safetensors")
         safetensors.numpy.save_file({"a": np.ones(1000)}, path)
@@ -132,6 +134,7 @@ def spoiled(kind, folder):
 
 REFUSED = {
     "missing": "no such file",
+    "pipe": "a named pipe; expected a file",
     "text": "not a file of PyTorch weights",
     "runs_code": "refused, nothing was run: its pickle asks for posix.system",
     "runs_code_legacy": "refused, nothing was run: its pickle asks for posix.system",

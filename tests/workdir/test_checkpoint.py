@@ -11,6 +11,7 @@ import pytest
 
 from dssn_jax.workdir import checkpoint
 from dssn_jax.workdir.checkpoint import Checkpointer, CheckpointError, DamagedError, DivergedError
+from tests.input_pipeline.special_files import make_special
 
 
 def make_state(step, **values):
@@ -112,6 +113,14 @@ def test_a_bit_of_the_arrays_is_named(workdir, config):
         read(workdir, config, "latest")
     shutil.rmtree(workdir / "checkpoints" / "4")
     assert int(read(workdir, config, "latest")[0]["step"]) == 2
+
+
+def test_a_pipe_among_the_files_is_named(workdir, config):
+    """Opening it would wait for ever."""
+    largest = max(files_of(workdir, 4), key=lambda path: path.stat().st_size)
+    make_special(largest, "pipe")
+    with pytest.raises(DamagedError, match=rf"{largest.name}: a named pipe; expected a file; --checkpoint=2 reads"):
+        read(workdir, config, "latest")
 
 
 def test_another_state_under_the_same_meta_is_refused(workdir, config):
