@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from configs.checks import ConfigError, check_choice
 from configs.defaults import get_config
-from dssn_jax.models import deeplabv3plus, resnet, xception
+from dssn_jax.models import deeplabv3plus, dpt, linear, resnet, xception
 from dssn_jax.models.network import Network
 
 
@@ -36,8 +36,9 @@ ENCODERS = {
     "xception": Encoder(xception.from_config),
 }
 
-# Name -> constructor that takes config.model, the encoder, the number of classes, dtype and param_dtype.
-DECODERS = {"deeplabv3plus": deeplabv3plus.from_config}
+# Name -> constructor that takes config.model, the encoder, the number of classes, dtype and param_dtype. It raises
+# ConfigError, saying why, if the decoder cannot use the feature maps of the encoder.
+DECODERS = {"deeplabv3plus": deeplabv3plus.from_config, "dpt": dpt.from_config, "linear": linear.from_config}
 
 
 def build(model, num_classes: int) -> Network:
@@ -48,13 +49,31 @@ def build(model, num_classes: int) -> Network:
     return Network(encoder, decoder, num_classes, dtype=types["dtype"])
 
 
+def decoder_misfits(model) -> dict[str, str]:
+    """Returns for each decoder why it does not fit the encoder of `config.model`; "" if it does."""
+    types = {"dtype": jnp.dtype(model.dtype), "param_dtype": jnp.dtype(model.param_dtype)}
+    encoder = ENCODERS[model.encoder].build(model, **types)
+
+    def reason(decoder: str) -> str:
+        try:
+            DECODERS[decoder](model, encoder, 2, **types)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    return {name: reason(name) for name in DECODERS}
+
+
 def variants(encoder: str) -> tuple[dict, ...]:
     """Returns the variants of an encoder: values of keys of config.model, such as {"stem": "7x7", ...}."""
     return ENCODERS[encoder].variants
 
 
 def check(model) -> None:
-    """Raises ConfigError if `config.model` names an unknown network, or a variant that its encoder does not have."""
+    """Raises ConfigError if `config.model` names an unknown network.
+
+    Likewise for a variant that its encoder does not have, and for a decoder that does not fit the encoder.
+    """
     check_choice("config.model.encoder", model.encoder, ENCODERS)
     check_choice("config.model.decoder", model.decoder, DECODERS)
     defaults = get_config().model
@@ -63,3 +82,7 @@ def check(model) -> None:
         if model[key] not in known and len(known) == 1:
             raise ConfigError(f"config.model.{key} is {model[key]!r}; {model.encoder} has only {known[0]!r}")
         check_choice(f"config.model.{key}", model[key], known)
+    reasons = decoder_misfits(model)
+    if reasons[model.decoder]:
+        fitting = ", ".join(name for name, reason in reasons.items() if not reason)
+        raise ConfigError(f"{reasons[model.decoder]}; decoders for this encoder: {fitting}")

@@ -7,15 +7,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from configs.checks import ConfigError
 from dssn_jax.models import layers
 from dssn_jax.models.extent import Extent, mean_inside, strided, zero_outside
 from dssn_jax.models.resize import resize
 
 LOW_LEVEL_CHANNELS = 48
+LOW_LEVEL_STRIDE = 4
 
 
 def from_config(model, encoder: nn.Module, num_classes: int, **types) -> "DeepLabV3Plus":
-    """Returns the decoder of `config.model` for the features of `encoder`; `types` are dtype and param_dtype."""
+    """Returns the decoder of `config.model` for the features of `encoder`; `types` are dtype and param_dtype.
+
+    Raises ConfigError if the first of these is not of stride 4 (that of the low-level branch).
+    """
+    if encoder.strides[0] != LOW_LEVEL_STRIDE:
+        raise ConfigError(
+            f"config.model.decoder is 'deeplabv3plus', which refines its result with a feature map of stride "
+            f"{LOW_LEVEL_STRIDE}; {model.encoder} has maps of stride {', '.join(map(str, encoder.strides))}"
+        )
     dilations = tuple(model.aspp_dilations)
     return DeepLabV3Plus(num_classes, encoder.strides, dilations, model.decoder_channels, **types)
 

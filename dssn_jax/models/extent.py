@@ -20,6 +20,10 @@ class Extent(NamedTuple):
         """Returns the extent after a convolution or pooling of `stride`: sizes divided by it, rounded up."""
         return Extent(-(-self.height // stride), -(-self.width // stride))
 
+    def scaled(self, factor: int) -> "Extent":
+        """Returns the extent at `factor` times the resolution."""
+        return Extent(factor * self.height, factor * self.width)
+
     def mask(self, height: int, width: int) -> jax.Array:
         """Returns bool [B, height, width, 1], True inside."""
         rows = jnp.arange(height) < self.height[:, None]
@@ -30,6 +34,11 @@ class Extent(NamedTuple):
 def strided(extent: Extent | None, stride: int) -> Extent | None:
     """Returns `extent.strided(stride)`; None, which stands for whole images, stays None."""
     return None if extent is None else extent.strided(stride)
+
+
+def scaled(extent: Extent | None, factor: int) -> Extent | None:
+    """Returns `extent.scaled(factor)`; None, which stands for whole images, stays None."""
+    return None if extent is None else extent.scaled(factor)
 
 
 def zero_outside(x: jax.Array, extent: Extent | None) -> jax.Array:

@@ -158,7 +158,7 @@ def abstract_variables(model, num_classes: int) -> dict:
 def _encoder_shapes(keys: dict) -> dict[str, tuple[int, ...]]:
     """Returns the state-dict names and shapes of the encoder that keys of `config.model` name."""
     model = defaults.get_config().model
-    model.update(keys)
+    model.update({"decoder": "linear", **keys})  # It fits every encoder.
     return names.encoder_part(names.shapes(abstract_variables(model, num_classes=2)))
 
 

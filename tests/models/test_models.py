@@ -138,6 +138,11 @@ def test_gradients_of_batch_norm_are_those_of_its_formula(dtype):
     [
         ({"encoder": "resnet5"}, "did you mean 'resnet50'"),
         ({"decoder": "deeplab"}, "did you mean 'deeplabv3plus'"),
+        (
+            {"decoder": "dpt"},
+            "four feature maps of equal stride.*; resnet10w16 has maps of stride 4, 16; "
+            "decoders for this encoder: deeplabv3plus, linear",
+        ),
         ({"encoder": "xception", "stem": "7x7"}, "config.model.stem is '7x7'; xception has only 'deep'"),
         ({"encoder": "resnet50", "stem": "9x9"}, "unknown config.model.stem '9x9'.*known: deep, 7x7, deep_narrow"),
     ],
