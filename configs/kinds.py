@@ -99,6 +99,9 @@ class Text:
         return "text without control characters"
 
 
+_LONGEST_PATH = 1000  # Systems have limits of their own, and folders nested deeper are walked by recursion.
+
+
 @dataclasses.dataclass(frozen=True)
 class Path(Text):
     """A path of this machine, or of a kind of storage, such as gs://BUCKET/run."""
@@ -106,12 +109,14 @@ class Path(Text):
     schemes: tuple[str, ...] = ()
 
     def accepts(self, value: Any) -> bool:
-        return super().accepts(value) and (
-            not (scheme := re.match(r"\s*([^/]*)://", value)) or scheme[1] in self.schemes
-        )
+        if not super().accepts(value) or len(value) > _LONGEST_PATH:
+            return False
+        scheme = re.match(r"\s*([^/]*)://", value)
+        return not scheme or scheme[1] in self.schemes
 
     def __str__(self) -> str:
-        return " or ".join(["a path of this machine", *(f"{scheme}://BUCKET/..." for scheme in self.schemes)])
+        places = ["a path of this machine", *(f"{scheme}://BUCKET/..." for scheme in self.schemes)]
+        return f"{' or '.join(places)}, of at most {_LONGEST_PATH} characters"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,11 @@ def generate(place: Place, rng: random.Random) -> Attack:
     step = path.relative_to(workdir).parts[1:2] if name.startswith("checkpoints/") else ()
     culprits = (path.name, *(f"checkpoints/{number}" for number in step))
     if name == "checkpoints" or len(path.relative_to(workdir).parts) == 2:
-        culprits += ("/checkpoints: no checkpoint in it", f"{workdir} was trained with another")
+        culprits += (
+            "/checkpoints: no checkpoint in it",
+            f"{workdir} was trained with another",
+            f"{workdir} holds another run",
+        )
 
     def verify(stdout: str) -> str:
         wrong = normal.verify(stdout)
