@@ -24,7 +24,7 @@ SOURCES = [
     if file.suffix in (".py", ".sh") and file != pathlib.Path(__file__)
 ]
 # Files that docs/extending.md tells the reader to write.
-TO_BE_WRITTEN = {"configs/NAME.py", "configs/pets.py", "dssn_jax/models/patches.py", "dssn_jax/models/linear.py"}
+TO_BE_WRITTEN = {"configs/NAME.py", "configs/pets.py", "dssn_jax/models/patches.py", "dssn_jax/models/pointwise.py"}
 NAMES = ("dssn", "supervised")  # What NAME stands for in other paths.
 SECTIONS = "|".join(key for key, value in defaults.get_config().items() if hasattr(value, "keys"))
 

@@ -74,7 +74,7 @@ def test_a_run_with_all_additions_trains_evaluates_and_converts(extended, tmp_pa
         "eval.metric": "dice", "data.labeled_batch": 4, "data.unlabeled_batch": 4, "data.shapes.val": 6,
         "data.shapes.unlabeled": 16, "data.shapes.size": 48,
     }.items()]  # fmt: skip
-    config = ["--config=configs/shapes.py:encoder=patches,crop=48,method=unimatch_v2,steps=4", *overrides]
+    config = ["--config=configs/shapes.py:encoder=patches,crop=48,method=mean_teacher,steps=4", *overrides]
     workdir, file = tmp_path / "run", tmp_path / "weights.safetensors"
     assert "dice" in run(*config, f"--workdir={workdir}").lower()
     run("--mode=eval", *config, f"--workdir={workdir}")
