@@ -3,7 +3,7 @@ VENV ?= .venv
 # Modules are byte-compiled when they are first imported; most of what is installed never is.
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: setup demo test test-all lint lock
+.PHONY: setup demo test test-all lint lock compilers
 
 setup: $(VENV)/.installed
 
@@ -39,3 +39,15 @@ lint: $(VENV)/.installed-dev
 lock: $(VENV)/.installed-dev
 	{ echo "# Tested together, with $$($(VENV)/bin/python --version): pip install -r requirements.txt -c requirements.lock"; \
 	  $(VENV)/bin/python -m pip freeze --disable-pip-version-check | sed -n 's/^\([^ ]*==[^+ ]*\).*/\1/p'; } > requirements.lock
+
+# XLA's compilers for GPUs and TPUs, which need neither, for benchmarks/compiled.py alone: .venv-cuda and .venv-tpu, 6 GB.
+JAX = $(shell sed -n 's/^jax==//p' requirements.lock)
+compilers: .venv-cuda/.installed .venv-tpu/.installed
+
+.venv-cuda/.installed: EXTRA = cuda13
+.venv-tpu/.installed: EXTRA = tpu
+.venv-%/.installed: requirements.txt requirements.lock
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	  -r requirements.txt -c requirements.lock "jax[$(EXTRA)]==$(JAX)"
+	touch $@
