@@ -142,8 +142,10 @@ _VIEWS = Section(
     cutmix_area=Key((0.02, 0.4), Pair(Float(0, 1)), "Range of its area, as a fraction of the crop."),
     cutmix_aspect=Key((0.3, 1 / 0.3), Pair(Float(0.01, 100)), "Range of its aspect ratio."),
     mix_partner=Key(
-        "same", Choice("same", "other"), "CutMix partner. same: another random view of the same image, as the released "
-        "code pairs them; other: a view of another image.",
+        "same", Choice("same", "other", "reversed"), "CutMix partner. same: another random view of the same image, as "
+        "the released code of DSSN pairs them; other: a view of another image; reversed: another image of the same "
+        "batch, as in UniMatch V2, in pairs of rows that swap their strong views: no partner is read, augmented or "
+        "predicted, and each device needs an even number of unlabeled images.",
     ),
 )  # fmt: skip
 
@@ -174,6 +176,15 @@ _MODEL = Section(
     ),
     param_dtype=Key("float32", Choice("float32", "bfloat16", "float64"), "Of parameters and running statistics."),
     remat=Key(False, Bool(), "Recompute residual blocks in the backward pass: less memory, more time."),
+    attention=Key(
+        "auto", Choice("auto", "xla", "cudnn"),
+        "Of vision transformers. cudnn: NVIDIA's fused kernel, which needs bfloat16 and a GPU; xla: anywhere; auto: "
+        "cudnn where it can run.",
+    ),
+    rope_rescale=Key(
+        1.0, Float(1, 16), "Of DINOv3: in training, the positions in each block are scaled by exp(U[-ln x, ln x]), "
+        "with 2 in its pretraining. 1: not.",
+    ),
 )  # fmt: skip
 
 _METHOD = Section(
@@ -187,10 +198,14 @@ _METHOD = Section(
     strong_views=Key(2, Int(0, 16), "Streams of strongly augmented views."),
     strong_perturb=Key(
         "none", Registered("dssn_jax.methods.perturbations:PERTURBATIONS"),
-        "What happens to their features. complementary: channel dropout in pairs.",
+        "What happens to their features. dropout: channel dropout; complementary: channel dropout in pairs, which keep "
+        "opposite channels.",
     ),
-    feature_views=Key(2, Int(0, 16), "Streams of the weak view with channel dropout on its features."),
-    feature_dropout=Key(0.5, Float(0, 0.99), "Probability that a channel is dropped there."),
+    feature_views=Key(2, Int(0, 16), "Streams of the weak view with perturbed features."),
+    feature_perturb=Key(
+        "dropout", Registered("dssn_jax.methods.perturbations:PERTURBATIONS"), "What happens to their features."
+    ),
+    feature_dropout=Key(0.5, Float(0, 0.99), "Probability that dropout drops a channel."),
     perturb_labeled=Key(
         True, Bool(), "Also decode channel-dropout views of the labeled images, as the original does. No loss reads "
         "them, but they take part in the decoder's batch statistics.",
@@ -289,6 +304,10 @@ _EVAL = Section(
     metric=Key("miou", Registered("dssn_jax.evaluation.metrics:METRICS"), "Ranks checkpoints."),
     mode=Key("original", Choice("original", "sliding_window", "center_crop"), "original: whole images."),
     crop=Key(0, _CROP, "Side of the window or center crop; 0: that of training.", "pixels"),
+    windows=Key(
+        "cut", Choice("cut", "inside"), "Sliding windows at the right and bottom edges. cut: are cut short there (DSSN, "
+        "UniMatch); inside: are moved inside, where they are whole (UniMatch V2).",
+    ),
     batch=Key(
         8, Int(1, 4096), "Images predicted together (rounded up to a multiple of the devices).", "images"
     ),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from configs.checks import ConfigError, check_choice
 from configs.defaults import get_config
-from dssn_jax.models import deeplabv3plus, dpt, linear, resnet, xception
+from dssn_jax.models import deeplabv3plus, dpt, efficientnet, linear, resnet, vit, xception
 from dssn_jax.models.network import Network
 
 
@@ -34,6 +34,8 @@ ENCODERS = {
     "resnet50": _resnet(3, 4, 6, 3),
     "resnet101": _resnet(3, 4, 23, 3),
     "xception": Encoder(xception.from_config),
+    **{name: Encoder(functools.partial(efficientnet.from_config, **size)) for name, size in efficientnet.SIZES.items()},
+    **{name: Encoder(functools.partial(vit.from_config, **fields)) for name, fields in vit.SIZES.items()},
 }
 
 # Name -> constructor that takes config.model, the encoder, the number of classes, dtype and param_dtype. It raises
