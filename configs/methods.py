@@ -1,7 +1,7 @@
 """Named methods: streams, teacher and selection; `method=NAME` picks one.
 
-Supervised, FixMatch, UniMatch and DSSN share one training step (`dssn_jax/learner/step.py`) and differ in these values.
-`configs/defaults.py` explains the keys.
+Supervised, FixMatch, UniMatch, UniMatch V2 and DSSN share one training step (`dssn_jax/learner/step.py`) and differ in
+these values. `configs/defaults.py` explains the keys.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +21,13 @@ METHODS = {
     "unimatch": dict(
         strong_views=2, feature_views=1, teacher="student", strong_weight=0.25, feature_weight=0.5,
         image_contrast_weight=0.0, feature_contrast_weight=0.0, selection="threshold",
+    ),
+    # Two strong views with complementary channel dropout, labeled by an EMA teacher that follows the student closely at
+    # first. Yang et al., TPAMI 2025.
+    "unimatch_v2": dict(
+        strong_views=2, strong_perturb="complementary", feature_views=0, teacher="ema", strong_weight=0.5,
+        feature_weight=0.0, image_contrast_weight=0.0, feature_contrast_weight=0.0, selection="threshold",
+        perturb_labeled=False, ema=dict(decay=0.996, ramp=True, warmup_steps=0, batch_stats_epochs=0),
     ),
     # Two strong and two feature views, contrast within each pair, class-aware selection. Tian et al., ACM MM 2023.
     "dssn": dict(

@@ -8,7 +8,8 @@ import numpy as np
 class Batch(NamedTuple):
     """The weak views of a training step: L labeled and U unlabeled crops of side c, and boxes for V strong views.
 
-    Fields that the method does not use are None.
+    Fields that the method does not use are None. Boxes without `image_m` mean that unlabeled images are the CutMix
+    partners of each other: rows 2i and 2i + 1 (`views.mix_partner=reversed`).
 
     Attributes:
       image_x: labeled images, uint8 [L, c, c, 3] RGB.

@@ -24,7 +24,7 @@ from input_pipeline.sources.open import Source, Sources
 from input_pipeline.transforms.cutmix import cutmix_box
 from input_pipeline.transforms.geometry import weak_view
 
-MIX_PARTNERS = ("same", "other")
+MIX_PARTNERS = ("same", "other", "reversed")
 
 Record = dict[str, np.ndarray]  # Some fields of a `Batch`, for a single image or stacked.
 
@@ -73,8 +73,8 @@ def train_dataset(
       process_count: number of hosts; host i of n makes the rows [i b / n, (i + 1) b / n) of a global batch of b.
 
     Returns:
-      A dataset of `Batch` with the rows of this host. It has unlabeled images if the method has views of them, and
-      partners and boxes if it has strong views.
+      A dataset of `Batch` with the rows of this host. It has unlabeled images if the method has views of them, boxes if
+      it has strong views, and then partners, unless `views.mix_partner` is reversed.
 
     Raises:
       DataError: lists or batch sizes that do not fit. Later, when a batch is read: a file that cannot be used.
@@ -134,11 +134,14 @@ def _unlabeled_records(source: Source, config: FrozenConfigDict, order_seed: int
 
 
 def _partner_distance(images: int, config: FrozenConfigDict) -> int:
-    """Returns the cyclic distance from an image to its CutMix partner in the order of the epoch; 0: to itself."""
+    """Returns the cyclic distance from an image to its CutMix partner in the order of the epoch.
+
+    0: to itself, and where a batch needs no partners.
+    """
     partner = config.views.mix_partner
     if partner not in MIX_PARTNERS:
         raise DataError(f"config.views.mix_partner is {partner!r}; known: {', '.join(MIX_PARTNERS)}")
-    if partner == "same":
+    if partner != "other":
         return 0
     if images < 2:
         raise DataError("config.views.mix_partner is 'other', which needs at least 2 unlabeled images; found 1")
@@ -160,8 +163,9 @@ def _unlabeled_record(
     record = {}
     record["image_u"], _, record["valid_u"] = weak_view(image, None, config.data, rng)
     if config.method.strong_views:
-        other = image if partner == index else source[partner]["image"]
-        record["image_m"], _, record["valid_m"] = weak_view(other, None, config.data, rng)
+        if config.views.mix_partner != "reversed":
+            other = image if partner == index else source[partner]["image"]
+            record["image_m"], _, record["valid_m"] = weak_view(other, None, config.data, rng)
         boxes = [cutmix_box(config.data.crop, config.views, rng) for _ in range(config.method.strong_views)]
         record["boxes"] = np.stack(boxes)
     return record

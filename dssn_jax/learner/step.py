@@ -10,12 +10,12 @@ import optax
 
 from dssn_jax.learner.optimizer import Optimizer
 from dssn_jax.learner.state import TrainState, complete, copy_of, merge
-from dssn_jax.methods.objective import Objective, loss_terms, total_loss
+from dssn_jax.methods.objective import Keys, Objective, loss_terms, total_loss
 from dssn_jax.methods.views import Views
 
 # Streams of device randomness. The key of a step is folded from the key of the run and the step, and never consumed
 # itself: each stream folds its number into it.
-VIEWS, DROPOUT = 0, 1
+VIEWS, DROPOUT, ROPE = 0, 1, 2
 
 
 def stream_key(rng: jax.Array, step: jax.Array, stream: int) -> jax.Array:
@@ -54,7 +54,7 @@ class TrainStep:
 
     def __call__(self, state: TrainState, views: Views) -> tuple[TrainState, dict[str, jax.Array]]:
         """Takes a step on `views`; returns the new state and scalar metrics: loss terms, mask ratios, grad_norm."""
-        grads, metrics, carry = self.loss_and_grads(state, _carry(state), views, self._dropout_key(state, 0))
+        grads, metrics, carry = self.loss_and_grads(state, _carry(state), views, self._keys(state, 0))
         return self._update(state, grads, metrics, carry)
 
     def accumulate(
@@ -71,8 +71,7 @@ class TrainStep:
         def body(loop_carry, numbered):
             total, carry = loop_carry
             number, batch = numbered
-            key = self._dropout_key(state, number)
-            grads, metrics, carry = self.loss_and_grads(state, carry, to_views(batch), key)
+            grads, metrics, carry = self.loss_and_grads(state, carry, to_views(batch), self._keys(state, number))
             return (jax.tree.map(jnp.add, total, grads), carry), metrics
 
         trainable, _ = self.optimizer.partition(state.student["params"])
@@ -82,7 +81,7 @@ class TrainStep:
         return self._update(state, grads, {name: values.mean() for name, values in metrics.items()}, carry)
 
     def loss_and_grads(
-        self, state: TrainState, carry: Carry, views: Views, key: jax.Array
+        self, state: TrainState, carry: Carry, views: Views, keys: Keys
     ) -> tuple[dict, dict[str, jax.Array], Carry]:
         """Returns the gradients of the loss by trainable parameter, scalar metrics and the new carry."""
         method, params = self.objective.method, state.student["params"]
@@ -90,12 +89,13 @@ class TrainStep:
         teacher = None
         if state.teacher is not None:
             teacher = complete({"params": state.teacher["params"], **carry.teacher}, state.student)
-        teacher_logits, teacher = self.objective.teacher_logits(student, teacher, views, state.step)
         trainable, frozen = self.optimizer.partition(params)
+        features = self.objective.encode(student, views) if self._shares_encoder(student, trainable) else None
+        teacher_logits, teacher = self.objective.teacher_logits(student, teacher, views, state.step, features)
 
         def loss_fn(trainable):
             variables = {**student, "params": merge(frozen, trainable)}
-            logits, variables = self.objective.student_logits(variables, views, key)
+            logits, variables = self.objective.student_logits(variables, views, keys, features)
             terms, ratios, method_state = loss_terms(logits, teacher_logits, views, method, carry.method_state)
             loss = total_loss(terms, method, self._warming_up(state))
             return loss, (terms | ratios, Carry(_collections(variables), _collections(teacher), method_state))
@@ -126,9 +126,18 @@ class TrainStep:
         ema = self.objective.method.ema
         return jnp.array(False) if ema is None else state.step < ema.warmup_steps
 
+    def _shares_encoder(self, student: dict, trainable: dict) -> bool:
+        """Returns whether the encoder gives student and teacher the same features: it is frozen, has no running
+        statistics and draws nothing in training.
+        """
+        states = [tree for name, tree in student.items() if name not in ("params", "unused")]
+        draws = getattr(self.objective.network.encoder, "rope_rescale", 1) != 1
+        return "encoder" not in trainable and not any("encoder" in tree for tree in states) and not draws
+
     @staticmethod
-    def _dropout_key(state: TrainState, micro_batch) -> jax.Array:
-        return jax.random.fold_in(stream_key(state.rng, state.step, DROPOUT), micro_batch)
+    def _keys(state: TrainState, micro_batch) -> Keys:
+        keys = (stream_key(state.rng, state.step, stream) for stream in (DROPOUT, ROPE))
+        return Keys(*(jax.random.fold_in(key, micro_batch) for key in keys))
 
 
 def update_ema(teacher: dict, student: dict, rate: jax.Array) -> dict:

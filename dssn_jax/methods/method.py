@@ -80,6 +80,11 @@ class Method:
     def uses_unlabeled(self) -> bool:
         return bool(self.streams)
 
+    def number(self, stream: Stream) -> int:
+        """Returns the number of a stream; feature streams, which come after the strong ones, start at an even one."""
+        index, strong = self.streams.index(stream), len(self.of_view("strong"))
+        return index + strong % 2 if stream.view == "feature" else index
+
     def of_view(self, view: str) -> tuple[Stream, ...]:
         """Returns the streams of one kind of view, "strong" or "feature"."""
         return tuple(stream for stream in self.streams if stream.view == view)
@@ -88,11 +93,12 @@ class Method:
 def from_config(config, steps_per_epoch: int) -> Method:
     """Returns the method of a configuration that `check` has accepted; epochs of the EMA schedule become steps."""
     method, ema = config.method, config.ema
-    perturb = perturbations.PERTURBATIONS[method.strong_perturb]
-    dropout = perturbations.ChannelDropout(method.feature_dropout)
-    strong = [Stream(f"s{i + 1}", "strong", method.strong_weight, perturb) for i in range(method.strong_views)]
+    strong_perturb, feature_perturb = (
+        perturbations.PERTURBATIONS[name](method) for name in (method.strong_perturb, method.feature_perturb)
+    )
+    strong = [Stream(f"s{i + 1}", "strong", method.strong_weight, strong_perturb) for i in range(method.strong_views)]
     feature = [
-        Stream(f"fp{i + 1}", "feature", method.feature_weight, dropout, target="student")
+        Stream(f"fp{i + 1}", "feature", method.feature_weight, feature_perturb, target="student")
         for i in range(method.feature_views)
     ]
     contrasts = [
@@ -114,6 +120,20 @@ def from_config(config, steps_per_epoch: int) -> Method:
     )
 
 
+def check_pairs(config, parts: int) -> None:
+    """Raises ConfigError if `views.mix_partner=reversed` cannot pair the unlabeled images of each part of a batch.
+
+    `parts` is the number of devices times that of micro-batches.
+    """
+    images = config.data.unlabeled_batch
+    if config.method.strong_views and config.views.mix_partner == "reversed" and images // parts % 2:
+        raise ConfigError(
+            f"config.data.unlabeled_batch is {images}; config.views.mix_partner='reversed' swaps pairs of images on "
+            f"each of the {parts} devices (times micro-batches): expected a multiple of {2 * parts}, or "
+            "config.views.mix_partner='other'"
+        )
+
+
 def _ema(ema, steps_per_epoch: int) -> Ema:
     return Ema(
         decay=ema.decay,
@@ -131,14 +151,15 @@ def check(config) -> None:
         ("selection", pseudo_labels.SELECTIONS),
         ("labeled_loss", LABELED_LOSSES),
         ("strong_perturb", perturbations.PERTURBATIONS),
+        ("feature_perturb", perturbations.PERTURBATIONS),
     ):
         check_choice(f"config.method.{key}", method[key], known)
     if method.strong_views and method.teacher == "none":
         raise ConfigError("config.method.teacher is 'none', but config.method.strong_views > 0 needs pseudo-labels")
-    if method.strong_perturb == "complementary" and method.strong_views % 2:
-        raise ConfigError(
-            f"config.method.strong_views is {method.strong_views}; strong_perturb='complementary' needs an even number"
-        )
+    for kind in ("strong", "feature"):
+        if method[f"{kind}_perturb"] == "complementary" and method[f"{kind}_views"] % 2:
+            found = f"config.method.{kind}_views is {method[f'{kind}_views']}"
+            raise ConfigError(f"{found}; {kind}_perturb='complementary' needs an even number")
     for key, views in (("image_contrast_weight", "strong_views"), ("feature_contrast_weight", "feature_views")):
         if method[key] and method[views] != 2:
             raise ConfigError(f"config.method.{key} is {method[key]}, which needs config.method.{views}=2")

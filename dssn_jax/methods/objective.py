@@ -12,19 +12,36 @@ from dssn_jax import sharding
 from dssn_jax.methods import losses
 from dssn_jax.methods.method import Method
 from dssn_jax.methods.pseudo_labels import pseudo_label
-from dssn_jax.methods.views import Views, mix
+from dssn_jax.methods.views import Views, mix, swap_pairs
 from dssn_jax.models.network import Network
 from dssn_jax.models.resize import upsample
+
+
+class Keys(NamedTuple):
+    """Random keys of a step or micro-batch, each consumed by one purpose."""
+
+    perturb: jax.Array  # Perturbations of features.
+    rope: jax.Array  # Encoders that draw positions in training, as their rng "rope".
+
+
+class Features(NamedTuple):
+    """Feature maps of the views of a step, [N, h, w, C] each, of an encoder that student and teacher share."""
+
+    labeled: tuple[jax.Array, ...]
+    weak: tuple[jax.Array, ...] | None = None
+    partner: tuple[jax.Array, ...] | None = None
+    strong: tuple[jax.Array, ...] | None = None  # All strong views, joined by `concat_sharded`.
 
 
 class TeacherLogits(NamedTuple):
     """Logits from which strong views get their pseudo-labels, [U, h, w, K]: low-resolution or of the size of the views.
 
-    `weak` is None where the student's training forward provides it.
+    `weak` is None where the student's training forward provides it; `partner` where weak views are each other's
+    partners.
     """
 
-    weak: jax.Array | None
-    partner: jax.Array | None
+    weak: jax.Array | None = None
+    partner: jax.Array | None = None
 
 
 class StudentLogits(NamedTuple):
@@ -42,62 +59,93 @@ class Objective:
     network: Network
     method: Method
 
+    def encode(self, variables: dict, views: Views) -> Features:
+        """Encodes all views in evaluation mode, without a gradient: for an encoder that is frozen.
+
+        Given to `teacher_logits` and `student_logits`, the features of the weak views are computed once for both.
+        """
+        encode = functools.partial(self.network.apply, jax.lax.stop_gradient(variables), method="encode")
+        images = {"labeled": views.image_x, "weak": views.image_u, "partner": views.image_m}
+        images = {name: image for name, image in images.items() if image is not None}
+        maps = encode(sharding.concat_sharded(*images.values()))
+        parts = dict(zip(images, _split(maps, [len(image) for image in images.values()]), strict=True))
+        strong = encode(sharding.concat_sharded(*views.strong)) if views.strong else None
+        return Features(**parts, strong=strong)
+
     def teacher_logits(
-        self, student: dict, teacher: dict | None, views: Views, step: jax.Array
+        self, student: dict, teacher: dict | None, views: Views, step: jax.Array, features: Features | None = None
     ) -> tuple[TeacherLogits, dict | None]:
         """Predicts the weak views and their CutMix partners for the pseudo-labels of the strong views.
 
-        `student` and `teacher` are variables of the network. Returns the logits, without a gradient, and the teacher's
-        variables, whose running statistics move while it predicts with batch statistics.
+        `student` and `teacher` are variables of the network, `features` what `encode` returned, if the encoder is
+        frozen. Returns the logits, without a gradient, and the teacher's variables, whose running statistics move while
+        it predicts with batch statistics.
         """
         if not self.method.of_view("strong"):
-            return TeacherLogits(None, None), teacher
+            return TeacherLogits(), teacher
+        function, inputs = "low_res_logits", (views.image_u, views.image_m)
+        if features is not None:
+            function, inputs = "decode", (features.weak, features.partner)
+        inputs = [each for each in inputs if each is not None]
         if self.method.has_ema:
-            logits, teacher = self._ema_logits(teacher, views, step)
+            logits, teacher = self._ema_logits(teacher, function, inputs, step)
+        elif self.method.teacher == "student_eval":
+            logits = TeacherLogits(*self._predict(student, function, inputs))
         else:
-            predict = functools.partial(self.network.apply, student, method="low_res_logits")
-            weak = predict(views.image_u) if self.method.teacher == "student_eval" else None
-            logits = TeacherLogits(weak, predict(views.image_m))
+            logits = TeacherLogits(None, *self._predict(student, function, inputs[1:]))
         return jax.lax.stop_gradient((logits, teacher))
 
-    def _ema_logits(self, teacher: dict, views: Views, step: jax.Array) -> tuple[TeacherLogits, dict]:
+    def _ema_logits(self, teacher: dict, function: str, inputs: list, step: jax.Array) -> tuple[TeacherLogits, dict]:
         """Predicts with batch statistics in the first `batch_stats_steps` steps, then with running statistics."""
 
         def with_running_stats(teacher: dict):
-            images = sharding.concat_sharded(views.image_u, views.image_m)
-            logits = self.network.apply(teacher, images, method="low_res_logits")
-            return TeacherLogits(*sharding.split_sharded(logits, [len(views.image_u), len(views.image_m)])), teacher
+            return TeacherLogits(*self._predict(teacher, function, inputs)), teacher
 
         def with_batch_stats(teacher: dict):
             # The partner first, then the weak view, as the original does; a scan, so that its body is compiled once.
-            def body(teacher: dict, images: jax.Array):
-                logits, teacher = self._train_apply(teacher, images, "low_res_logits")
+            def body(teacher: dict, each):
+                if function == "decode" or "encoder" in teacher["batch_stats"]:
+                    logits, teacher = self._train_apply(teacher, each, function)
+                else:  # The encoder's training mode has nothing but randomness, which is for the student.
+                    maps = self.network.apply(teacher, each, method="encode")
+                    logits, teacher = self._train_apply(teacher, maps, "decode")
                 return teacher, logits
 
-            teacher, logits = jax.lax.scan(body, teacher, jnp.stack([views.image_m, views.image_u]))
-            return TeacherLogits(logits[1], logits[0]), teacher
+            stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *reversed(inputs))
+            teacher, logits = jax.lax.scan(body, teacher, stacked)
+            return TeacherLogits(*reversed(list(logits))), teacher
 
-        if self.method.ema.batch_stats_steps == 0 or set(teacher) == {"params"}:
+        if self.method.ema.batch_stats_steps == 0 or "batch_stats" not in teacher:
             return with_running_stats(teacher)
         early = step < self.method.ema.batch_stats_steps
         return jax.lax.cond(early, with_batch_stats, with_running_stats, teacher)
 
-    def student_logits(self, variables: dict, views: Views, key: jax.Array) -> tuple[StudentLogits, dict]:
+    def _predict(self, variables: dict, function: str, inputs: list) -> list[jax.Array]:
+        """Applies a function of the network in evaluation mode to inputs of one size, joined; returns their logits."""
+        if not inputs:
+            return []
+        logits = self.network.apply(variables, _join(inputs), method=function)
+        return sharding.split_sharded(logits, [len(logits) // len(inputs)] * len(inputs))
+
+    def student_logits(
+        self, variables: dict, views: Views, keys: Keys, features: Features | None = None
+    ) -> tuple[StudentLogits, dict]:
         """Runs the student in training mode: labeled and weak images with feature streams, then the strong streams.
 
-        `key` is consumed by perturbations. Returns the logits and the variables with updated statistics. Batches are
-        joined so that rows stay on their device; everything that is joined shares its batch statistics.
+        Returns the logits and the variables with updated statistics. Batches are joined so that rows stay on their
+        device; everything that is joined shares its batch statistics. With `features` of `encode`, decodes only.
         """
         feature, strong = self.method.of_view("feature"), self.method.of_view("strong")
         needs_weak = bool(feature) or self.method.teacher == "student"
         images = (views.image_x, views.image_u) if needs_weak else (views.image_x,)
         sizes = [len(image) for image in images]
-        features, variables = self._train_apply(variables, sharding.concat_sharded(*images), "encode")
+        if features is None:
+            maps, variables = self._train_encode(variables, images, jax.random.fold_in(keys.rope, 0))
+        else:
+            maps = _join((features.labeled, features.weak)[: len(images)])
         # The original perturbs the labeled images too; nothing reads their logits, but they enter batch statistics.
-        source = features
-        if feature and not self.method.perturb_labeled:
-            source = tuple(sharding.split_sharded(x, sizes)[-1] for x in features)
-        batches = [features, *(self._perturb(stream, source, key) for stream in feature)]
+        source = maps if self.method.perturb_labeled or not feature else _split(maps, sizes)[-1]
+        batches = [maps, *(self._perturb(stream, source, keys.perturb) for stream in feature)]
         logits, variables = self._decode(variables, batches)
         clean = sharding.split_sharded(logits[0], sizes)
         copies = logits[1:]
@@ -105,37 +153,51 @@ class Objective:
             copies = [sharding.split_sharded(x, sizes)[-1] for x in copies]
         outputs = dict(zip((stream.name for stream in feature), copies, strict=True))
         if strong:
-            logits, variables = self._strong_logits(variables, strong, views, key)
+            maps = features and features.strong
+            if maps is None:
+                maps, variables = self._train_encode(variables, views.strong, jax.random.fold_in(keys.rope, 1))
+            logits, variables = self._strong_logits(variables, strong, maps, keys.perturb)
             outputs |= logits
         return StudentLogits(clean[0], clean[1] if needs_weak else None, outputs), variables
 
-    def _strong_logits(self, variables: dict, streams, views: Views, key: jax.Array) -> tuple[dict, dict]:
-        sizes = [len(image) for image in views.strong]
-        features, variables = self._train_apply(variables, sharding.concat_sharded(*views.strong), "encode")
+    def _strong_logits(self, variables: dict, streams, maps: tuple[jax.Array, ...], key) -> tuple[dict, dict]:
+        """Decodes the joined feature maps of the strong views; returns the logits by stream, and the variables."""
+        sizes = [len(maps[0]) // len(streams)] * len(streams)
         if any(stream.perturb for stream in streams):
-            parts = zip(*(sharding.split_sharded(x, sizes) for x in features), strict=True)
-            perturbed = [self._perturb(stream, x, key) for stream, x in zip(streams, parts, strict=True)]
-            logits, variables = self._decode(variables, perturbed)
+            parts = zip(streams, _split(maps, sizes), strict=True)
+            logits, variables = self._decode(variables, [self._perturb(stream, x, key) for stream, x in parts])
         else:
-            logits, variables = self._train_apply(variables, features, "decode")
+            logits, variables = self._train_apply(variables, maps, "decode")
             logits = sharding.split_sharded(logits, sizes)
         return {stream.name: x for stream, x in zip(streams, logits, strict=True)}, variables
 
-    def _perturb(self, stream, features: tuple[jax.Array, ...], key: jax.Array) -> tuple[jax.Array, ...]:
-        index = self.method.streams.index(stream)
-        return tuple(features) if stream.perturb is None else stream.perturb(tuple(features), key, index)
+    def _perturb(self, stream, maps: tuple[jax.Array, ...], key: jax.Array) -> tuple[jax.Array, ...]:
+        return maps if stream.perturb is None else stream.perturb(maps, key, self.method.number(stream))
 
     def _decode(self, variables: dict, batches: list) -> tuple[list[jax.Array], dict]:
         """Decodes batches of feature maps together; returns the logits of each batch."""
-        joined = tuple(sharding.concat_sharded(*maps) for maps in zip(*batches, strict=True))
-        logits, variables = self._train_apply(variables, joined, "decode")
+        logits, variables = self._train_apply(variables, _join(batches), "decode")
         return sharding.split_sharded(logits, [len(batch[0]) for batch in batches]), variables
 
-    def _train_apply(self, variables: dict, inputs, method: str) -> tuple:
-        """Applies a method of the network in training mode; returns its output and the updated variables."""
+    def _train_encode(self, variables: dict, images, key: jax.Array) -> tuple[tuple[jax.Array, ...], dict]:
+        """Encodes batches of images together in training mode."""
+        return self._train_apply(variables, sharding.concat_sharded(*images), "encode", rngs={"rope": key})
+
+    def _train_apply(self, variables: dict, inputs, function: str, **options) -> tuple:
+        """Applies a function of the network in training mode; returns its output and the updated variables."""
         mutable = [name for name in variables if name != "params"]
-        output, updated = self.network.apply(variables, inputs, train=True, mutable=mutable, method=method)
+        output, updated = self.network.apply(variables, inputs, train=True, mutable=mutable, method=function, **options)
         return output, {**variables, **updated}
+
+
+def _join(batches) -> jax.Array | tuple[jax.Array, ...]:
+    """Joins batches of images, or of feature maps, so that rows stay on their device."""
+    return jax.tree.map(lambda *arrays: sharding.concat_sharded(*arrays), *batches)
+
+
+def _split(maps: tuple[jax.Array, ...], sizes: list[int]) -> list[tuple[jax.Array, ...]]:
+    """Splits what `_join` joined from feature maps of batches of `sizes`."""
+    return list(zip(*(sharding.split_sharded(x, sizes) for x in maps), strict=True))
 
 
 def loss_terms(
@@ -154,7 +216,8 @@ def loss_terms(
     ratios["mask_ratio"] = student_target.ratio()
     targets = {stream.name: student_target for stream in method.streams}
     if method.of_view("strong"):
-        logits, partner = _full_size(weak, views), _full_size(teacher.partner, views)
+        logits = _full_size(weak, views)
+        partner = swap_pairs(logits) if teacher.partner is None else _full_size(teacher.partner, views)
         for stream, box in zip(method.of_view("strong"), views.boxes, strict=True):
             valid = mix(views.valid_u, views.valid_m, box)
             targets[stream.name] = Target(*select(mix(logits, partner, box)), valid)

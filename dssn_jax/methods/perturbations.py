@@ -1,7 +1,8 @@
 """Perturbations of feature maps: what makes a stream's features differ from those of its view.
 
 A perturbation maps (features, key, index) to features of the same shapes: `features` are the encoder's maps
-[B, h, w, C] of one stream, `key` is shared by all streams of a step, `index` is the stream's place in the method.
+[B, h, w, C] of one stream, `key` is shared by all streams of a step, `index` is the stream's number in the method
+(`Method.number`): 2i and 2i + 1 are two streams of one kind of view.
 """
 
 import dataclasses
@@ -50,5 +51,9 @@ class ComplementaryDropout:
         return tuple(scale(x) for x in features)
 
 
-# Name in config.method.strong_perturb -> perturbation.
-PERTURBATIONS = {"none": None, "complementary": ComplementaryDropout()}
+# Name in config.method.{strong,feature}_perturb -> constructor from config.method; None: features stay as they are.
+PERTURBATIONS = {
+    "none": lambda method: None,
+    "dropout": lambda method: ChannelDropout(method.feature_dropout),
+    "complementary": lambda method: ComplementaryDropout(),
+}

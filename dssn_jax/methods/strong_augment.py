@@ -79,16 +79,17 @@ class Draw(NamedTuple):
 def strong_views(batch: Batch, augment: StrongAugment, key: jax.Array) -> jax.Array | None:
     """Draws the strong views of the unlabeled images of `batch` and of their CutMix partners.
 
-    Returns uint8 [U, V, 2, H, W, 3]: V views (one per CutMix box of `batch`) of the image and of its partner; None if
-    the batch has no boxes. The same key and row of the global batch give the same views.
+    Returns uint8 [U, V, P, H, W, 3]: V views (one per CutMix box of `batch`) of the image and, unless images of the
+    batch are partners of each other (P = 1), of its partner (P = 2); None if the batch has no boxes. The same key and
+    row of the global batch give the same views.
     """
     if batch.boxes is None:
         return None
-    count = batch.boxes.shape[1]
-    weak = jnp.stack([image for _ in range(count) for image in (batch.image_u, batch.image_m)], 1)
+    count, images = batch.boxes.shape[1], [image for image in (batch.image_u, batch.image_m) if image is not None]
+    weak = jnp.stack(images * count, 1)
     # Views of the same image stay beside each other, so that no row of a sharded batch moves between devices.
     flat = apply(weak.reshape(-1, *weak.shape[2:]), draw(key, weak.shape[0] * weak.shape[1], augment), augment)
-    return flat.reshape(len(weak), count, 2, *weak.shape[2:])
+    return flat.reshape(len(weak), count, len(images), *weak.shape[2:])
 
 
 def draw(key: jax.Array, samples: int, augment: StrongAugment) -> Draw:

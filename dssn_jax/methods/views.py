@@ -14,9 +14,10 @@ class Views(NamedTuple):
     image_x: jax.Array  # Labeled images, L of them.
     label_x: jax.Array  # Integers [L, H, W].
     image_u: jax.Array | None = None  # Weak views of U unlabeled images.
-    image_m: jax.Array | None = None  # Weak views of their CutMix partners.
+    # Weak views of their CutMix partners; None if unlabeled images are the partners of each other (`swap_pairs`).
+    image_m: jax.Array | None = None
     valid_u: jax.Array | None = None  # bool [U, H, W], False where padded.
-    valid_m: jax.Array | None = None
+    valid_m: jax.Array | None = None  # That of the partners.
     strong: tuple[jax.Array, ...] = ()  # Strong views, mixed.
     boxes: tuple[jax.Array, ...] = ()  # CutMix boxes of the strong views, as masks bool [U, H, W].
 
@@ -44,11 +45,19 @@ def mix(image: jax.Array, partner: jax.Array, box: jax.Array) -> jax.Array:
     return jnp.where(box[..., None] if image.ndim == 4 else box, partner, image)
 
 
+def swap_pairs(rows: jax.Array) -> jax.Array:
+    """Swaps rows 2i and 2i + 1 of [U, ...], U being even.
+
+    If the rows of each device are even in number, none moves between devices.
+    """
+    return rows.reshape(-1, 2, *rows.shape[1:])[:, ::-1].reshape(rows.shape)
+
+
 def from_batch(batch: Batch, strong: jax.Array | None, data, dtype) -> Views:
     """Returns the views of a batch in `dtype`.
 
-    `strong` uint8 [U, V, 2, H, W, 3] has V strong views of each unlabeled image and of its CutMix partner, as
-    `strong_augment.strong_views` draws them; `data` is `config.data`.
+    `strong` uint8 [U, V, P, H, W, 3] has V strong views of each unlabeled image and, if the batch has CutMix partners,
+    of its partner, as `strong_augment.strong_views` draws them; `data` is `config.data`.
     """
 
     def to_float(images: jax.Array | None) -> jax.Array | None:
@@ -58,7 +67,12 @@ def from_batch(batch: Batch, strong: jax.Array | None, data, dtype) -> Views:
     views = views._replace(valid_u=batch.valid_u, valid_m=batch.valid_m)
     if strong is None:
         return views
-    count, size = strong.shape[1], strong.shape[3:5]
-    boxes = tuple(box_mask(batch.boxes[:, i], *size) for i in range(count))
-    mixed = tuple(mix(to_float(strong[:, i, 0]), to_float(strong[:, i, 1]), box) for i, box in enumerate(boxes))
-    return views._replace(strong=mixed, boxes=boxes)
+    if batch.image_m is None:
+        views = views._replace(valid_m=swap_pairs(batch.valid_u))
+    boxes = tuple(box_mask(batch.boxes[:, i], *strong.shape[3:5]) for i in range(strong.shape[1]))
+    mixed = []
+    for i, box in enumerate(boxes):
+        image = to_float(strong[:, i, 0])
+        partner = swap_pairs(image) if batch.image_m is None else to_float(strong[:, i, 1])
+        mixed.append(mix(image, partner, box))
+    return views._replace(strong=tuple(mixed), boxes=boxes)

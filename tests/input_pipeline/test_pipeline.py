@@ -190,13 +190,21 @@ def test_partner_other(config, images):
     assert len(kinds) > 0.5 * images * (images - 1)  # The pairs change.
 
 
+def test_partner_reversed_reads_no_partner(config):
+    config.views.mix_partner = "reversed"
+    sources = _sources()
+    batch = train_dataset(sources, config)[0]
+    assert batch.image_m is None and batch.valid_m is None and batch.boxes.shape == (4, 2, 4)
+    assert len(sources.unlabeled.reads) == 4
+
+
 def test_partner_errors(config):
     config.data.unlabeled_batch = 1
     config.views.mix_partner = "other"
     with pytest.raises(DataError, match="needs at least 2 unlabeled images"):
         train_dataset(_sources(unlabeled=1), config)
     config.views.mix_partner = "another"
-    with pytest.raises(DataError, match="mix_partner is 'another'; known: same, other"):
+    with pytest.raises(DataError, match="mix_partner is 'another'; known: same, other, reversed"):
         train_dataset(_sources(), config)
 
 

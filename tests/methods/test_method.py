@@ -25,6 +25,7 @@ CONTRASTS = [("image", ("s1", "s2"), 0.01), ("feature", ("fp1", "fp2"), 0.01)]
         ("supervised", [], []),
         ("fixmatch", [("s1", "strong", 1.0, "teacher")], []),
         ("unimatch", [*STRONG, ("fp1", "feature", 0.5, "student")], []),
+        ("unimatch_v2", [("s1", "strong", 0.5, "teacher"), ("s2", "strong", 0.5, "teacher")], []),
         ("dssn", [*STRONG, ("fp1", "feature", 0.25, "student"), ("fp2", "feature", 0.25, "student")], CONTRASTS),
     ],
 )
@@ -33,7 +34,8 @@ def test_named_methods_are_these_streams(name, streams, contrasts):
     assert [(s.name, s.view, s.weight, s.target) for s in built.streams] == streams
     assert [(c.name, c.streams, c.weight) for c in built.contrasts] == contrasts
     assert {s.perturb for s in built.of_view("feature")} <= {ChannelDropout(0.5)}
-    assert built.has_ema == (name == "dssn") and built.uses_unlabeled == (name != "supervised")
+    assert {s.perturb for s in built.of_view("strong")} <= {ComplementaryDropout() if name == "unimatch_v2" else None}
+    assert built.has_ema == (name in ("dssn", "unimatch_v2")) and built.uses_unlabeled == (name != "supervised")
     assert built.labeled_loss == CrossEntropy(255)
 
 
@@ -44,6 +46,32 @@ def test_complementary_pairs_ohem_and_epochs_become_steps():
     assert built.of_view("strong")[1].perturb == ComplementaryDropout()
     assert built.labeled_loss == Ohem(0.7, min_kept=14, group=2)
     assert (built.ema.warmup_steps, built.ema.batch_stats_steps) == (20, 30)
+
+
+def test_unimatch_v2_has_a_ramp_from_the_first_step():
+    assert method.from_config(config_of("unimatch_v2"), 10).ema == method.Ema(0.996, ramp=True, warmup_steps=0)
+
+
+@pytest.mark.parametrize(("strong", "first"), [(0, 0), (1, 2), (2, 2)])
+def test_feature_streams_are_numbered_as_pairs_of_their_own(strong, first):
+    built = method.from_config(
+        config_of(strong_views=strong, image_contrast_weight=0.0, feature_perturb="complementary"), 10
+    )
+    assert {stream.perturb for stream in built.of_view("feature")} == {ComplementaryDropout()}
+    assert [built.number(stream) for stream in built.of_view("feature")] == [first, first + 1]
+
+
+@pytest.mark.parametrize(("images", "parts", "fits"), [(8, 4, True), (4, 4, False), (12, 4, False), (0, 4, True)])
+def test_reversed_partners_need_pairs_on_each_device(images, parts, fits):
+    config = config_of("unimatch_v2")
+    config.data.unlabeled_batch = images
+    method.check_pairs(config, parts)
+    config.views.mix_partner = "reversed"
+    if fits:
+        method.check_pairs(config, parts)
+        return
+    with pytest.raises(ConfigError, match="expected a multiple of 8, or config.views.mix_partner='other'"):
+        method.check_pairs(config, parts)
 
 
 def test_ema_rates_by_hand():
@@ -61,6 +89,7 @@ def test_ema_rates_by_hand():
         ({"teacher": "none"}, "config.method.strong_views > 0 needs pseudo-labels"),
         ({"strong_views": 1, "image_contrast_weight": 0.0, "strong_perturb": "complementary"}, "an even number"),
         ({"strong_views": 1}, "config.method.image_contrast_weight is 0.01, which needs config.method.strong_views=2"),
+        ({"feature_views": 1, "feature_contrast_weight": 0.0, "feature_perturb": "complementary"}, "an even number"),
         ({"feature_views": 3}, "needs config.method.feature_views=2"),
     ],
 )

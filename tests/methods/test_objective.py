@@ -11,7 +11,7 @@ from configs import methods
 from dssn_jax import models
 from dssn_jax.learner.learner import init_variables
 from dssn_jax.methods import method
-from dssn_jax.methods.objective import Objective
+from dssn_jax.methods.objective import Keys, Objective
 from dssn_jax.methods.views import Views
 
 KEY = jax.random.PRNGKey(2)
@@ -36,7 +36,7 @@ def setup(tiny_config):
 
 
 def student(objective, variables, views, key=KEY):
-    return jax.jit(objective.student_logits)(variables, views, key)
+    return jax.jit(objective.student_logits)(variables, views, Keys(key, key))
 
 
 def test_streams_differ_by_their_dropout(setup):

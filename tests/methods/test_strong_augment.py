@@ -174,6 +174,15 @@ def test_views_keep_their_place():
         np.testing.assert_array_equal(views[:, i, 1], batch.image_m)
 
 
+def test_reversed_partners_are_not_augmented():
+    """One view an image and box; those of the images are no others than the batch's."""
+    images = np.random.default_rng(0).integers(256, size=(4, 8, 8, 3), dtype=np.uint8)
+    batch = batch_of(images)._replace(image_m=None, valid_m=None)
+    nothing = strong_augment.StrongAugment(0, 0, 0, 0, 0, 0, 0, (0.1, 2.0), (0, 0))
+    views = strong_augment.strong_views(batch, nothing, jax.random.PRNGKey(0))
+    np.testing.assert_array_equal(views, np.broadcast_to(images[:, None, None], (4, 2, 1, 8, 8, 3)))
+
+
 def test_integer_bounds_of_the_blur_still_give_fractions():
     views = pascal.get_config().views
     views.blur_sigma = (1, 2)

@@ -25,3 +25,19 @@ def test_cutmix_box_pastes_images_and_valid_pixels():
     expected[0, 1:4, 2:7] = True
     np.testing.assert_array_equal(np.asarray(mixed.strong[0][..., 0]) > 0, expected)
     np.testing.assert_array_equal(views.mix(mixed.valid_u, mixed.valid_m, mixed.boxes[0]), ~expected)
+
+
+def test_reversed_partners_are_the_other_rows_of_pairs_before_mixing():
+    """Equal to partners that are given: rows 1, 0, 3, 2; nothing but the boxes decides what is pasted."""
+    rng = np.random.default_rng(0)
+    image, strong = (rng.integers(256, size=(4, *shape, 6, 8, 3), dtype=np.uint8) for shape in ((), (2, 1)))
+    valid, boxes = rng.random((4, 6, 8)) > 0.2, rng.integers(6, size=(4, 2, 4), dtype=np.int32)
+    swapped = [1, 0, 3, 2]
+    given = Batch(image, valid, image, valid, image[swapped], valid[swapped], boxes)
+    with_partners = jnp.asarray(np.concatenate([strong, strong[swapped]], 2))
+    expected = views.from_batch(given, with_partners, DATA, jnp.float32)
+    batch = given._replace(image_m=None, valid_m=None)
+    ours = views.from_batch(batch, jnp.asarray(strong), DATA, jnp.float32)
+    assert ours.image_m is None
+    for name in ("valid_m", "strong", "boxes"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(expected, name), err_msg=name)
