@@ -2,11 +2,12 @@
 
     python main.py --config=configs/camvid.py:split=1_8 --config.data.root=/data/camvid --workdir=/runs/camvid8
 
-Arguments: split (1_16, 1_8, 1_4, full), encoder, method, crop. The lists are in ROOT/splits.
-There is no published recipe: crop 321 and the selection of VOC, with a learning rate for random initial weights.
+Arguments: split (1_16, 1_8, 1_4, full), encoder, decoder, method, crop. The lists are in ROOT/splits.
+There is no published recipe: crop 321 (322 and 320 with DINOv2 and DINOv3) and the selection of VOC, with a learning
+rate for random initial weights; with a vision transformer, one by whether weights are pretrained.
 """
 
-from configs import arguments
+from configs import arguments, encoders
 
 SPLITS = ("1_16", "1_8", "1_4", "full")
 CLASSES = (
@@ -15,9 +16,9 @@ CLASSES = (
 
 
 def get_config(argument: str | None = None):
-    values = arguments.parse(argument, split="1_8", encoder="resnet50", method="dssn", crop=321)
+    values = arguments.parse(argument, split="1_8", encoder="resnet50", decoder="", method="dssn", crop=321)
     config = arguments.recipe("camvid", values, CLASSES, SPLITS)
-    config.optimizer.lr = 0.02
+    config.optimizer.lr = 0.02 if encoders.find_family(values["encoder"]) is None else 0.0
     config.optimizer.lr_mults = ()
     config.train.epochs = 200
     config.train.eval_every = 450

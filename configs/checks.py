@@ -49,6 +49,14 @@ def check_values(config, keys: Section = KEYS, path: str = "config") -> None:
             raise ConfigError(f"{path}.{name} is {show(value)}; expected {key.kind}{near}")
 
 
+def check_multiple(key: str, side: int, multiple: int, encoder: str) -> None:
+    """Raises ConfigError, with the nearest that fit, if `side` (the value of `key`, pixels) is no multiple."""
+    if side % multiple:
+        below = side // multiple * multiple
+        nearest = " or ".join(str(each) for each in (below, below + multiple) if each)
+        raise ConfigError(f"{key} is {side}; {encoder} needs a multiple of {multiple}: {nearest}")
+
+
 def check_path(flag: str, path: str) -> str:
     """Returns the value of a flag with ~ expanded; raises ConfigError for one that names no path."""
     kind = Path(STORAGE)

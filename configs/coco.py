@@ -1,11 +1,12 @@
-"""COCO 2017 (80 classes and background); recipe of DSSN, ACM MM 2023.
+"""COCO 2017 (80 classes and background); recipes of DSSN, ACM MM 2023, and UniMatch V2.
 
     python main.py --config=configs/coco.py:split=1_128 --config.data.root=/data/coco --workdir=/runs/coco128
 
-Arguments: split (1_512, 1_256, 1_128, 1_64, 1_32), encoder, method, crop.
+Arguments: split (1_512, 1_256, 1_128, 1_64, 1_32), encoder, decoder, method (dssn), crop (513; 518 and 512 with DINOv2
+and DINOv3).
 """
 
-from configs import arguments
+from configs import arguments, encoders
 
 SPLITS = ("1_512", "1_256", "1_128", "1_64", "1_32")
 CLASSES = (
@@ -21,10 +22,11 @@ CLASSES = (
 
 
 def get_config(argument: str | None = None):
-    values = arguments.parse(argument, split="1_128", encoder="xception", method="dssn", crop=513)
+    values = arguments.parse(argument, split="1_128", encoder="xception", decoder="", method="dssn", crop=513)
     config = arguments.recipe("coco", values, CLASSES, SPLITS)
     config.data.splits = "splits/coco"
-    config.optimizer.lr = 0.004
-    config.optimizer.lr_mults = (("decoder/", 10.0),)
-    config.train.epochs = 30
+    if encoders.find_family(values["encoder"]) is None:
+        config.optimizer.lr = 0.004
+        config.optimizer.lr_mults = (("decoder/", 10.0),)
+        config.train.epochs = 30
     return config

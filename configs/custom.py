@@ -17,8 +17,8 @@ Arguments and their defaults; paths are relative to root:
     label_map   a file that maps mask values to classes
     ignore      mask values to ignore besides 255, such as 0+254
 
-and encoder, method, pretrained, crop, steps. Crop, batch, number of steps, evaluation interval and learning rate are
-chosen from the images, the memory and the weights (dssn_jax/auto_config.py); the log says why.
+and encoder, decoder, method, pretrained, crop, steps. Crop, batch, number of steps, evaluation interval and learning
+rate are chosen from the images, the memory and the weights (dssn_jax/auto_config.py); the log says why.
 """
 
 import os
@@ -37,7 +37,7 @@ def get_config(argument: str | None = None):
     values = arguments.parse(
         argument, root="", names="classes.txt", labeled="", masks="masks", mask_suffix="", unlabeled="",
         unmasked="refuse", val="0.2", val_masks="", split="", label_map="", ignore="", encoder="resnet50",
-        method="dssn", pretrained="", crop=0, steps=0,
+        decoder="", method="dssn", pretrained="", crop=0, steps=0,
     )  # fmt: skip
     root = os.path.expanduser(values["root"])
     if not root:

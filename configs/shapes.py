@@ -3,15 +3,18 @@
     python main.py --config=configs/shapes.py --workdir=/tmp/shapes
     python main.py --config=configs/shapes.py:method=supervised,labeled=16 --workdir=/tmp/shapes_supervised
 
-Arguments: labeled (number of labeled images), encoder, method, crop, steps.
+Arguments: labeled (number of labeled images), encoder, decoder, method, crop, steps. Vision transformers, such as
+dinov2_w64, run too (crop 56 or 48), with a learning rate by whether weights are pretrained; nothing was searched.
 """
 
-from configs import arguments
+from configs import arguments, encoders
 from input_pipeline.class_names import SHAPES_CLASSES
 
 
 def get_config(argument: str | None = None):
-    values = arguments.parse(argument, labeled=8, encoder="resnet18w16", method="dssn", crop=49, steps=400)
+    values = arguments.parse(
+        argument, labeled=8, encoder="resnet18w16", decoder="", method="dssn", crop=49, steps=400
+    )  # fmt: skip
     config = arguments.recipe("shapes", values, SHAPES_CLASSES)
     config.data.source = "shapes"
     config.data.scale = (0.8, 1.5)  # At half the size of a small image its classes are not recognizable.
@@ -29,6 +32,8 @@ def get_config(argument: str | None = None):
     config.method.strong_weight *= 2
     # Searched for every method (docs/results/shapes_search.md).
     config.optimizer.lr = 0.02 if values["method"] == "dssn" else 0.05
+    if encoders.find_family(values["encoder"]) is not None:
+        config.optimizer.lr = 0.0  # By the weights.
     config.optimizer.lr_mults = ()
     config.train.steps = values["steps"]
     # In a run this short the teacher must follow the student within about 25 steps, not 250.

@@ -2,12 +2,12 @@
 
 | key | also needs | chosen value |
 |---|---|---|
-| data.crop | | median of the short sides of labeled and unlabeled images, as 16 k + 1, at most 513 |
+| data.crop | | median short side of the training images, as 16 k + 1 or in patches, at most 513 (518, 512) |
 | data.labeled_batch, data.unlabeled_batch | | 8 + 8 as in the recipes, or what fits the memory of the devices |
 | train.steps | train.epochs=0 | 100 passes over the unlabeled images, within 4000 to 40000 steps |
 | train.checkpoint_every | train.epochs=0 | 20 times per run |
 | train.eval_every | train.epochs=0 | 20 times per run, or less often so that evaluation is a fifth of the work |
-| optimizer.lr (and lr_mults) | | by optimizer and whether weights are pretrained |
+| optimizer.lr (and lr_mults) | | by optimizer, encoder and whether weights are pretrained |
 """
 
 import math
@@ -20,13 +20,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from configs import encoders
 from configs.checks import ConfigError
 from dssn_jax import models
 from input_pipeline.batch import labeled_rows
 from input_pipeline.sources.open import Source, Sources
 
 _BATCH = 8  # config.data.labeled_batch and unlabeled_batch of the published recipes.
-_MAX_CROP = 513  # As in the VOC recipe.
+_MAX_CROP = 513  # As in the VOC recipe; vision transformers have the nearest multiple of their patch.
 _PASSES = 100  # Over the unlabeled images, as in the VOC recipe.
 _STEPS = (4000, 40000)  # Least and most; with fewer SGD does not converge. The VOC recipe has 130 000.
 _EVALUATIONS, _EVALUATION_SHARE = 20, 0.2  # Most evaluations per run, and the greatest share of its work.
@@ -42,12 +43,20 @@ class Rates(NamedTuple):
     origin: str
 
 
-# (optimizer.name, whether weights are pretrained) -> rates.
+# (optimizer.name, whether weights are pretrained) -> rates, and those of vision transformers where they differ.
 _RATES = {
     ("sgd", True): Rates(0.002, (("decoder/", 10.0),), "pretrained weights, as on VOC"),
     ("sgd", False): Rates(0.02, (), "random weights, as on CamVid"),
     ("adamw", True): Rates(6e-5, (("decoder/", 10.0),), "pretrained weights, as SegFormer (Xie et al., NeurIPS 2021)"),
     ("adamw", False): Rates(1e-3, (), "random weights, the usual rate of Adam"),
+}
+
+
+_VIT_RATES = {
+    ("adamw", True): Rates(
+        encoders.PRETRAINED_LR, encoders.PRETRAINED_LR_MULTS, "a pretrained vision transformer, as UniMatch V2"
+    ),
+    ("adamw", False): Rates(5e-4, (), "a vision transformer from random weights, a usual rate"),
 }
 
 
@@ -101,7 +110,7 @@ def fill_in(config, sources: Sources, devices: list[jax.Device]) -> tuple[object
     if "data.labeled_batch" in keys or "data.unlabeled_batch" in keys:
         reasons += _choose_batches(config, len(sources.unlabeled), len(devices), memory_of(devices))
     if "optimizer.lr" in keys:
-        reasons.append(_choose_learning_rate(config.optimizer, bool(config.model.pretrained)))
+        reasons.append(_choose_learning_rate(config))
     if any(key in keys for key in _WITHOUT_EPOCHS):
         reasons += _choose_steps(config, sources)
     return config, reasons
@@ -128,7 +137,7 @@ def _choose_crop(config, sources: Sources) -> str:
     median = statistics.median_low(sides)
     multiple = models.build(config.model, len(config.data.classes)).size_multiple
     period, offset = (16, 1) if multiple == 1 else (multiple, 0)
-    greatest = _MAX_CROP - (_MAX_CROP - offset) % period
+    greatest = period * max(1, round((_MAX_CROP - offset) / period)) + offset
     config.data.crop = min(greatest, period * max(1, round((median - offset) / period)) + offset)
     rounding = "16 k + 1" if multiple == 1 else f"multiple of {multiple}"
     return (
@@ -145,8 +154,11 @@ def _choose_batches(config, unlabeled: int, devices: int, limit: int) -> list[st
     most = {"labeled_batch": (fit // 2 if uses_unlabeled else fit) // factor, "unlabeled_batch": fit // 2}
     factors = {"labeled_batch": factor, "unlabeled_batch": 1}
     reasons = []
+    pairs = uses_unlabeled and config.views.mix_partner == "reversed"  # Of unlabeled images, on each device.
     for key in (key for key in most if data[key] == 0):
         multiple = devices * micro_batches // math.gcd(devices * micro_batches, factors[key])
+        paired = key == "unlabeled_batch" and pairs
+        multiple *= 2 if paired else 1
         batch, why = _BATCH, [f"the recipes' {_BATCH}"]
         if most[key] < batch:
             batch = most[key]
@@ -158,6 +170,7 @@ def _choose_batches(config, unlabeled: int, devices: int, limit: int) -> list[st
         data[key] = max(1, batch // multiple) * multiple
         if data[key] != batch:
             factor = f" x {micro_batches} micro-batches" if micro_batches > 1 else ""
+            factor += " x 2 (config.views.mix_partner=reversed)" if paired else ""
             why.append(f"a multiple of {devices} devices{factor}")
         if most[key] < data[key]:
             why.append("which may be too much: config.model.remat=True or a smaller config.data.crop needs less")
@@ -165,10 +178,12 @@ def _choose_batches(config, unlabeled: int, devices: int, limit: int) -> list[st
     return reasons
 
 
-def _choose_learning_rate(optimizer, pretrained: bool) -> str:
-    if (optimizer.name, pretrained) not in _RATES:
+def _choose_learning_rate(config) -> str:
+    optimizer, key = config.optimizer, (config.optimizer.name, bool(config.model.pretrained))
+    known = _RATES if encoders.find_family(config.model.encoder) is None else _RATES | _VIT_RATES
+    if key not in known:
         raise ConfigError(f"config.optimizer.lr is 0; expected a learning rate for optimizer.name={optimizer.name}")
-    rates = _RATES[optimizer.name, pretrained]
+    rates = known[key]
     optimizer.lr, optimizer.lr_mults = rates.lr, rates.lr_mults
     return f"optimizer.lr={rates.lr:g}, optimizer.lr_mults={rates.lr_mults}: {rates.origin}"
 

@@ -60,9 +60,11 @@ def batch_sizes(config) -> dict[str, int]:
 def run_info(run: Run) -> dict:
     """Returns what was built from the configuration and where it runs, the content of `run.json`."""
     params = run.learner.abstract_state().student["params"]
+    counts = [sum(leaf.size for leaf in jax.tree.leaves(part)) for part in run.learner.optimizer.partition(params)]
     return {
         "name": run.learner.config.name,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameters": sum(counts),
+        "frozen_parameters": counts[1],
         "images": {name: len(source) for name, source in run.sources._asdict().items()},
         "batch": batch_sizes(run.learner.config),
         "steps": run.length.steps,
@@ -86,8 +88,15 @@ def describe(config: dict, info: dict) -> str:
     layout = f"{processes} processes x {devices} devices x {shares} images per device"
     layout += f" x {micro_batches} micro-batches" if micro_batches > 1 else ""
     images = ", ".join(f"{count} {name}" for name, count in info["images"].items())
+    network = f"{config['model']['encoder']} with {_parameters(info)}"
     return (
-        f"{info['name'] or 'run'}: {config['model']['encoder']} with {info['parameters'] / 1e6:.1f} M parameters, "
-        f"{len(data['classes'])} classes; {images} images; {info['steps']} steps ({info['steps_per_epoch']} per epoch) "
-        f"of {' + '.join(texts.values())} images ({layout}) at crop {data['crop']}; {info['devices']}"
+        f"{info['name'] or 'run'}: {network}, {len(data['classes'])} classes; "
+        f"{images} images; {info['steps']} steps ({info['steps_per_epoch']} per epoch) of {' + '.join(texts.values())} "
+        f"images ({layout}) at crop {data['crop']}; {info['devices']}"
     )
+
+
+def _parameters(info: dict) -> str:
+    total, frozen = (info[key] / 1e6 for key in ("parameters", "frozen_parameters"))
+    split = f" ({total - frozen:.1f} M trained, {frozen:.1f} M frozen)" if frozen else ""
+    return f"{total:.1f} M parameters{split}"
