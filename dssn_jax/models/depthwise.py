@@ -1,0 +1,106 @@
+"""Depthwise convolution that is fast on CPUs too. All arrays are NHWC.
+
+XLA compiles a convolution with as many groups as channels well for GPUs and TPUs, but for CPUs to a program that takes
+20 times as long, forward and backward, as a sum of shifted products (docs/performance.md). The result is the same but
+for rounding.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dssn_jax.models import layers
+
+
+class DepthwiseConv(nn.Module):
+    """Convolution of each channel by itself, without bias or padding; the parameter `kernel` is [k, k, 1, C]."""
+
+    kernel: int
+    stride: int = 1
+    dilation: int = 1
+    kernel_init: Any = layers.default_kernel_init
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `x` [B, H, W, C] to [B, h, w, C], where h = floor((H - dilation * (kernel - 1) - 1) / stride) + 1."""
+        shape = (self.kernel, self.kernel, 1, x.shape[-1])
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        return depthwise_conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
+    """Convolves each channel of `x` [B, H, W, C] with its own `kernel` [k, k, 1, C], without padding."""
+    options = {"stride": stride, "dilation": dilation}
+    shifted, grouped = (functools.partial(form, **options) for form in (shifted_products, grouped_conv))
+    return lax.platform_dependent(x, kernel, cpu=shifted, default=grouped)
+
+
+def _forward(x, kernel, stride, dilation):
+    return depthwise_conv(x, kernel, stride, dilation), (x, kernel)
+
+
+def _backward(stride, dilation, saved, gradient):
+    options = {"stride": stride, "dilation": dilation}
+
+    def grouped(x, kernel, gradient):
+        return jax.vjp(functools.partial(grouped_conv, **options), x, kernel)[1](gradient)
+
+    shifted = functools.partial(_shifted_gradients, **options)
+    return lax.platform_dependent(*saved, gradient, cpu=shifted, default=grouped)
+
+
+depthwise_conv.defvjp(_forward, _backward)
+
+
+def grouped_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
+    """Returns `depthwise_conv` as one convolution with a group per channel."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        "VALID",
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+def shifted_products(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
+    """Returns `depthwise_conv` as a sum of k * k products; in bfloat16 the sum is in float32."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    windows = _windows(x.astype(wide), kernel.shape[0], stride, dilation)
+    weights = kernel.astype(wide).reshape(-1, x.shape[-1])
+    return functools.reduce(jnp.add, (window * weight for window, weight in zip(windows, weights, strict=True))).astype(
+        x.dtype
+    )
+
+
+def _shifted_gradients(x, kernel, gradient, stride, dilation):
+    """Returns the gradients of `x` and `kernel` as shifted products, given that of the result."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    windows = _windows(x.astype(wide), kernel.shape[0], stride, dilation)
+    by_kernel = jnp.stack([(window * gradient.astype(wide)).sum((0, 1, 2)) for window in windows])
+    # Transposed: `stride - 1` zeros between the pixels, a border of zeros, and the kernel turned by 180 degrees.
+    border = dilation * (kernel.shape[0] - 1)
+    spread = [(0, 0, 0)] * 4
+    for axis in (1, 2):
+        beyond = x.shape[axis] - border - (gradient.shape[axis] - 1) * stride - 1  # Pixels that no window reaches.
+        spread[axis] = (border, border + beyond, stride - 1)
+    spread_gradient = lax.pad(gradient, jnp.zeros((), gradient.dtype), spread)
+    by_x = shifted_products(spread_gradient, kernel[::-1, ::-1], 1, dilation)
+    return by_x, by_kernel.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _windows(x: jax.Array, kernel: int, stride: int, dilation: int) -> list[jax.Array]:
+    """Returns what each element of the kernel, row by row, is multiplied with: kernel ** 2 arrays [B, h, w, C]."""
+    reach = dilation * (kernel - 1)
+    height, width = x.shape[1] - reach, x.shape[2] - reach
+    starts = [(i * dilation, j * dilation) for i in range(kernel) for j in range(kernel)]
+    return [x[:, top : top + height : stride, left : left + width : stride] for top, left in starts]
