@@ -44,6 +44,23 @@ def test_output_stride(tiny_config, encoder, output_stride):
     assert jax.eval_shape(network.apply, variables, image).shape == (2, 65, 97, 6)
 
 
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "low_res"),
+    [
+        ("dinov2_w64", "dpt", (24, 40)), ("dinov3_w64", "dpt", (24, 40)), ("dinov2_w64", "linear", (3, 5)),
+        ("resnet10w16", "linear", (3, 5)),
+    ],
+)  # fmt: skip
+def test_resolution_of_decoders(tiny_config, encoder, decoder, low_res):
+    network = build(tiny_config(), encoder=encoder, decoder=decoder)
+    multiple = network.size_multiple if network.size_multiple > 1 else 16
+    image = jnp.zeros((2, 3 * multiple, 5 * multiple, 3))
+    variables = jax.eval_shape(network.init, jax.random.PRNGKey(0), image)
+    logits = jax.eval_shape(functools.partial(network.apply, method="low_res_logits"), variables, image)
+    assert logits.shape == (2, *low_res, 6)
+    assert jax.eval_shape(network.apply, variables, image).shape == (*image.shape[:3], 6)
+
+
 def test_remat_changes_nothing(tiny_config):
     """In float64, where the order of operations leaves no trace."""
     with jax.enable_x64(True):
@@ -142,6 +159,11 @@ def test_gradients_of_batch_norm_are_those_of_its_formula(dtype):
             {"decoder": "dpt"},
             "four feature maps of equal stride.*; resnet10w16 has maps of stride 4, 16; "
             "decoders for this encoder: deeplabv3plus, linear",
+        ),
+        (
+            {"encoder": "dinov2_w64"},
+            "which refines its result with a feature map of stride 4; dinov2_w64 has maps of stride 14, 14, 14, 14; "
+            "decoders for this encoder: dpt, linear",
         ),
         ({"encoder": "xception", "stem": "7x7"}, "config.model.stem is '7x7'; xception has only 'deep'"),
         ({"encoder": "resnet50", "stem": "9x9"}, "unknown config.model.stem '9x9'.*known: deep, 7x7, deep_narrow"),

@@ -1,4 +1,8 @@
-"""Images of many sizes in a padded batch get the logits that PyTorch's networks give each image alone, in float64."""
+"""Images of many sizes in a padded batch get the logits of each image alone, in float64.
+
+Those of convolutional networks are compared with PyTorch's. The parts of transformers have their own tests against
+PyTorch; here the whole network is compared with itself.
+"""
 
 import functools
 
@@ -47,3 +51,20 @@ def test_logits_of_padded_images_are_those_of_each_alone(tiny_config, monkeypatc
         with torch.no_grad():
             expected = twin(alone)[0].permute(1, 2, 0).numpy()
         np.testing.assert_allclose(logits[:height, :width], expected, atol=1e-9 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("encoder", "decoder", "patch"), [("dinov2_w64", "dpt", 14), ("dinov3_w64", "linear", 16)])
+def test_transformers_give_padded_images_the_logits_of_each_alone(tiny_config, encoder, decoder, patch):
+    sizes = patch * np.array([(3, 2), (1, 3)])
+    with jax.enable_x64(True):
+        model = tiny_config(model__dtype="float64", model__param_dtype="float64").model
+        model.update({"encoder": encoder, "decoder": decoder})
+        network = models.build(model, CLASSES)
+        images = np.random.default_rng(0).normal(size=(len(sizes), *sizes.max(0), 3))
+        shapes = jax.eval_shape(network.init, jax.random.PRNGKey(0), images)
+        variables = names.from_state_dict(tensors.made_up(names.shapes(shapes)), shapes)
+        apply = jax.jit(network.apply)
+        padded = np.asarray(apply(variables, images, extent=Extent(*jnp.asarray(sizes.T, jnp.int32))))
+        for logits, image, (height, width) in zip(padded, images, sizes, strict=True):
+            alone = np.asarray(apply(variables, image[None, :height, :width])[0])
+            np.testing.assert_allclose(logits[:height, :width], alone, atol=1e-10 * np.abs(alone).max())
