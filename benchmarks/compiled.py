@@ -154,18 +154,19 @@ def kernels(program: hlo.Program, target: Target) -> list[Kernel]:
 
 def _kernel(program: hlo.Program, step: hlo.Step, target: Target) -> Kernel:
     instruction, moved = step.instruction, program.bytes_moved(step)
-    products, frames = program.products(step), program.frames(step.instruction)
+    products, origin = program.products(step), program.origin(step)
+    frames = program.frames(origin)
     arithmetic = sum(flop / target.flop_per_second[precision] for flop, precision in products)
     return Kernel(
         name=instruction.name,
         kind=kind(instruction, bool(products)),
-        part=part(instruction.op_name, frames),
+        part=part(origin.op_name, frames),
         times=step.times,
         bytes=step.times * moved,
         flop=step.times * sum(flop for flop, _ in products),
         seconds=step.times * max(moved / target.bytes_per_second, arithmetic),
         source=source(frames),
-        op_name=instruction.op_name,
+        op_name=origin.op_name,
     )
 
 
@@ -190,7 +191,7 @@ def part(op_name: str, frames: list[hlo.Frame]) -> str:
     if not found and "Network." in op_name:
         found = "forward" if "jvp(" in op_name else "teacher"
     if not found:
-        found = "loss" if backward else "other"
+        found = "loss" if "jvp(" in op_name else "other"
     if backward:
         return {"forward": "backward", "loss": "loss, backward"}.get(found, found)
     return found

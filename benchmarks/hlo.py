@@ -139,6 +139,30 @@ class Program:
                 body[start[1]] = _instruction(start[1], line[start.end() :])
         self._tables = tables
 
+    def origin(self, step: Step) -> Instruction:
+        """Returns the instruction that tells where a launch comes from.
+
+        That is itself, or for those that the compiler made without a name: the last named one that was fused into it,
+        else the first named one on the way to where its operands come from.
+        """
+        instruction, defined = step.instruction, self.computations[step.computation]
+        if instruction.op_name:
+            return instruction
+        fused = [each for called in instruction.calls for each in self.computations.get(called, {}).values()]
+        named = [each for each in fused if each.op_name and each.opcode not in _FREE]
+        if named:
+            return named[-1]
+        seen, waiting = {instruction.name}, list(instruction.operands)
+        while waiting:
+            name = waiting.pop(0)
+            if name in seen or name not in defined:
+                continue
+            seen.add(name)
+            if defined[name].op_name and defined[name].opcode not in _FREE:
+                return defined[name]
+            waiting += defined[name].operands
+        return instruction
+
     def frames(self, instruction: Instruction) -> list[Frame]:
         """Returns the stack of Python frames that made an instruction, the innermost first; [] if not recorded."""
         number, found = int(instruction.text("stack_frame_id") or 0), []

@@ -48,6 +48,7 @@ def test_functions_of_parts_exist():
         ("jit(train_step)/transpose(jvp(jvp()))/checkpoint", "loss_terms", "loss, backward"),
         ("jit(train_step)/mul", "TrainStep._update", "update"),
         ("jit(train_step)/transpose(jvp(Network.decode))/decoder", "", "backward"),
+        ("jit(train_step)/jvp(Hh,bhwc->bHwc)/dot_general", "", "loss"),
         ("", "", "other"),
     ],
 )
