@@ -8,7 +8,7 @@ hold a registry check their own section (`models.check`, `method.check`, `optimi
 import jax
 import numpy as np
 
-from configs.checks import ConfigError, check_choice, check_values
+from configs.checks import ConfigError, check_choice, check_multiple, check_values
 from dssn_jax import models
 from dssn_jax.learner.optimizer import OPTIMIZERS
 from dssn_jax.methods import method
@@ -33,11 +33,21 @@ def validate_evaluation(config) -> None:
     """Raises ConfigError for the first value with which images cannot be predicted."""
     validate_model(config)
     check_choice("config.data.source", config.data.source, SOURCES)
+    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ConfigError("config.model.attention is 'cudnn', which needs an NVIDIA GPU; expected auto or xla")
     for section in ("data", "eval"):
         if 0 < config[section].crop < _LEAST_CROP:
             raise ConfigError(
                 f"config.{section}.crop is {config[section].crop}; expected 0 or at least {_LEAST_CROP} pixels"
             )
+
+
+def validate_crops(config) -> None:
+    """Raises ConfigError if the encoder of a valid model cannot take the training crop or the sliding windows."""
+    multiple = models.build(config.model, len(config.data.classes)).size_multiple
+    check_multiple("config.data.crop", config.data.crop, multiple, config.model.encoder)
+    if config.eval.mode == "sliding_window":
+        check_multiple("config.eval.crop, the sliding window,", config.eval.crop, multiple, config.model.encoder)
 
 
 def validate_training(config, device_count: int) -> None:
@@ -48,7 +58,7 @@ def validate_training(config, device_count: int) -> None:
     validate_evaluation(config)
     check_choice("config.optimizer.name", config.optimizer.name, OPTIMIZERS)
     _check_cutmix(config.views)
-    _check_crop(config)
+    validate_crops(config)
     _check_batches(config, device_count)
 
 
@@ -60,14 +70,6 @@ def _check_cutmix(views) -> None:
         raise ConfigError(
             f"config.views.cutmix_area is {views.cutmix_area}; hardly any box of {area} of the crop lies inside it with"
             f" an aspect ratio in config.views.cutmix_aspect={views.cutmix_aspect}"
-        )
-
-
-def _check_crop(config) -> None:
-    multiple = models.build(config.model, len(config.data.classes)).size_multiple
-    if config.data.crop % multiple:
-        raise ConfigError(
-            f"config.data.crop is {config.data.crop}; {config.model.encoder} needs a multiple of {multiple}"
         )
 
 
@@ -85,6 +87,7 @@ def _check_batches(config, device_count: int) -> None:
             if micro_batches > 1:
                 expected += f" x {micro_batches} micro-batches (config.train.accumulation)"
             raise ConfigError(f"{shown}; expected a multiple of {expected}")
+        method.check_pairs(config, device_count * micro_batches)
         is_grouped = key == "labeled_batch" and config.method.labeled_loss == "ohem"
         if is_grouped and count // micro_batches % config.method.ohem_group:
             raise ConfigError(

@@ -62,6 +62,23 @@ def test_crop(configure, fill_in, sizes, crop):
     assert chosen.data.crop == crop and any(f"data.crop={crop}: the median short side" in line for line in reasons)
 
 
+@pytest.mark.parametrize(
+    ("encoder", "sides", "crop", "greatest"),
+    [
+        ("dinov2_w64", (360, 480), 364, 518),  # 25.7 patches.
+        ("dinov3_w64", (360, 480), 352, 512),  # 22.5 patches: to the even 22.
+        ("dinov2_w64", (2000, 3000), 518, 518),
+        ("dinov3_w64", (2000, 3000), 512, 512),
+        ("dinov2_w64", (3, 900), 14, 518),
+    ],
+)
+def test_crop_in_patches(configure, fill_in, encoder, sides, crop, greatest):
+    chosen, reasons = fill_in(configure(encoder=encoder), Sizes(sides), Sizes(sides))
+    assert chosen.data.crop == crop
+    patch = 14 if encoder == "dinov2_w64" else 16
+    assert any(line.endswith(f"the nearest multiple of {patch}, at most {greatest}") for line in reasons)
+
+
 def many(count):
     return Sizes(*[(64, 64)] * count)
 
@@ -95,6 +112,23 @@ def test_accumulation_needs_the_memory_of_a_part(configure, fill_in):
     config.train.accumulation = 2
     chosen, _ = fill_in(config, many(3), many(100), limit=4 * GIB)
     assert (chosen.data.labeled_batch, chosen.data.unlabeled_batch) == (4, 4)  # 5 images in each of two parts.
+
+
+@pytest.mark.parametrize(
+    ("devices", "unlabeled", "batches", "reason"),
+    [
+        (1, 100, (8, 8), "the recipes' 8"),
+        (3, 100, (6, 6), "a multiple of 3 devices x 2 (config.views.mix_partner=reversed)"),
+        (8, 100, (8, 16), "a multiple of 8 devices x 2"),
+        (1, 5, (8, 4), "there are 5 unlabeled images, a multiple of 1 devices x 2"),
+    ],
+)
+def test_pairs_of_unlabeled_images(configure, fill_in, devices, unlabeled, batches, reason):
+    config = configure(encoder="dinov2_w64", method="unimatch_v2", crop=56)
+    chosen, reasons = fill_in(config, many(3), many(unlabeled), devices)
+    assert (chosen.data.labeled_batch, chosen.data.unlabeled_batch) == batches
+    assert any(reason in line for line in reasons), reasons
+    validate_training(chosen, devices)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +180,16 @@ def test_adamw_has_rates_of_its_own(configure, fill_in):
     config.optimizer.name = "lion"
     with pytest.raises(ConfigError, match="optimizer.lr is 0; expected a learning rate for optimizer.name=lion"):
         fill_in(config, many(3), many(9))
+
+
+@pytest.mark.parametrize(("pretrained", "lr", "lr_mults"), [("x.pth", 5e-6, (("decoder/", 40.0),)), ("", 5e-4, ())])
+def test_vision_transformers_have_rates_of_their_own(configure, fill_in, pretrained, lr, lr_mults):
+    config = configure(encoder="dinov3_w64", pretrained=pretrained)
+    chosen, reasons = fill_in(config, many(3), many(9))
+    assert (chosen.optimizer.name, chosen.optimizer.lr, chosen.optimizer.lr_mults) == ("adamw", lr, lr_mults)
+    assert any("vision transformer" in line for line in reasons)
+    config.optimizer.name = "sgd"
+    assert fill_in(config, many(3), many(9))[0].optimizer.lr == (0.002 if pretrained else 0.02)
 
 
 def test_the_teacher_follows_within_a_short_run(configure):

@@ -25,6 +25,30 @@ def test_labeled_images_per_step_are_split_over_the_devices(tiny_config):
 
 
 @pytest.mark.parametrize(
+    ("encoder", "options", "message"),
+    [
+        ("dinov2_w64", {"data__crop": 49}, "config.data.crop is 49; dinov2_w64 needs a multiple of 14: 42 or 56"),
+        ("dinov3_w64", {"data__crop": 8}, "config.data.crop is 8; dinov3_w64 needs a multiple of 16: 16"),
+        (
+            "dinov2_w64", {"data__crop": 56, "eval__mode": "sliding_window", "eval__crop": 50},
+            "config.eval.crop, the sliding window, is 50; dinov2_w64 needs a multiple of 14: 42 or 56",
+        ),
+        ("dinov2_w64", {"data__crop": 56, "eval__crop": 50}, ""),  # Whole images: no window.
+        ("dinov2_w64", {"data__crop": 56, "eval__mode": "sliding_window"}, ""),  # That of training.
+        ("resnet10w16", {"data__crop": 50}, ""),
+    ],
+)  # fmt: skip
+def test_crops_are_multiples_of_the_patch(tiny_config, encoder, options, message):
+    config = tiny_config(model__encoder=encoder, **options)
+    config.model.decoder = "deeplabv3plus" if encoder == "resnet10w16" else "dpt"
+    if message:
+        with pytest.raises(ConfigError, match=f"^{message}$"):
+            validate_training(config, device_count=1)
+    else:
+        validate_training(config, device_count=1)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "check"),
     [
         ("model__encoder", "resnet51", validate_model),

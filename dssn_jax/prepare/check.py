@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from configs.checks import ConfigError
+from dssn_jax import models
 from dssn_jax.prepare.inspect_files import ImageInfo, MaskInfo, inspect_files
+from dssn_jax.validate import validate_crops
 from input_pipeline import layout
 from input_pipeline.errors import DataError, first_names
 from input_pipeline.labels import Labels
@@ -30,6 +33,7 @@ class Kind(NamedTuple):
 # In the order of the report.
 KINDS = {
     "layout": Kind(FIX, "lists and folders that do not fit", "as each line says"),
+    "crops": Kind(FIX, "crops that the encoder cannot take", "set the key to one of the sides that the line names"),
     "unreadable_images": Kind(
         FIX, "images that cannot be read", "replace the files or remove them from the lists or folders"
     ),
@@ -129,8 +133,10 @@ def check_data(config) -> Report:
 
     Raises:
       DataError: there is nothing to check: no root, no lists, no classes.
+      ConfigError: there is no such network.
     """
     data = config.data
+    crops = _crops(config)
     labels = Labels.from_config(data)
     sources, findings = _open(config, labels)
     pairs = {name: [source.files(index) for index in range(len(source))] for name, source in sources.items()}
@@ -142,6 +148,7 @@ def check_data(config) -> Report:
         if sources[name].labels is not None
     }
     splits = {name: _statistics(images[name], masks.get(name), len(labels.classes)) for name in pairs}
+    findings["crops"] = crops
     findings |= _unusable(infos.values()) | _copies(images, data.val_overlap)
     findings |= {
         "repeated": _repeated(images),
@@ -152,6 +159,16 @@ def check_data(config) -> Report:
     findings |= _unlike([i for i in images["labeled"] if not i.error], [i for i in images["unlabeled"] if not i.error])
     ordered = [Finding(kind, tuple(findings[kind])) for kind in KINDS if findings.get(kind)]
     return Report(splits, labels.classes, layout.find_root(data) if data.root else "", tuple(ordered))
+
+
+def _crops(config) -> list[str]:
+    """Returns why the encoder cannot take the training crop or the sliding windows; nothing where it can."""
+    models.check(config.model)
+    try:
+        validate_crops(config)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _open(config, labels: Labels) -> tuple[dict[str, EncodedSource], dict[str, list[str]]]:

@@ -2,6 +2,7 @@
 
 import importlib
 
+import numpy as np
 import pytest
 
 from configs import ade20k, camvid, cityscapes, coco, custom, encoders, methods, pascal, shapes
@@ -170,5 +171,9 @@ def test_annotations_of_the_ade20k_benchmark(tmp_path):
     config = ade20k.get_config()
     config.data.label_map = str(path)
     labels = Labels.from_config(config.data)
-    assert labels._id_of == {0: 255} | {i: i - 1 for i in range(1, 151)}
+    raw = np.arange(151, dtype=np.uint8)[None]
+    assert labels.to_ids(raw, "mask.png").tolist() == [[255, *range(150)]]
+    assert labels.uncovered(np.uint8([[3, 255]])) == [255]  # A mask of UniMatch V2 read with the map.
+    config.data.label_map = ""
+    assert Labels.from_config(config.data).uncovered(raw) == [150]  # A mask of the benchmark read without it.
     assert (ade20k.CLASSES[0], ade20k.CLASSES[12], ade20k.CLASSES[149]) == ("wall", "person", "flag")

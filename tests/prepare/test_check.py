@@ -106,6 +106,23 @@ def test_every_defect_is_reported(sound, capsys):
     assert text.count("FIX") == 6 and "9 to fix" in text
 
 
+def test_crops_that_the_encoder_cannot_take(sound, capsys):
+    config = custom.get_config(f"root={sound},labeled=train.txt,val=val.txt,encoder=dinov2_w64,crop=20")
+    with pytest.raises(prepare.DefectsError, match="1 to fix"):
+        prepare.check(config)
+    text = capsys.readouterr().out
+    assert "FIX   crops that the encoder cannot take: 1" in text
+    assert "config.data.crop is 20; dinov2_w64 needs a multiple of 14: 14 or 28" in text
+    config.data.crop, config.eval.mode, config.eval.crop = 28, "sliding_window", 30
+    (finding,) = check_data(config).findings
+    assert finding.items == (
+        "config.eval.crop, the sliding window, is 30; dinov2_w64 needs a multiple of 14: 28 or 42",
+    )
+    config.model.encoder = "dinov2_w46"
+    with pytest.raises(ConfigError, match="unknown config.model.encoder 'dinov2_w46'; did you mean"):
+        check_data(config)
+
+
 def test_folders(tmp_path):
     """Images without masks, masks without images, images in two lists, classes without validation images."""
     root = make_root(tmp_path, {"a": (0,), "b": (0,), "c": (255,), "d": (0,)}, images=("x",))
