@@ -152,7 +152,11 @@ _VIEWS = Section(
 _MODEL = Section(
     "The network.",
     encoder=Key("resnet101", Registered("dssn_jax.models:ENCODERS"), "Maps images to feature maps."),
-    decoder=Key("deeplabv3plus", Registered("dssn_jax.models:DECODERS"), "Maps feature maps to logits."),
+    decoder=Key(
+        "deeplabv3plus", Registered("dssn_jax.models:DECODERS"),
+        "Maps feature maps to logits. deeplabv3plus: for convolutional encoders; dpt: for vision transformers, as in "
+        "UniMatch V2; linear: batch norm and a 1x1 convolution on the last map, for any.",
+    ),
     stem=Key(
         "deep", Choice("deep", "7x7", "deep_narrow"),
         "ResNet stem. deep: three 3x3 convolutions with 64, 64 and 128 channels (the original); 7x7: one convolution "
@@ -169,13 +173,13 @@ _MODEL = Section(
     ),
     output_stride=Key(16, Choice(16, 8), "Of the last encoder stage."),
     aspp_dilations=Key((6, 12, 18), Tuple(Int(1, 256), 1, 16), "DeepLab doubles them at output stride 8."),
-    decoder_channels=Key(256, Int(1, 4096), "Of ASPP and of the decoder.", "channels"),
+    decoder_channels=Key(256, Int(1, 4096), "Of ASPP and of deeplabv3plus.", "channels"),
     dtype=Key(
         "float32", Choice("float32", "bfloat16", "float64"),
         "Of the computation; float64 needs the environment variable JAX_ENABLE_X64=1.",
     ),
     param_dtype=Key("float32", Choice("float32", "bfloat16", "float64"), "Of parameters and running statistics."),
-    remat=Key(False, Bool(), "Recompute residual blocks in the backward pass: less memory, more time."),
+    remat=Key(False, Bool(), "Recompute blocks in the backward pass: less memory, more time."),
     attention=Key(
         "auto", Choice("auto", "xla", "cudnn"),
         "Of vision transformers. cudnn: NVIDIA's fused kernel, which needs bfloat16 and a GPU; xla: anywhere; auto: "
@@ -305,8 +309,8 @@ _EVAL = Section(
     mode=Key("original", Choice("original", "sliding_window", "center_crop"), "original: whole images."),
     crop=Key(0, _CROP, "Side of the window or center crop; 0: that of training.", "pixels"),
     windows=Key(
-        "cut", Choice("cut", "inside"), "Sliding windows at the right and bottom edges. cut: are cut short there (DSSN, "
-        "UniMatch); inside: are moved inside, where they are whole (UniMatch V2).",
+        "cut", Choice("cut", "inside"), "Sliding windows at the right and bottom edges. cut: are cut short there "
+        "(DSSN, UniMatch); inside: are moved inside, where they are whole (UniMatch V2).",
     ),
     batch=Key(
         8, Int(1, 4096), "Images predicted together (rounded up to a multiple of the devices).", "images"
