@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from configs import defaults
+
 # The rates of fine-tuning: every parameter that gets a gradient decays, biases and norms too.
 PRETRAINED_LR = 5e-6
 PRETRAINED_LR_MULTS = (("decoder/", 40.0),)
@@ -24,6 +26,10 @@ class Family(NamedTuple):
 
 # Name -> family. Images are normalized with the mean and standard deviation of ImageNet, which are the defaults.
 FAMILIES = {"dinov2": Family(patch=14), "dinov3": Family(patch=16)}
+
+# Beginning of the names of encoders whose weights expect another normalization -> mean and standard deviation.
+# EfficientNet-Lite's were trained on (pixel - 127) / 128.
+_NORMALIZATIONS = {"efficientnet_lite": ((127 / 255,) * 3, (128 / 255,) * 3)}
 
 
 class Schedule(NamedTuple):
@@ -75,6 +81,12 @@ def find_family(encoder: str) -> Family | None:
     return FAMILIES.get(encoder.partition("_")[0])
 
 
+def normalization(encoder: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation, of RGB in [0, 1], of the images that the weights of an encoder expect."""
+    known = (value for prefix, value in _NORMALIZATIONS.items() if encoder.startswith(prefix))
+    return next(known, (defaults.IMAGENET_MEAN, defaults.IMAGENET_STD))
+
+
 def nearest_crop(encoder: str, crop: int) -> int:
     """Returns the side nearest to `crop` that the encoder takes, in pixels; 0 stays 0 (chosen from the images).
 
@@ -91,10 +103,11 @@ def decoder_for(encoder: str) -> str:
 
 
 def apply(config: ConfigDict, dataset: str) -> None:
-    """Fills in what the recipes of `config.model.encoder` change on `dataset`; nothing for convolutional encoders.
+    """Fills in what the recipes of `config.model.encoder` change on `dataset`; at most normalization for CNNs.
 
     The method must have been filled in before. A data set without a published recipe keeps its batch and length.
     """
+    config.data.mean, config.data.std = normalization(config.model.encoder)
     if find_family(config.model.encoder) is None:
         return
     name, settings = config.method.name, dict(_SETTINGS)
