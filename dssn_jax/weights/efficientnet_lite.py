@@ -21,11 +21,6 @@ def recognizes(tensors: Mapping[str, np.ndarray]) -> bool:
     return "_conv_stem.weight" in tensors
 
 
-def is_lite(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Returns whether the tensors of an encoder file are, under timm's names, an EfficientNet."""
-    return "conv_stem.weight" in tensors and "blocks.0.0.conv_dw.weight" in tensors
-
-
 def read(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns tensors in the package's form under timm's names; those of unknown modules keep theirs."""
     places = _places(tensors)
