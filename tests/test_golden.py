@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import golden
+from tests.golden import check as golden
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "golden"
 

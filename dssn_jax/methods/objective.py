@@ -245,7 +245,7 @@ class Target(NamedTuple):
 
     def ratio(self) -> jax.Array:
         """Returns the mean weight of the valid pixels, the share that is selected; 0 if none is valid."""
-        return (self.weight * self.valid).sum().astype(jnp.float32) / jnp.maximum(self.valid.sum(), 1)
+        return (self.weight * self.valid).sum() / jnp.maximum(self.valid.sum(), 1)
 
 
 def _full_size(logits: jax.Array, views: Views) -> jax.Array:
