@@ -46,8 +46,8 @@ class EvalOptions(NamedTuple):
       batch: greatest number of rows per batch, over all processes; the last batch of a size may hold fewer images.
       ignore: label of the padding.
       buckets: greatest number of padded sizes; large images, and images that would be large if joined, have others.
+      equal_sizes: whether a batch holds images of one size, without padding, whatever the number of sizes.
       crop: if not 0, the central `crop` x `crop` pixels of each image, or all of a side that is shorter.
-      size_multiple: padded heights and widths are multiples of this.
       threads: number of threads that decode.
       process_index: index of this host.
       process_count: number of hosts; host i of n gets the rows [i b / n, (i + 1) b / n) of a batch of b.
@@ -58,8 +58,8 @@ class EvalOptions(NamedTuple):
     batch: int
     ignore: int = 255
     buckets: int = 4
+    equal_sizes: bool = False
     crop: int = 0
-    size_multiple: int = 1
     threads: int = 16
     process_index: int = 0
     process_count: int = 1
@@ -179,16 +179,24 @@ def _share(members: list[int], size: Size, options: EvalOptions) -> list[int]:
     return members[options.process_index * rows : (options.process_index + 1) * rows]
 
 
+def padded_sizes(source: Source, options: EvalOptions, indices: Sequence[int] | None = None) -> dict[int, Size]:
+    """Maps records of a source (default: all) to the sizes of their batches."""
+    indices = range(len(source)) if indices is None else indices
+    sizes = {index: _cropped_size(source.size(index), options.crop) for index in indices}
+    if options.equal_sizes:
+        return sizes
+    bucket_of = choose_buckets(list(sizes.values()), options)
+    return {index: bucket_of[size] for index, size in sizes.items()}
+
+
 def _plan(source: Source, indices: Sequence[int], options: EvalOptions) -> list[tuple[Size, list[int]]]:
     """Returns the padded size and the records of each batch."""
-    sizes = {index: _least_padded(source.size(index), options) for index in indices}
-    bucket_of = choose_buckets(list(sizes.values()), options)
-    by_bucket = collections.defaultdict(list)
+    sizes, by_size = padded_sizes(source, options, indices), collections.defaultdict(list)
     for index in indices:
-        by_bucket[bucket_of[sizes[index]]].append(index)
+        by_size[sizes[index]].append(index)
     return [
         (size, members[start : start + options.rows(size)])
-        for size, members in by_bucket.items()
+        for size, members in by_size.items()
         for start in range(0, len(members), options.rows(size))
     ]
 
@@ -230,10 +238,9 @@ def _read_ahead(source: Source, plan: list, threads: int, ahead: int) -> Iterato
                 future.cancel()  # A consumer that stops early must not wait for pending images.
 
 
-def _least_padded(size: Size, options: EvalOptions) -> Size:
-    """Returns the size of an image after the center crop, rounded up to multiples of `options.size_multiple`."""
-    multiple = options.size_multiple
-    return tuple(-(-(min(side, options.crop) if options.crop else side) // multiple) * multiple for side in size)
+def _cropped_size(size: Size, crop: int) -> Size:
+    """Returns the size of an image after the center crop."""
+    return tuple(min(side, crop) if crop else side for side in size)
 
 
 def _center_crop(record: dict[str, np.ndarray], crop: int) -> dict[str, np.ndarray]:

@@ -23,8 +23,8 @@ from dssn_jax.validate import validate_evaluation
 from dssn_jax.workdir import recorder
 from dssn_jax.workdir.recorder import duration, logger
 from dssn_jax.workdir.restore import inherit_choices, restore
-from input_pipeline.errors import DataError, first_lines, printable
-from input_pipeline.eval_batches import EvalBatch, EvalOptions, eval_batches
+from input_pipeline.errors import DataError, first_messages, printable
+from input_pipeline.eval_batches import EvalBatch, EvalOptions, eval_batches, padded_sizes
 from input_pipeline.sources.open import Source, open_source
 
 _MOST_SCORES = 2**29  # Per device at a time, in number: 2 GiB of float32; of images for fewer than 32 classes, for 32.
@@ -51,7 +51,10 @@ class Program(NamedTuple):
 
 
 class Evaluator:
-    """Predicts and scores images of any size; compiles one program per padded size."""
+    """Predicts and scores images of any size; compiles one program per padded size.
+
+    Without `network.supports_padding` batches hold images of equal size, and every size has a program of its own.
+    """
 
     def __init__(self, learner: Learner):
         """Uses `config.eval` and splits batches over the mesh of `learner`; raises ConfigError."""
@@ -63,8 +66,8 @@ class Evaluator:
             batch=-(-config.eval.batch // learner.mesh.size) * learner.mesh.size,
             ignore=config.data.ignore,
             buckets=config.eval.buckets,
+            equal_sizes=not learner.network.supports_padding,
             crop=inference.eval_crop(config) if config.eval.mode == "center_crop" else 0,
-            size_multiple=learner.network.size_multiple,
             threads=config.data.threads,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -72,6 +75,7 @@ class Evaluator:
             pixels=int(_MOST_SCORES / max(learner.network.num_classes, 32) / max(1.0, *config.eval.scales) ** 2),
         )
         self._programs: dict[tuple, Program] = {}
+        self._warned = False
         replicated, split = sharding.replicated(learner.mesh), sharding.batch_sharded(learner.mesh)
         shardings = {"in_shardings": (replicated, split), "out_shardings": Scored(replicated, split, replicated)}
         self._score = jax.jit(self._score_batch, **shardings)
@@ -95,6 +99,7 @@ class Evaluator:
             more memory than there is. By default an image that cannot be read raises its DataError, and a warning at
             the end names those that are too large.
         """
+        self._warn_of_sizes(source, indices)
         program, too_large, fitting = self._predict if probabilities else self._score, [], 0
         for batch in eval_batches(source, self._options, indices=indices, on_error=on_error):
             for piece in self._fitting(program, batch):
@@ -106,9 +111,21 @@ class Evaluator:
                     error = self._too_large(program, source, index, batch)
                     too_large.append(error) if on_error is None else on_error(index, error)
         if too_large and not fitting and jax.process_count() == 1:
-            raise MemoryLimitError(first_lines(too_large))
+            raise MemoryLimitError(first_messages(too_large))
         if too_large:
-            logger.warning("%d images are left out:\n%s", len(too_large), first_lines(too_large))
+            logger.warning("%d images are left out: %s", len(too_large), first_messages(too_large))
+
+    def _warn_of_sizes(self, source: Source, indices: Sequence[int] | None) -> None:
+        """Warns, once, if images cannot be padded to few sizes and have many."""
+        if not self._options.equal_sizes or self._warned:
+            return
+        sizes = len(set(padded_sizes(source, self._options, indices).values()))
+        self._warned = sizes > self._options.buckets
+        if self._warned:
+            logger.warning(
+                "%s supports no padding: images of %d sizes need a program for each, which is compiled first",
+                self._learner.config.model.encoder, sizes,
+            )  # fmt: skip
 
     def _fitting(self, program: Callable, batch: EvalBatch) -> Iterator[EvalBatch | tuple[int, ...]]:
         """Yields `batch`, or batches of one row per device if it needs too much memory, or the indices of these."""
@@ -281,6 +298,8 @@ def evaluate(workdir: epath.PathLike, *, config, checkpoint: str = "best") -> di
     evaluator = Evaluator(learner)
     logger.info("evaluating step %d of %s on %d images: %s", step, workdir, len(val), config.eval.mode)
     confusions = evaluator(networks, evaluator.batches(val), log_progress(len(val)))
+    if not any(confusion.any() for confusion in confusions.values()):
+        raise DataError(f"the masks of the {len(val)} validation images have no pixel of a class: all are ignored")
     scores = {name: metrics.scores_of(confusion, config.data.classes) for name, confusion in confusions.items()}
     logger.info("scores in percent\n%s", metrics.class_table(scores))
     path = epath.Path(workdir) / f"eval_{step}.json"

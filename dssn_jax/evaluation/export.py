@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from configs.checks import ConfigError, check_output_file
+from dssn_jax.evaluation.inference import Inference
 from dssn_jax.learner.learner import Learner
 from dssn_jax.weights import names
 from dssn_jax.weights.files import StateDictError
@@ -31,14 +32,15 @@ def export(
     """Writes a network of a checkpoint as an artifact, and a JSON file beside it that describes its use.
 
     The artifact maps uint8 RGB images [b, H, W, 3], with any b, to (class ids uint8 [b, H, W], their probabilities
-    float32 [b, H, W]). It holds the parameters and the normalization, and runs on `PLATFORMS`.
+    float32 [b, H, W]). It holds the parameters, the normalization and, if the network needs multiples of a patch, the
+    resizing to them and back, and runs on `PLATFORMS`.
 
     Args:
       workdir: of the run.
       to: the file; None: workdir/NETWORK_STEP.stablehlo.
       checkpoint: "best", "latest" or a step.
       network: "student" | "teacher"; None: the teacher if there is one.
-      size: "HEIGHTxWIDTH" in pixels; None: the training crop.
+      size: "HEIGHTxWIDTH" in pixels, of any network; None: the training crop.
 
     Returns:
       The path of the artifact.
@@ -50,7 +52,8 @@ def export(
     learner, step, networks, _ = restore(workdir, checkpoint)
     network = pick_network(networks, network)
     height, width = height_width or (learner.config.data.crop,) * 2
-    _check_size(learner, height, width)
+    if not height:
+        raise ConfigError(f"--size is not given, and config.data.crop is {height}; expected HEIGHTxWIDTH")
     defects = names.defects(names.to_state_dict(networks[network]))
     if defects:
         raise StateDictError(f"step {step} of {workdir}: {network}: {first_names(defects)}")
@@ -85,9 +88,10 @@ def export(
 def lower(learner: Learner, variables: dict, height: int, width: int) -> jax.export.Exported:
     """Lowers the network with `variables` for images of one size and any batch size; see `export`."""
     variables = jax.device_get(variables)  # NumPy arrays become constants of the program.
+    inference = Inference(learner.network)
 
     def segment(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = learner.network.apply(variables, learner.normalize(images))
+        logits = inference.logits(variables, learner.normalize(images))
         probability = jnp.exp(logits.max(-1) - jax.nn.logsumexp(logits, -1))
         return logits.argmax(-1).astype(jnp.uint8), probability.astype(jnp.float32)
 
@@ -103,10 +107,3 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
     if not match:
         raise ConfigError(f"--size={text!r} is not HEIGHTxWIDTH, such as 512x1024")
     return int(match[1]), int(match[2])
-
-
-def _check_size(learner: Learner, height: int, width: int) -> None:
-    multiple = learner.network.size_multiple
-    if not height or height % multiple or width % multiple:
-        expected = "a size" if multiple == 1 else f"multiples of {multiple}"
-        raise ConfigError(f"--size={height}x{width}: expected {expected} for {learner.config.model.encoder}")

@@ -1,17 +1,21 @@
 """Confusion matrices, scores and the evaluator, against counts by hand and images one by one."""
 
+import functools
 import re
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dssn_jax import auto_config, sharding
+from dssn_jax import auto_config, models, sharding
 from dssn_jax.evaluation import evaluate as evaluate_lib
 from dssn_jax.evaluation import metrics
 from dssn_jax.evaluation.evaluate import Evaluator, MemoryLimitError, evaluate
 from dssn_jax.evaluation.predict import predict
 from dssn_jax.learner import learner as learners
+from dssn_jax.models.resize import resize
 from dssn_jax.workdir import checkpoint
 from input_pipeline.eval_batches import EvalBatch
 from tests.evaluation import workdirs
@@ -107,6 +111,57 @@ def test_as_many_compilations_as_buckets(tiny_config):
     _, variables, evaluator = start(config)
     evaluator({"student": variables}, evaluator.batches(Images()))
     assert evaluator._score._cache_size() <= 2
+
+
+class Squares(nn.Module):
+    """An encoder of 8 x 8 patches whose features depend on all of the image, and which respects no extent."""
+
+    dtype: type = jnp.float32
+    strides, size_multiple, input_size, supports_padding = (8,), 8, 8, False
+
+    @nn.compact
+    def __call__(self, x, train, extent=None):
+        assert extent is None
+        x = nn.Conv(16, (8, 8), (8, 8), padding="VALID")(x)
+        return (x + 3 * x.mean((1, 2), keepdims=True),)
+
+
+@pytest.fixture
+def squares(tiny_config, monkeypatch):
+    """Returns a function (SECTION__KEY=value, ...) -> configuration of a network with `Squares`."""
+    monkeypatch.setitem(models.ENCODERS, "squares", models.Encoder(lambda model, **types: Squares()))
+    return functools.partial(
+        tiny_config, "supervised", model__encoder="squares", model__decoder="linear", data__crop=32
+    )
+
+
+def test_networks_without_padding_have_a_program_per_size(squares, caplog):
+    """Each image counts what it counts in a batch of its own; a warning, once, tells that this compiles much."""
+    learner, variables, evaluator = start(squares(eval__batch=2, eval__buckets=3), devices=1)
+    source = Images()
+    for _ in range(2):
+        together = evaluator({"student": variables}, evaluator.batches(source))["student"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [
+        "squares supports no padding: images of 4 sizes need a program for each, which is compiled first"
+    ]
+    assert len(evaluator._programs) == len(set(source.sizes)) == 4
+
+    expected = 0
+    mean, std = np.array(learner.config.data.mean), np.array(learner.config.data.std)
+    for index in range(len(source)):
+        image, label = source[index]["image"], source[index]["label"]
+        x = ((image / 255 - mean) / std).astype(np.float32)[None]
+        patches = resize(x, *(int(side / 8 + 0.5) * 8 for side in label.shape))
+        logits = resize(learner.network.apply(variables, patches), *label.shape)
+        expected = expected + confusion_by_hand(np.asarray(logits.argmax(-1))[0], label, 6)
+    assert together.sum() == expected.sum() and np.abs(together - expected).sum() <= 0.002 * expected.sum()
+
+
+def test_few_sizes_without_padding_need_no_warning(squares, caplog):
+    _, _, evaluator = start(squares(eval__batch=2, eval__buckets=4), devices=1)
+    next(evaluator.batches(Images()))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_class_maps_ignore_what_is_no_image(tiny_config):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from input_pipeline.errors import DataError
-from input_pipeline.eval_batches import EvalOptions, choose_buckets, eval_batches
+from input_pipeline.eval_batches import EvalOptions, choose_buckets, eval_batches, padded_sizes
 from input_pipeline.sources.open import open_source
 
 
@@ -54,16 +54,16 @@ def _assert_rows_hold_their_images(batch, source):
         np.testing.assert_array_equal(batch.labels[row], np.where(inside, index + 100, 255))
 
 
-@pytest.mark.parametrize(
-    ("multiple", "buckets", "shapes"), [(4, 3, {(8, 8)}), (7, 3, {(7, 14), (7, 7)}), (7, 1, {(7, 14)})]
-)
-def test_padded_sizes_are_multiples(multiple, buckets, shapes):
+def test_equal_sizes_are_not_padded():
     source = SizedSource(20)
-    batches = list(eval_batches(source, EvalOptions(batch=2, buckets=buckets, size_multiple=multiple)))
-    assert {batch.images.shape[1:3] for batch in batches} == shapes
+    options = EvalOptions(batch=2, buckets=1, equal_sizes=True)
+    batches = list(eval_batches(source, options))
     assert sorted(index for batch in batches for index in batch.indices) == list(range(20))
     for batch in batches:
         _assert_rows_hold_their_images(batch, source)
+        assert {batch.images.shape[1:3]} == {source.size(index) for index in batch.indices}
+    cropped = padded_sizes(source, options._replace(crop=6), indices=(4, 0, 2))
+    assert cropped == {4: (5, 5), 0: (6, 6), 2: (6, 6)}
 
 
 def test_processes_share_each_batch():
@@ -80,10 +80,9 @@ def test_processes_share_each_batch():
             np.testing.assert_array_equal(getattr(batch, name), joined)
 
 
-@pytest.mark.parametrize(("multiple", "padded"), [(1, 6), (4, 8)])
-def test_center_crop(multiple, padded):
-    batch = next(eval_batches(SizedSource(3), EvalOptions(batch=3, buckets=1, crop=6, size_multiple=multiple)))
-    assert batch.images.shape == (3, padded, padded, 3)
+def test_center_crop():
+    batch = next(eval_batches(SizedSource(3), EvalOptions(batch=3, buckets=1, crop=6)))
+    assert batch.images.shape == (3, 6, 6, 3)
     np.testing.assert_array_equal(batch.sizes, [(6, 6), (5, 5), (6, 6)])
 
 
