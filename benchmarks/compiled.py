@@ -50,7 +50,7 @@ PARTS = (
     ("update", ("TrainStep._update",)),
     ("loss", ("loss_terms", "total_loss")),
     ("teacher", ("Objective.teacher_logits",)),
-    ("forward", ("Objective.student_logits",)),
+    ("forward", ("Objective.student_logits", "Objective.encode")),
     ("views", ("Learner._strong_views", "Learner._to_views", "strong_views")),
 )
 VIEW_FILES = ("strong_augment.py", "views.py")  # Bodies of loops have shorter stacks.

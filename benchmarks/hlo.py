@@ -64,8 +64,10 @@ class Instruction:
     def bytes(self) -> int:
         """Size of the result, without what else is returned: scratch space of libraries' calls, operands of starts."""
         arrays, count = self.arrays, len(self.operands)
-        if self.opcode == "copy-start" or self.target.startswith("__cu"):
+        if self.opcode == "copy-start":
             arrays = arrays[:1]
+        elif self.target.startswith("__cu") and len(arrays) > 1 and arrays[-1].dtype in ("u8", "s8"):
+            arrays = arrays[:-1]
         elif self.opcode in ("all-gather-start", "collective-permute-start"):
             arrays = arrays[count : 2 * count]
         return sum(array.bytes for array in arrays)
@@ -221,7 +223,7 @@ class Program:
         return step.instruction.bytes + sum(defined[name].bytes for name in operands)
 
     def products(self, step: Step) -> list[tuple[float, str]]:
-        """Returns (FLOP, precision) of the matrix products and convolutions in one execution.
+        """Returns (FLOP, precision) of the matrix products, convolutions and attention in one execution.
 
         Two FLOP per multiplication and addition, as if no convolution met the border. Precision is "float32" where all
         digits are asked for, else the dtype of the first operand, with "tf32" for f32.
@@ -281,6 +283,8 @@ def _flop(instruction: Instruction, arrays: list[Array]) -> float:
     if instruction.opcode == "dot" or target.startswith("__cublas$"):
         contracted = instruction.integers("lhs_contracting_dims") or instruction.integers("lhs_contracting_dimensions")
         return 2.0 * math.prod(instruction.arrays[0].sizes) * math.prod(arrays[0].sizes[axis] for axis in contracted)
+    if target.startswith("__cudnn$fmha"):  # Of query and key [B, T, heads, d]: 2 products, 5 in the backward pass.
+        return (10.0 if "Backward" in target else 4.0) * math.prod(arrays[0].sizes) * arrays[1].sizes[1]
     if instruction.opcode != "convolution" and not target.startswith("__cudnn$conv"):
         return 0.0
     # The output of the forward convolution, and its kernel.

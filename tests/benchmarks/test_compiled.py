@@ -62,7 +62,7 @@ def test_totals_are_sums_of_launches():
     program = hlo.Program(GPU)
     launched = compiled.kernels(program, target)
     result = compiled.summary(launched)
-    assert result["launches"] == 6 + 3 + 1  # The branch of a true condition is left out.
+    assert result["launches"] == 7 + 3 + 1  # The branch of a true condition is left out.
     convolution = 2 * 2 * 9 * 9 * 4 + 2 * 6 * 3 * 3 * 4 + 2 * 2 * 5 * 5 * 6
     assert sum(each.bytes for each in launched if each.kind == "convolution") == 3 * convolution
     for table in ("kinds", "parts"):

@@ -72,6 +72,9 @@ ENTRY %main (image: bf16[2,9,9,4], kernel: bf16[6,3,3,4], x: f32[8], flag: pred[
   %all-reduce-start.1 = f32[8]{0} all-reduce-start(%x.1), replica_groups={{0,1,2,3}}, to_apply=%sum
   %left = f32[2,4]{1,0} bitcast(%x.1)
   %gemm = (f32[2,2]{1,0}, s8[4194304]{0}) custom-call(%left, %left), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]},"precision_config":{"operand_precision":["HIGHEST","HIGHEST"]}}}
+  %query = bf16[2,7,3,8]{3,2,1,0} constant({...})
+  %key = bf16[2,5,3,8]{3,2,1,0} constant({...})
+  %attention = (bf16[2,3,7,8]{3,1,2,0}, f32[2,3,7]{2,1,0}, u8[0]{0}) custom-call(%query, %key, %key), custom_call_target="__cudnn$fmhaSoftmax", api_version=API_VERSION_STATUS_RETURNING
   %all-reduce-done.1 = f32[8]{0} all-reduce-done(%all-reduce-start.1)
   %start = ((f32[8]{0}), f32[2]{0}) async-start(%all-reduce-done.1), calls=%scattered
   %done = f32[2]{0} async-done(%start)
@@ -92,11 +95,17 @@ def gpu():
 def test_launches_are_counted_with_loops_and_branches(gpu):
     program, steps = gpu
     assert program.entry == "main" and not program.unbounded
-    assert {name: (step.times, step.rare) for name, step in steps.items()} == {
-        "cudnn-conv.1": (1, False), "conv-input.1": (1, False), "conv-filter.1": (1, False), "gemm": (1, False),
-        "all-reduce-start.1": (1, False), "reduce-scatter.1": (1, False), "twice": (3, False), "cosine": (1, False),
-        "sine": (1, True),
-    }  # fmt: skip
+    once = (
+        "cudnn-conv.1",
+        "conv-input.1",
+        "conv-filter.1",
+        "gemm",
+        "attention",
+        "all-reduce-start.1",
+        "reduce-scatter.1",
+    )
+    expected = dict.fromkeys((*once, "cosine"), (1, False)) | {"twice": (3, False), "sine": (1, True)}
+    assert {name: (step.times, step.rare) for name, step in steps.items()} == expected
 
 
 def test_bytes_are_those_of_operands_and_results(gpu):
@@ -107,6 +116,8 @@ def test_bytes_are_those_of_operands_and_results(gpu):
     assert program.bytes_moved(steps["twice"]) == 2 * 32  # An operand that is read twice counts once.
     assert program.bytes_moved(steps["gemm"]) == 32 + 16
     assert program.bytes_moved(steps["reduce-scatter.1"]) == 32 + 8
+    query, key, sums = 2 * 2 * 7 * 3 * 8, 2 * 2 * 5 * 3 * 8, 4 * 2 * 3 * 7
+    assert program.bytes_moved(steps["attention"]) == query + key + query + sums
 
 
 def test_flop_are_two_per_multiplication(gpu):
@@ -115,6 +126,7 @@ def test_flop_are_two_per_multiplication(gpu):
     for name in ("cudnn-conv.1", "conv-input.1", "conv-filter.1"):
         assert program.products(steps[name]) == convolution
     assert program.products(steps["gemm"]) == [(2.0 * 2 * 2 * 4, "float32")]
+    assert program.products(steps["attention"]) == [(2 * 2.0 * (2 * 3 * 7 * 5 * 8), "bfloat16")]
     assert program.products(steps["twice"]) == []
 
 
