@@ -38,12 +38,12 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 
-from benchmarks import tables, train_step
+from benchmarks import hlo, tables, train_step
 
 RECIPES = ("pascal", "cityscapes", "coco")
 DEVICES = (8, 64, 256)
@@ -79,7 +79,7 @@ class Collective(NamedTuple):
     bytes: int  # Size of its result on a device.
     group: int  # Devices that communicate with each other; 0: all.
     times: int  # Executions per step.
-    branch: bool  # Whether it is in a branch of a conditional.
+    branch: bool  # Whether it is in the branch of a true condition.
     origin: str  # Names of the JAX operations that it comes from.
 
     @property
@@ -88,49 +88,18 @@ class Collective(NamedTuple):
         return "transpose(" in self.origin and "/conv_general_dilated" in self.origin
 
 
-_KINDS = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
-_COLLECTIVE = re.compile(rf"= (.+?) ({_KINDS})\(")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
-
-
 def collectives(text: str, devices: int) -> list[Collective]:
     """Returns the collectives of a program that was compiled for `devices` CPUs, from `compiled.as_text()`."""
-    bodies, entry = {}, ""
-    for line in text.splitlines():
-        if header := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
-            body = bodies.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif line.startswith(" "):
-            body.append(line)
-    return list(_walk(bodies, entry, devices, 1, False))
-
-
-def _walk(bodies: dict, name: str, devices: int, times: int, branch: bool) -> Iterator[Collective]:
-    """Yields the collectives of a computation that is executed `times` times, and of those that it calls."""
-    for line in bodies[name]:
-        code, _, rest = line.partition(", metadata=")
-        if match := _COLLECTIVE.search(code):
-            origin = re.search(r'op_name="([^"]*)"', rest)
+    found = []
+    for step in hlo.Program(text).steps():
+        instruction = step.instruction
+        if instruction.opcode in hlo.COLLECTIVES:
             # The compiler for CPUs widens sums in bfloat16 to float32 and names them "promoted". (A few small sums in
             # float32 may be combined with them.)
-            size = _size(match[1]) // (2 if "_promoted" in code else 1)
-            yield Collective(match[2], size, _group(code, devices), times, branch, origin[1] if origin else "")
-        elif match := re.search(r" while\(.*body=%?([\w.-]+)", code):
-            iterations = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            yield from _walk(bodies, match[1], devices, times * int(iterations[1] if iterations else 1), branch)
-        elif " conditional(" in code:
-            listed = re.search(r"branch_computations=\{([^}]*)\}", code)
-            names = listed[1].split(",") if listed else re.findall(r"(?:true|false)_computation=([^,]*)", code)
-            for each in names:
-                yield from _walk(bodies, each.strip(" %"), devices, times, True)
-        elif match := re.search(r" call\(.*to_apply=%?([\w.-]+)", code):
-            yield from _walk(bodies, match[1], devices, times, branch)
-
-
-def _size(shapes: str) -> int:
-    """Returns the bytes of "f32[3,3]{1,0}", or of a tuple of such shapes."""
-    arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
-    return sum(_BYTES[dtype] * math.prod(int(n) for n in sizes.split(",") if n) for dtype, sizes in arrays)
+            size = instruction.bytes // (2 if "_promoted" in instruction.text("to_apply") else 1)
+            group = _group(instruction.attributes, devices)
+            found.append(Collective(instruction.opcode, size, group, step.times, step.rare, instruction.op_name))
+    return found
 
 
 def _group(code: str, devices: int) -> int:
