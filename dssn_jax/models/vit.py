@@ -60,11 +60,18 @@ _normal = nn.initializers.truncated_normal(0.02)
 
 
 def from_config(model, **options) -> "ViT":
-    """Returns the encoder of `config.model`; `options` are further fields of `ViT`."""
+    """Returns the encoder of `config.model`; `options` are further fields of `ViT`.
+
+    Raises ConfigError for keys that do not fit it or each other.
+    """
     if model.rope_rescale != 1 and options.get("position") != "rope":
         raise ConfigError(
             f"config.model.rope_rescale is {model.rope_rescale:g}; {model.encoder} has no rotary position embedding, "
             "expected 1"
+        )
+    if model.attention == "cudnn" and model.dtype != "bfloat16":
+        raise ConfigError(
+            f"config.model.attention is 'cudnn', which needs config.model.dtype=bfloat16, not {model.dtype}"
         )
     return ViT(attention=model.attention, rope_rescale=model.rope_rescale, remat=model.remat, **options)
 
@@ -117,7 +124,7 @@ class ViT(nn.Module):
         """
         shape = tuple(length // self.patch for length in x.shape[1:3])
         levels = self.tokens(x, train, extent)
-        return tuple(tokens[:, 1 + self.registers :].reshape(len(x), *shape, self.width) for tokens in levels)
+        return tuple(tokens[:, 1 + self.registers :].reshape(x.shape[0], *shape, self.width) for tokens in levels)
 
     @nn.compact
     def tokens(self, x: jax.Array, train: bool, extent: Extent | None = None) -> list[jax.Array]:
@@ -160,8 +167,8 @@ class ViT(nn.Module):
         if self.registers:
             name = "storage_tokens" if self.position == "rope" else "register_tokens"
             prefix.append(param(name, self.registers))
-        patches = x.reshape(len(x), -1, self.width)
-        return jnp.concatenate([*(jnp.broadcast_to(t, (len(x), *t.shape[1:])) for t in prefix), patches], axis=1)
+        patches = x.reshape(x.shape[0], -1, self.width)
+        return jnp.concatenate([*(jnp.broadcast_to(t, (x.shape[0], *t.shape[1:])) for t in prefix), patches], axis=1)
 
     def _position_embedding(self, shape: tuple[int, int], extent: Extent | None) -> tuple[jax.Array, jax.Array]:
         """Returns the embeddings of the class token [1, 1, width] and of patches [1 or B, h, w, width], in `dtype`.
@@ -170,25 +177,12 @@ class ViT(nn.Module):
         """
         embedding = self.param("pos_embed", _normal, (1, self.side**2 + 1, self.width), self.param_dtype)
         first = embedding[:, :1].astype(self.dtype)
-        square = embedding[:, 1:].reshape(1, self.side, self.side, self.width)
+        square = embedding[0, 1:].reshape(self.side, self.side, self.width)
         if extent is None and shape == (self.side, self.side):
-            return first, square.astype(self.dtype)
-        dtype = jnp.promote_types(self.dtype, jnp.float32)
+            return first, square[None].astype(self.dtype)
+        square = square.astype(jnp.promote_types(self.dtype, jnp.float32))
         grid = _grid(shape, strided(extent, self.patch))
-        whole = ((grid.height == self.side) & (grid.width == self.side))[:, None, None]
-        rows, columns = (
-            jnp.where(
-                whole,
-                jnp.eye(length, self.side, dtype=dtype),
-                bicubic_matrices(sizes.astype(dtype), length, self.side, self.offset, self.antialias),
-            )
-            for sizes, length in zip(grid, shape, strict=True)
-        )
-        product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        resized = product(
-            "bhi,bijc->bhjc", rows, jnp.broadcast_to(square.astype(dtype), (len(rows), *square.shape[1:]))
-        )
-        return first, product("bwj,bhjc->bhwc", columns, resized).astype(self.dtype)
+        return first, resize_positions(square, grid, shape, self.offset, self.antialias).astype(self.dtype)
 
     def _valid(self, shape: tuple[int, int], extent: Extent | None) -> jax.Array | None:
         """Returns bool [B, T], True for the prefix and for patches inside `extent`; None without one."""
@@ -215,6 +209,28 @@ class ViT(nn.Module):
 def _grid(shape: tuple[int, int], grid: Extent | None) -> Extent:
     """Returns the patches of each image along its sides; without an extent those of all images, [1]."""
     return Extent(*(jnp.full(1, size, jnp.int32) for size in shape)) if grid is None else grid
+
+
+def resize_positions(
+    square: jax.Array, grid: Extent, shape: tuple[int, int], offset: float, antialias: bool
+) -> jax.Array:
+    """Resizes the position embeddings [side, side, C] to `grid`, the patches of each image: [B, h, w, C].
+
+    An image of side x side patches takes them as they are. Others take them resized along both sides, in the dtype of
+    `square`, as `bicubic_matrices` says. What lies outside `grid` is undefined, but finite.
+    """
+    side, dtype = len(square), square.dtype
+    whole = ((grid.height == side) & (grid.width == side))[:, None, None]
+    rows, columns = (
+        jnp.where(
+            whole,
+            jnp.eye(length, side, dtype=dtype),
+            bicubic_matrices(sizes.astype(dtype), length, side, offset, antialias),
+        )
+        for sizes, length in zip(grid, shape, strict=True)
+    )
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    return product("bwj,bhjc->bhwc", columns, product("bhi,ijc->bhjc", rows, square))
 
 
 def bicubic_matrices(sizes: jax.Array, length: int, side: int, offset: float, antialias: bool) -> jax.Array:
@@ -350,7 +366,7 @@ class Projection(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
         if self.bias == "masked":
             third = self.features // 3
-            bias = bias.at[third : 2 * third].set(0)
+            bias = jnp.asarray(bias).at[third : 2 * third].set(0)
         return y + bias
 
 
