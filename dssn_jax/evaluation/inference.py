@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.checks import ConfigError
+from configs.checks import ConfigError, check_multiple
 from dssn_jax.models.extent import Extent, zero_outside
 from dssn_jax.models.network import Network
 from dssn_jax.models.resize import resize
@@ -143,13 +143,9 @@ class Inference:
 def from_config(config, network: Network) -> Inference:
     """Returns the inference of a validated config; raises ConfigError if `network` cannot take its windows."""
     window = eval_crop(config) if config.eval.mode == "sliding_window" else 0
-    multiple, encoder = network.size_multiple, config.model.encoder
-    if window % multiple:
-        nearest = Inference(network)._taken(window)[-1]
-        raise ConfigError(
-            f"the sliding window (config.eval.crop, or config.data.crop) is {window}; {encoder} needs a multiple of "
-            f"{multiple}, the nearest is {nearest}"
-        )
+    encoder = config.model.encoder
+    key = "the sliding window (config.eval.crop, or config.data.crop)"
+    check_multiple(key, window, network.size_multiple, encoder)
     if window and config.eval.windows == "cut" and not network.supports_padding:
         raise ConfigError(
             f"config.eval.windows is 'cut', which makes windows of many sizes; {encoder} supports no padding and needs "

@@ -136,7 +136,7 @@ def test_class_maps_have_the_largest_probability(setting, options):
 
 def test_windows_and_crops_that_do_not_fit_are_refused(tiny_config):
     config, network = tiny_config(eval__mode="sliding_window", eval__crop=20), Patches(supports_padding=False)
-    with pytest.raises(ConfigError, match="is 20; resnet10w16 needs a multiple of 7, the nearest is 21"):
+    with pytest.raises(ConfigError, match="is 20; resnet10w16 needs a multiple of 7: 14 or 21"):
         inference.from_config(config, network)
     config.eval.crop = 21
     with pytest.raises(ConfigError, match="config.eval.windows is 'cut'.*supports no padding and needs 'inside'"):
