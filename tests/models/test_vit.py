@@ -35,36 +35,45 @@ def tiny(form, dtype="float64", param_dtype="float64", **fields):
     return vit.ViT(**TINY | FORMS[form] | fields, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype))
 
 
+@functools.cache
 def shapes_of(network):
     image = jnp.zeros((1, network.patch, network.patch, 3), network.dtype)
     return jax.eval_shape(lambda: network.init(jax.random.PRNGKey(0), image, False))
 
 
-def params_of(network, scale=0.3):
+def params_of(network):
     """Random numbers everywhere, biases and LayerScale too."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape, scale=scale), leaf.dtype),
-                        shapes_of(network)["params"])  # fmt: skip
+    draw = np.random.default_rng(0).normal
+    return jax.tree.map(lambda leaf: draw(size=leaf.shape, scale=0.3).astype(leaf.dtype), shapes_of(network)["params"])
 
 
-def images_of(network, height, width, count=2):
-    size = (count, height * network.patch, width * network.patch, 3)
-    return jnp.asarray(np.random.default_rng(1).normal(size=size), network.dtype)
+def images_of(network, height, width):
+    size = (2, height * network.patch, width * network.patch, 3)
+    return np.random.default_rng(1).normal(size=size).astype(network.dtype)
 
 
-def run(network, params, images, train=False, **options):
-    return jax.jit(functools.partial(network.apply, train=train, **options))({"params": params}, images)
+@functools.cache
+def program(network, train, method):
+    return jax.jit(lambda params, images, **options: network.apply(params, images, train, method=method, **options))
+
+
+def run(network, params, images, train=False, method=None, **options):
+    return program(network, train, method)({"params": params}, images, **options)
 
 
 @pytest.mark.parametrize(
     ("encoder", "millions"),
     [
-        ("dinov2_small", 22.06), ("dinov2_base_reg", 86.58), ("dinov2_large", 304.37),
-        ("dinov3_small", 21.60), ("dinov3_small_plus", 28.70), ("dinov3_base", 85.67),
-        pytest.param("dinov2_giant", 1136.48, marks=pytest.mark.slow),
-        pytest.param("dinov3_large", 303.15, marks=pytest.mark.slow),
-        pytest.param("dinov3_huge_plus", 840.63, marks=pytest.mark.slow),
-        pytest.param("dinov3_7b", 6716.03, marks=pytest.mark.slow),
+        ("dinov2_base_reg", 86.58),
+        ("dinov3_small_plus", 28.70),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in [
+                ("dinov2_small", 22.06), ("dinov2_base", 86.58), ("dinov2_large", 304.37), ("dinov2_giant", 1136.48),
+                ("dinov3_small", 21.60), ("dinov3_base", 85.67), ("dinov3_large", 303.15), ("dinov3_huge_plus", 840.63),
+                ("dinov3_7b", 6716.03),
+            ]
+        ),
     ],
 )  # fmt: skip
 def test_number_of_parameters(encoder, millions):
@@ -110,8 +119,10 @@ def test_padded_images_get_the_features_of_each_alone(form):
     network = tiny(form)
     params, grids = params_of(network), [(3, 3), (1, 4)]
     images = images_of(network, 3, 5)
-    extent = Extent(*(jnp.array(sizes, jnp.int32) * network.patch for sizes in zip(*grids, strict=True)))
-    padded = run(network, params, jnp.where(extent.mask(*images.shape[1:3]), images, jnp.nan), extent=extent)
+    extent = Extent(*(np.array(sizes, np.int32) * network.patch for sizes in zip(*grids, strict=True)))
+    for image, height, width in zip(images, extent.height, extent.width, strict=True):
+        image[height:], image[:, width:] = np.nan, np.nan
+    padded = run(network, params, images, extent=extent)
     for i, (height, width) in enumerate(grids):
         alone = network.apply(
             {"params": params}, images[i : i + 1, : height * network.patch, : width * network.patch], 0
@@ -133,7 +144,7 @@ def test_remat_changes_nothing():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), gradient(plain), gradient(remat))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["dinov2", "dinov3"])
 def test_bfloat16_computes_over_float32_weights(form):
     exact, rounded = tiny(form, "float32", "float32"), tiny(form, "bfloat16", "float32")
     params, images = params_of(rounded), images_of(exact, 2, 4)
@@ -145,10 +156,9 @@ def test_bfloat16_computes_over_float32_weights(form):
 
 def test_keys_have_no_bias_in_dinov3():
     network = tiny("dinov3")
-    params, images = params_of(network), images_of(network, 2, 2)
-    changed = jax.tree.map(jnp.copy, params)
-    bias = changed["blocks_0"]["attn"]["qkv"]["bias"]
-    changed["blocks_0"]["attn"]["qkv"]["bias"] = bias.at[16:32].add(5)
+    params, images = params_of(network), images_of(network, 3, 2)
+    changed = jax.tree.map(np.copy, params)
+    changed["blocks_0"]["attn"]["qkv"]["bias"][16:32] += 5
     np.testing.assert_array_equal(run(network, params, images)[1], run(network, changed, images)[1])
 
 
@@ -165,10 +175,11 @@ def test_rope_rescale_draws_a_factor_for_each_block_in_training(monkeypatch):
     assert not np.allclose(first, expected[1]) and not np.allclose(first, other)
     drawn = []
     monkeypatch.setattr(vit, "rope_angles", lambda *args, rope=vit.rope_angles: drawn.append(args[-1]) or rope(*args))
-    rescaled.apply({"params": params}, images, train=True, rngs={"rope": jax.random.PRNGKey(0)})
-    assert len(set(map(float, drawn))) == plain.depth and all(0.5 < factor < 2 for factor in drawn)
+    apply = functools.partial(rescaled.apply, train=True)
+    jax.eval_shape(apply, {"params": params}, images, rngs={"rope": jax.random.PRNGKey(0)})
+    assert len(drawn) == plain.depth
     with pytest.raises(Exception, match="rope"):  # Not silently off.
-        rescaled.apply({"params": params}, images, train=True)
+        jax.eval_shape(apply, {"params": params}, images)
 
 
 def test_angles_of_the_rotary_embedding():
@@ -184,20 +195,22 @@ def test_angles_of_the_rotary_embedding():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_attention_in_parts_is_that_of_all_queries(monkeypatch, dtype):
     rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(rng.normal(size=(2, 7, 3, 4)), dtype) for _ in range(3)]
-    valid = jnp.arange(7) < jnp.array([[5], [7]])
+    arrays = [rng.normal(size=(2, 7, 3, 4)).astype(dtype) for _ in range(3)]
+    valid = np.arange(7) < np.array([[5], [7]])
     query, key, value = (np.asarray(array, np.float64) for array in arrays)
     weights = np.exp(np.einsum("btnd,bsnd->bnts", query, key) / 2) * valid[:, None, None]
     expected = np.einsum("bnts,bsnd->btnd", weights / weights.sum(-1, keepdims=True), value)
 
     def loss(arrays):
-        return jnp.sin(attention.attend(*arrays, valid, "auto")).sum()
+        result = attention.attend(*arrays, valid, "auto")
+        return jnp.sin(result).sum(), result
 
     gradients = []
     for scores in (10**6, 3 * 7 * 3):
         monkeypatch.setattr(attention, "_MOST_SCORES", scores)
-        np.testing.assert_allclose(attention.attend(*arrays, valid, "auto"), expected, rtol=1e-4, atol=1e-6)
-        gradients.append(jax.grad(loss)(arrays))
+        gradient, result = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-6)
+        gradients.append(gradient)
     tolerance = {"float32": 1e-5, "float64": 1e-12}[dtype]
     for whole, parts in zip(*gradients, strict=True):
         np.testing.assert_allclose(parts, whole, atol=tolerance)
@@ -241,8 +254,8 @@ def test_values_that_fit_no_encoder_or_machine_are_named(tiny_config):
 RENAMED = {
     "model.": "", "encoder.": "", "patch_embeddings.projection": "patch_embed.proj",
     "patch_embeddings": "patch_embed.proj", "embeddings.": "", "position_embeddings": "pos_embed",
-    "layernorm.": "norm.", "layer.": "blocks.", "layer_scale": "ls", "lambda1": "gamma", "attention.o_proj": "attn.proj",
-    "attention.": "attn.", "gate_proj": "w1", "up_proj": "w2", "down_proj": "w3",
+    "layernorm.": "norm.", "layer.": "blocks.", "layer_scale": "ls", "lambda1": "gamma",
+    "attention.o_proj": "attn.proj", "attention.": "attn.", "gate_proj": "w1", "up_proj": "w2", "down_proj": "w3",
 }  # fmt: skip
 # Our tensors that join several of theirs, or have other names in some forms.
 JOINED = {"qkv": ("q_proj", "k_proj", "v_proj"), "w12": ("w1", "w2"), "fc1": ("w2",), "fc2": ("w3",)}
