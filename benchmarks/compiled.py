@@ -21,6 +21,9 @@ that of the configuration, split over the devices.
   step cannot be below it unless a cache saves bytes. Collectives count with the bytes of their arrays in memory.
 - parts: by the functions of the step that made an operation; a kernel fused from several counts where its result does.
 
+`model.attention=auto` becomes what it is on such a chip: cudnn in bfloat16 on GPUs. Its scratch space is not planned,
+because cuDNN must be asked for it on a device.
+
 For TPUs "optimal_seconds", "bytes accessed" and "flops" are the compiler's own estimates (`compiled.cost_analysis()`).
 Triton's products are off for GPUs (`compiler_options` of the target): without autotuning, which needs a device, the
 compiler cannot tile some of them.
@@ -294,7 +297,9 @@ def main() -> None:
     parser.add_argument("--compare", type=pathlib.Path, help="file of earlier results to compare with")
     arguments, settings = parser.parse_known_args()
     _, values = commands.parse(["--mode=check", *settings])
-    target = read_target(arguments.target)
+    config, target = values["config"].value, read_target(arguments.target)
+    if target.platform == "cuda" and (config.model.attention, config.model.dtype) == ("auto", "bfloat16"):
+        config.model.attention = "cudnn"
     topology = arguments.topology or target.topology
     options = target.compiler_options | dict(map(_option, arguments.option))
     jax.config.update("jax_platforms", "cpu")  # Keys of the run are made here; everything else is compiled only.
@@ -305,7 +310,7 @@ def main() -> None:
         "compile_flags": options,
         "bandwidth": f"{target.bytes_per_second:.4g} B/s: {target.bytes_source}",
         "rates": {"FLOP/s": target.flop_per_second, "source": target.flop_source},
-        **describe(values["config"].value, target, topology, options),
+        **describe(config, target, topology, options),
     }
     tables.write(arguments.json, result)
     report(result)
