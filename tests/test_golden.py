@@ -9,17 +9,22 @@ import pytest
 
 from tests.golden import check as golden
 
-FOLDER = pathlib.Path(__file__).parent / "data" / "golden"
+DATA = pathlib.Path(__file__).parent / "data"
+FOLDER = DATA / "golden"
 
 
-@pytest.mark.parametrize(
-    "file",
-    [pytest.param(file, marks=[pytest.mark.slow] * file.startswith("step")) for file in golden.files(FOLDER)],
-)
-def test_golden_numbers_hold(file):
+def cases():
+    for folder in ("golden", "golden_v2"):
+        for file in golden.files(DATA / folder):
+            slow = file.startswith("step") or "518" in file or (folder, file[:8]) == ("golden_v2", "evaluate")
+            yield pytest.param(folder, file, marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize(("folder", "file"), cases())
+def test_golden_numbers_hold(folder, file):
     lines = []
     with jax.enable_x64(True):
-        assert golden.check(FOLDER, file, lines.append), lines
+        assert golden.check(DATA / folder, file, lines.append), lines
 
 
 @pytest.mark.parametrize("changed", ["out/fixed_0/loss_u_s2", "out/never_computed"])
