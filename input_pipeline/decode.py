@@ -5,8 +5,10 @@ EXIF orientations are applied to images and to masks, as viewers and annotation 
 
 import contextlib
 import io
+import struct
+import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -17,6 +19,7 @@ from input_pipeline.files import open_regular
 
 # No others are opened: Pillow would run Ghostscript for an EPS file, whatever its name ends with.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "JPEG2000", "TIFF", "WEBP")
+_PNG = b"\x89PNG\r\n\x1a\n"  # How a file begins, before its first chunk.
 _MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow opens no larger image.
 _SUBFILE_TYPE, _REDUCED = 254, 1  # The tag of a TIFF page, and its bit for a smaller copy of another page.
 _MOST_PAGES = 64
@@ -193,6 +196,8 @@ def _is_complete(opened: Image.Image) -> bool:
 def _load(opened: Image.Image, where: str) -> Image.Image:
     """Decodes the pixels and applies the EXIF orientation."""
     rotated, known = _orientation(opened) != 1, "exif" in opened.info
+    if opened.format == "PNG":
+        _check_png(opened.fp, where)
     try:
         opened.load()
     except Exception as error:  # Pillow raises many types for damaged files.
@@ -200,6 +205,18 @@ def _load(opened: Image.Image, where: str) -> Image.Image:
     if not known and "exif" in opened.info:
         raise DataError(f"{where}: PNG with EXIF data after the pixels, which few programs read; save it again")
     return ImageOps.exif_transpose(opened) if rotated else opened
+
+
+def _check_png(stream: BinaryIO, where: str) -> None:
+    """Raises DataError for a chunk without its checksum: Pillow does not compare those of the pixels."""
+    position = stream.tell()
+    stream.seek(len(_PNG))
+    while len(header := stream.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        content, checksum = stream.read(length), stream.read(4)
+        if len(checksum) == 4 and zlib.crc32(content, zlib.crc32(kind)) != int.from_bytes(checksum):
+            raise DataError(f"{where}: damaged image: a part of it ({printable(repr(kind))}) is not as it was written")
+    stream.seek(position)
 
 
 def _orientation(opened: Image.Image) -> int:

@@ -61,7 +61,7 @@ def first_names(names: Sequence, most: int = 3, show: Callable = str) -> str:
     return ", ".join(printable(show(name)) for name in names[:most]) + more
 
 
-def first_lines(messages: Sequence, total: str = "in all", most: int = 5) -> str:
-    """Returns the first `most` of `messages`, one per line, and "... 12 in all" if there are more."""
+def first_messages(messages: Sequence, total: str = "in all", most: int = 5) -> str:
+    """Returns the first `most` of `messages` in one line, and "... 12 in all" if there are more."""
     more = [f"... {len(messages)} {total}"] if len(messages) > most else []
-    return "\n".join([*map(str, messages[:most]), *more])
+    return "; ".join([*map(str, messages[:most]), *more])

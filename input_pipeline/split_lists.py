@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from input_pipeline.errors import DataError, did_you_mean, first_lines, printable
+from input_pipeline.errors import DataError, did_you_mean, first_messages, printable
 from input_pipeline.files import CONTROL_CHARACTER, read_text
 
 LIST_SUFFIX = ".txt"
@@ -75,7 +75,7 @@ def read_list(path: str, labeled: bool) -> list[Entry]:
     """Returns the entries of a list; see `parse_list`. Raises DataError if anything is wrong with it."""
     entries, wrong = parse_list(path, labeled)
     if wrong:
-        raise DataError(first_lines(wrong, f"lines of {path}"))
+        raise DataError(first_messages(wrong, f"lines of {path}"))
     return entries
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from input_pipeline import layout, split_lists
 from input_pipeline.decode import Encoded
-from input_pipeline.errors import DataError, first_lines
+from input_pipeline.errors import DataError, first_messages
 from input_pipeline.labels import Labels
 from input_pipeline.layout import Layout
 from input_pipeline.split_lists import LABELED, UNLABELED, VAL, Entry
@@ -58,7 +58,7 @@ def make_splits(
     root = layout.find_root(data)
     files = layout.find_layout(data)
     if files.defects:
-        raise DataError(first_lines(files.defects))
+        raise DataError(first_messages(files.defects))
     pool, unlabeled, val = _pools(root, files)
     fraction = None if data.split else layout.held_out_fraction(data.folders)
     present = {}

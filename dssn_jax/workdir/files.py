@@ -43,7 +43,7 @@ def read_bytes(path: epath.PathLike) -> bytes:
     """
     if is_remote(path):
         return epath.Path(path).read_bytes()
-    with open_regular(os.fspath(path)) as file:
+    with name_in_errors(path), open_regular(os.fspath(path)) as file:
         return file.read()
 
 

@@ -242,10 +242,12 @@ def read_metrics(workdir: epath.PathLike) -> list[dict]:
     path = epath.Path(workdir) / METRICS
     if not path.exists():
         return []
-    *lines, _ = files.read_bytes(path).split(b"\n")
+    *lines, last = files.read_bytes(path).split(b"\n")
+    if not b"{".startswith(last[:1]):  # Not the beginning of a line.
+        lines.append(last)
     parsed = [values for line in lines if (values := _parse(line)) is not None]
     if len(parsed) < len(lines):
-        logger.warning("%s: skipped %d damaged of %d lines", path, len(lines) - len(parsed), len(lines))
+        logger.warning("left out: %s: %d damaged of %d lines", path, len(lines) - len(parsed), len(lines))
     return parsed
 
 

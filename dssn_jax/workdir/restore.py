@@ -52,7 +52,13 @@ def restore(
     with contextlib.closing(Checkpointer(workdir, read_only=True)) as saved:
         step = saved.resolve(checkpoint)
         trained = with_defaults(saved.meta(step)["config"])
-        config = trained if config is None else inherit_choices(config, workdir)
+        if config is not None:
+            config = inherit_choices(config, workdir)
+        elif (
+            epath.Path(workdir) / CONFIG
+        ).exists():  # The checkpoints of another run may have taken the place of this one's.
+            _compare(workdir, trained, read_config(workdir))
+        config = trained if config is None else config
         validate_model(config)
         config.optimizer = trained.optimizer  # Networks do not depend on it, but its state lies beside them.
         learner = learner_lib.build(config, mesh)

@@ -8,7 +8,7 @@ import numpy as np
 
 from input_pipeline import decode
 from input_pipeline.decode import Encoded
-from input_pipeline.errors import DataError, first_lines, first_names
+from input_pipeline.errors import DataError, first_messages, first_names
 from input_pipeline.labels import Labels
 
 _HEADER_THREADS = 32  # Reading a header waits for the disk or the network and computes little.
@@ -105,7 +105,7 @@ class EncodedSource:
         """Raises a DataError that names the first of those among `results`, and their number."""
         errors = [result for result in results if isinstance(result, DataError)]
         if errors:
-            raise DataError(first_lines(errors, f"of the {len(self)} images of {self.where}"))
+            raise DataError(first_messages(errors, f"of the {len(self)} images of {self.where}"))
 
     def _read_headers(self) -> list[tuple[int, int] | DataError]:
         """Returns the size of each record, or its error."""

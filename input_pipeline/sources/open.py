@@ -13,7 +13,7 @@ import numpy as np
 
 from input_pipeline import layout
 from input_pipeline.class_names import SHAPES_CLASSES
-from input_pipeline.errors import DataError, first_lines, printable
+from input_pipeline.errors import DataError, first_messages, printable
 from input_pipeline.labels import Labels
 from input_pipeline.sources import records
 from input_pipeline.sources import tfds as tfds_source
@@ -97,7 +97,7 @@ def _open_listed(data, splits: Sequence[str]) -> list[Source]:
     labels = Labels.from_config(data)
     images = layout.find_layout(data, splits)
     if images.defects:
-        raise DataError(first_lines(images.defects))
+        raise DataError(first_messages(images.defects))
     sources = [make(*getattr(images, split), _labels_of(split, labels)) for split in splits]
     for source in sources:
         source.check_headers()

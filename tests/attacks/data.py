@@ -44,6 +44,11 @@ def _refused(wrong: str, stdout: str) -> str:
     return "accepted"
 
 
+def _whole(wrong: str, stdout: str) -> str:
+    """Accepts a file whose last bytes, which are cut off, are no pixels."""
+    return "accepted" if wrong else ""
+
+
 def _same(wrong: str, stdout: str) -> str:
     return wrong
 
@@ -210,9 +215,11 @@ def _image(place: Place, rng: random.Random, mode: str) -> Attack:
         verify = lambda wrong, stdout: "other: a valid image"  # noqa: E731
     elif how == "bit flipped":
         damage.flip_bit(path, rng)
-        verify = lambda wrong, stdout: "other: a valid image" if _decodes(path) else "accepted"  # noqa: E731
+        verify = lambda wrong, stdout: "other: a valid image" if _decodes(path) else _whole(wrong, stdout)  # noqa: E731
     else:
         _BAD_FILES[how](path, rng)
+        if how == "truncated":
+            verify = _whole
         if how == "animated":
             verify = lambda wrong, stdout: "other: told" if "frame" in stdout else "accepted"  # noqa: E731
     if mode == "train" and split == "unlabeled" and verify is _refused:
@@ -247,23 +254,24 @@ def _mask(place: Place, rng: random.Random, mode: str) -> Attack:
     path, split, verify = place.root / name, _split_of(name), _refused
     how = rng.choice([*_BAD_FILES, *_BAD_MASKS, "all ignored", "other ids", "bit flipped", "a link"])
     if how == "all ignored":  # Of one image it is legitimate; of all labeled images nothing is left to learn.
-        for each in [path] if rng.random() < 0.3 else (place.root / "masks").iterdir():
+        alone = rng.random() < 0.3
+        for each in [path] if alone else (place.root / "masks").iterdir():
             each.write_bytes(encoded(np.full(fixtures.SIZE, 255, np.uint8), "PNG"))
-            how = "all ignored" if each == path else "and all others ignored"
-        alone = how == "all ignored"
+        how, split = (how, split) if alone else ("and all others ignored", "val")
         verify = lambda wrong, out: "other: told" if alone or "ignore" in out else "accepted without a word"  # noqa: E731
     elif how == "other ids":
         path.write_bytes(encoded(_noise(rng, *fixtures.SIZE) % 3, "PNG"))
         verify = lambda wrong, stdout: "other: a valid mask"  # noqa: E731
     elif how == "bit flipped":
         damage.flip_bit(path, rng)
-        verify = lambda wrong, stdout: "other: a valid mask" if _decodes(path) else "accepted"  # noqa: E731
+        verify = lambda wrong, stdout: "other: a valid mask" if _decodes(path) else _whole(wrong, stdout)  # noqa: E731
     elif how == "a link":
         path.rename(place.scratch / "elsewhere.png")
         path.symlink_to(place.scratch / "elsewhere.png")
         verify = _same
     else:
         (_BAD_FILES | _BAD_MASKS)[how](path, rng)
+        verify = _whole if how == "truncated" else verify
     if not _is_read(mode, split):
         verify = _same
     return _attack(place, mode, f"{name} ({split}) {how}", (path.name, "masks", "label"), verify)

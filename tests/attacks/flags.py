@@ -1,5 +1,6 @@
 """Attacks on the command line: odd values of flags, flags left out and superfluous, odd config files."""
 
+import os
 import random
 
 from dssn_jax.commands import MODES
@@ -81,7 +82,7 @@ def _value(place: Place, rng: random.Random) -> Attack:
     argv = [item for item in normal.argv if not item.startswith(f"--{flag}=")] + [f"--{flag}={value}"]
     if flag == "config" and value:
         argv = [item for item in argv if not item.startswith("--config.")]
-    attack = _attack(place, f"--{flag}={value[:30]!r}", mode, argv, (f"--{flag}", flag, value.strip() or "''"), normal)
+    attack = _attack(place, f"--{flag}={value[:30]!r}", mode, argv, _names(place, flag, value), normal)
     if flag in ("workdir", "to", "from") and value == "~/x":
         attack.outputs += (place.scratch / "home/x",)
         attack.verify = lambda stdout: "other: in the home"
@@ -92,6 +93,12 @@ def _value(place: Place, rng: random.Random) -> Attack:
     elif (flag, mode, value) in _LEGAL:
         attack.verify = lambda stdout: "other: legal"
     return attack
+
+
+def _names(place: Place, flag: str, value: str) -> tuple[str, ...]:
+    """Returns what names a value of a flag: the flag, the value or, of a path, the absolute one."""
+    absolute = (os.path.abspath(place.scratch / "cwd" / value),) if value in _PATHS and "\0" not in value else ()
+    return f"--{flag}", flag, value.strip() or "''", *absolute
 
 
 _NAMES = ("x\ny", "é\U0001f600", "\x1b[31m", "-", "None")  # Odd names of files and folders.

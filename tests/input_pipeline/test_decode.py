@@ -328,3 +328,18 @@ def test_a_tiff_with_fewer_strips_than_rows_is_damaged():
     for read in (decode.image_size, decode.image, lambda file: decode.mask(file, colors=False)):
         with pytest.raises(DataError, match=r"a\.tif: damaged image: it has data of fewer pixels than its size"):
             read(file)
+
+
+def test_flipped_bits_of_a_png_are_noticed():
+    """Pillow does not compare the checksums of pixels."""
+    content = encoded(Image.fromarray(random(16, 24, 3)), "PNG").content
+    expected = decode.image(Encoded(content, "a.png"))
+    for bit in range(8 * 8, 8 * len(content), 5):
+        data = bytearray(content)
+        data[bit // 8] ^= 1 << bit % 8
+        try:
+            decoded = decode.image(Encoded(bytes(data), "a.png"))
+        except DataError as error:
+            assert "a.png: " in str(error)
+        else:
+            np.testing.assert_array_equal(decoded, expected)

@@ -43,7 +43,7 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path, caplog):
     with caplog.at_level("WARNING", "dssn"):
         assert recorded(tmp_path) == [(1, 0.5), (2, 1.0)]
     assert [entry.getMessage() for entry in caplog.records] == [
-        f"{tmp_path / 'metrics.jsonl'}: skipped 13 damaged of 15 lines"
+        f"left out: {tmp_path / 'metrics.jsonl'}: 13 damaged of 15 lines"
     ]
     record(tmp_path, 2, step3=9.0)
     assert recorded(tmp_path) == [(1, 0.5), (2, 1.0), (3, 9.0)]

@@ -81,15 +81,17 @@ def test_configurations_that_are_none_are_refused(tmp_path, content, message):
     assert "\n" not in str(refused.value)
 
 
-def test_networks_are_read_with_the_configuration_of_their_checkpoint(trained, tmp_path):
-    """Not with that of config.json, which may be of another run."""
+def test_checkpoints_of_another_run_are_refused(trained, tmp_path):
+    """Such as copied ones, which were trained on other images than config.json tells."""
     shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     config["data"]["mean"] = [0.0, 0.0, 0.0]
     (tmp_path / "config.json").write_text(json.dumps(config))
+    for given in (None, restore.read_config(tmp_path)):
+        with pytest.raises(ConfigError, match="another normalization"):
+            restore.restore(tmp_path, config=given)
+    (tmp_path / "config.json").unlink()
     assert restore.restore(tmp_path).learner.config.data.mean == (0.485, 0.456, 0.406)
-    with pytest.raises(ConfigError, match="another normalization"):
-        restore.restore(tmp_path, config=restore.read_config(tmp_path))
 
 
 def test_summaries_tell_finished_runs(tmp_path):
