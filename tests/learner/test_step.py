@@ -129,13 +129,14 @@ def test_same_seed_same_run(tiny_config):
 
 
 def test_keys_of_a_step_are_all_different():
-    """Those of strong views and of the dropout of each micro-batch, in three steps; no parent key is among them."""
+    """Those of strong views, and of dropout and positions of each micro-batch, in three steps; none is a parent's."""
     rng, keys = jax.random.PRNGKey(0), []
     for step in range(3):
         parent = jax.random.fold_in(rng, step)
-        dropout = steps.stream_key(rng, step, steps.DROPOUT)
-        keys += [parent, dropout, steps.stream_key(rng, step, steps.VIEWS)]
-        keys += [jax.random.fold_in(dropout, micro_batch) for micro_batch in range(4)]
+        keys += [parent, steps.stream_key(rng, step, steps.VIEWS)]
+        for stream in (steps.DROPOUT, steps.ROPE):
+            keys.append(steps.stream_key(rng, step, stream))
+            keys += [jax.random.fold_in(keys[-1], micro_batch) for micro_batch in range(4)]
     assert len({np.asarray(key).tobytes() for key in [rng, *keys]}) == len(keys) + 1
 
 
