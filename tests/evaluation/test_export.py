@@ -15,6 +15,7 @@ from configs.checks import ConfigError
 from dssn_jax.evaluation import export as export_lib
 from dssn_jax.evaluation.export import PLATFORMS, export
 from dssn_jax.learner import learner as learners
+from dssn_jax.models.resize import resize
 from dssn_jax.weights.files import StateDictError
 from dssn_jax.workdir import checkpoint, restore
 from dssn_jax.workdir.recorder import write_json
@@ -71,6 +72,20 @@ def test_the_example_of_the_guide(trained, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "class_ids.png")), outputs["class_ids"][0])
     student = np.asarray(apply(networks["student"], normalized)).argmax(-1)
     assert (outputs["class_ids"] != student).mean() > 0.1
+
+
+def test_a_network_of_patches_is_exported_for_any_size(tiny_config):
+    """The artifact resizes images to the nearest multiples of the patch, and logits back, as evaluation does."""
+    learner = learners.build(
+        tiny_config("supervised", model__encoder="dinov2_w64", model__decoder="linear", data__crop=28)
+    )
+    variables = learner.init_state().student
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3)).astype(np.uint8)
+    class_ids, probability = export_lib.lower(learner, variables, 40, 50).call(images)
+    logits = learner.network.apply(variables, resize(learner.normalize(images), 42, 56))
+    expected = np.asarray(jax.nn.softmax(resize(logits, 40, 50)))
+    assert class_ids.shape == (2, 40, 50) and (class_ids != expected.argmax(-1)).mean() < 0.002
+    np.testing.assert_allclose(probability, expected.max(-1), atol=1e-4)
 
 
 @pytest.mark.parametrize(
