@@ -16,9 +16,9 @@ pytestmark = pytest.mark.slow
 BATCH = 8
 
 
-def build(name: str, encoder: str, dtype: str) -> learners.Learner:
+def build(name: str, encoder: str, dtype: str, argument: str | None = None) -> learners.Learner:
     """Returns the learner of a recipe for all devices."""
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = importlib.import_module(f"configs.{name}").get_config(argument)
     assert config.model.encoder == encoder and config.method.teacher == "ema"
     config.model.dtype = dtype
     return learners.build(config)
@@ -56,6 +56,25 @@ def test_the_training_step(name, encoder, dtype):
     assert before == after
     assert {"loss", "loss_x", "loss_s2", "loss_fp2", "contrast_image", "grad_norm", "lr"} <= set(metrics)
     assert all(metric.shape == () for metric in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "encoder", "crop", "dtype"),
+    [("unimatch_v2", "dinov2_small", 518, "bf16"), ("dssn", "dinov3_small", 512, "f32")],
+)
+def test_the_training_step_of_a_vision_transformer(method, encoder, crop, dtype):
+    name = {"bf16": "bfloat16", "f32": "float32"}[dtype]
+    learner = build("pascal", encoder, name, f"encoder={encoder},method={method}")
+    assert learner.config.data.crop == crop and learner.config.views.mix_partner == "reversed"
+    images, masks = shape(BATCH, crop, crop, 3), shape(BATCH, crop, crop, dtype=bool)
+    batch = Batch(images, shape(BATCH, crop, crop), images, masks, boxes=shape(BATCH, 2, 4, dtype=np.int32))
+    state = learner.abstract_state()
+    exported = jax.export.export(learner.make_train_step(), platforms=["tpu"])(state, batch)
+    check_program(exported, dtype)
+    new_state, metrics = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    before, after = ([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(each)] for each in (state, new_state))
+    assert before == after
+    assert ("contrast_feature" in metrics) == (method == "dssn") and "loss_s2" in metrics
 
 
 def test_the_evaluation_step():
