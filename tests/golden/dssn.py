@@ -94,7 +94,7 @@ def loss_terms(case: Case) -> dict[str, np.ndarray]:
         for ours, theirs in TERMS.items():
             shared = ours == "loss_x" or ours.startswith("contrast")
             outputs[f"out/{theirs}" if shared else f"out/{name}/{theirs}"] = terms[ours]
-        outputs[f"out/{name}/mask_ratio"] = ratios["mask_ratio"]
+        outputs[f"out/{name}/mask_ratio"] = ratios["mask_ratio"].astype(jnp.float32)  # As the original's.
         outputs[f"out/{name}/total"] = objective.total_loss(terms, method, jnp.array(False))
         outputs[f"out/{name}/total_warmup"] = objective.total_loss(terms, method, jnp.array(True))
         outputs[f"{name}/mask"] = pseudo_label(student.weak, selection, {})[1]
