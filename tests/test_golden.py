@@ -20,7 +20,7 @@ def cases():
             yield pytest.param(folder, file, marks=[pytest.mark.slow] * slow)
 
 
-@pytest.mark.parametrize(("folder", "file"), cases())
+@pytest.mark.parametrize(("folder", "file"), [*cases()])
 def test_golden_numbers_hold(folder, file):
     lines = []
     with jax.enable_x64(True):
