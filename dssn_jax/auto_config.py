@@ -68,8 +68,11 @@ class Memory(NamedTuple):
     pixel: int  # Per pixel of each labeled or unlabeled image.
 
 
-# DSSN in float32, as planned by the compiler for the CPU (`python -m benchmarks.memory`). Other methods, bfloat16 and
-# model.remat need less. Encoders that are not in the table are taken for the most demanding one in it.
+# DSSN in float32, as planned by the compiler for the CPU (`python -m benchmarks.memory`). Other methods, bfloat16,
+# model.remat and a frozen encoder need less. Transformers were planned at crop 518, where attention takes more a pixel
+# than at smaller crops: w64, Small and Base. The others are Base times the ratio of blocks x heads (7B: of blocks x
+# width), with 16 bytes of state per parameter; DINOv3 is taken for DINOv2 of the same size, which has more tokens.
+# EfficientNet-Lite1 is taken for Lite2.
 MEMORY = {
     "resnet10w16": Memory(34 << 20, 13 << 20, 3226),
     "resnet18w16": Memory(38 << 20, 14 << 20, 3388),
@@ -77,8 +80,24 @@ MEMORY = {
     "resnet50": Memory(464 << 20, 228 << 20, 9946),
     "resnet101": Memory(682 << 20, 300 << 20, 12997),
     "xception": Memory(628 << 20, 581 << 20, 17270),
+    "efficientnet_lite0": Memory(80 << 20, 24 << 20, 7917),
+    "efficientnet_lite1": Memory(99 << 20, 31 << 20, 9809),
+    "efficientnet_lite2": Memory(99 << 20, 31 << 20, 9809),
+    "dinov2_w64": Memory(13 << 20, 0, 2772),
+    "dinov2_small": Memory(384 << 20, 0, 20757),
+    "dinov2_base": Memory(1492 << 20, 0, 40931),
+    "dinov2_large": Memory(5111 << 20, 0, 109000),
+    "dinov2_giant": Memory(18000 << 20, 0, 273000),
+    "dinov3_w64": Memory(13 << 20, 0, 2772),
+    "dinov3_small": Memory(384 << 20, 0, 20757),
+    "dinov3_small_plus": Memory(490 << 20, 0, 20757),
+    "dinov3_base": Memory(1492 << 20, 0, 40931),
+    "dinov3_large": Memory(5111 << 20, 0, 109000),
+    "dinov3_huge_plus": Memory(13400 << 20, 0, 182000),
+    "dinov3_7b": Memory(102500 << 20, 0, 728000),
 }
-_LARGEST = Memory(*(max(column) for column in zip(*MEMORY.values(), strict=True)))
+_UNKNOWN = MEMORY["dinov2_base"]  # More demanding than every convolutional encoder.
+_REGISTERS = "_reg"  # Ends the names of encoders of DINOv2 with four more tokens.
 
 _ALWAYS = ("data.crop", "data.labeled_batch", "data.unlabeled_batch", "optimizer.lr")
 _WITHOUT_EPOCHS = ("train.steps", "train.eval_every", "train.checkpoint_every")
@@ -127,8 +146,11 @@ def memory_of(devices: list[jax.Device]) -> int:
 
 
 def images_that_fit(encoder: str, crop: int, limit: int) -> int:
-    """Returns how many images, labeled and unlabeled together, a step can have on a device with `limit` bytes."""
-    memory = MEMORY.get(encoder, _LARGEST)
+    """Returns how many images, labeled and unlabeled together, a step can have on a device with `limit` bytes.
+
+    An encoder that is not in `MEMORY` is taken for the Base of DINOv2.
+    """
+    memory = MEMORY.get(encoder.removesuffix(_REGISTERS), _UNKNOWN)
     return max(0, (limit - memory.state - memory.fixed) // (memory.pixel * crop**2))
 
 

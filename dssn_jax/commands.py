@@ -38,7 +38,8 @@ _FLAGS = {
     "checkpoint": (_string, "Checkpoint to read from --workdir: best (default), latest or a step."),
     "network": (
         _enum("student", "teacher"),
-        "Network to read from a work directory (default: teacher if there is one; for convert: student).",
+        "Network to read from a work directory, or for convert from a file of two (default: teacher if there is one; "
+        "for convert: student).",
     ),
     "from": (
         _string,
@@ -54,8 +55,17 @@ _FLAGS = {
     "confidence": (_bool, "Also write the probability of the predicted class."),
     "images": (_count, "Validation images to search for examples (default: 200; 0: no examples)."),
     "size": (_string, "HEIGHTxWIDTH of the exported network's images (default: the training crop)."),
-    "teacher": (_string, "File of the teacher's weights, when converting to a work directory."),
+    "teacher": (
+        _string,
+        "File of the teacher's weights, when converting to a work directory (default: those in --from, or else the "
+        "student's).",
+    ),
     "part": (_enum("network", "encoder"), "Weights to convert to a file (default: network)."),
+    "form": (
+        _enum("original", "huggingface", "timm", "unimatch_v2"),
+        "Names of the tensors in the converted file (default: original). huggingface and timm are for encoders of "
+        "DINOv2 and DINOv3; unimatch_v2 is a .pth of student and teacher.",
+    ),
     "coordinator": (_string, "HOST:PORT of process 0, for several processes outside a known cluster."),
     "processes": (_count, "Number of processes of the run."),
     "process": (_count, "Index of this process, from 0."),
@@ -116,7 +126,7 @@ MODES = {
     "convert": Mode(
         "convert weights from PyTorch to a work directory, or back",
         "dssn_jax.weights.convert:convert", ("from", "to"),
-        optional=("config", "checkpoint", "network", "teacher", "part"),
+        optional=("config", "checkpoint", "network", "teacher", "part", "form"),
     ),
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from configs import camvid, cityscapes, coco, custom, methods, pascal, shapes
+from configs import ade20k, camvid, cityscapes, coco, custom, encoders, methods, pascal, shapes
 from configs.checks import ConfigError
 from dssn_jax import auto_config, models
 from dssn_jax.validate import validate_training
@@ -209,7 +209,7 @@ def test_what_is_given_is_kept(configure, fill_in):
 
 
 def test_recipes_have_nothing_to_fill_in():
-    for recipe in (camvid, cityscapes, coco, pascal, shapes):
+    for recipe in (ade20k, camvid, cityscapes, coco, pascal, shapes):
         for method in methods.METHODS:
             assert auto_config.unset_keys(recipe.get_config(f"method={method}")) == []
 
@@ -239,11 +239,14 @@ def test_a_continued_run_keeps_its_choices(configure, fill_in, tmp_path):
         restore.inherit_choices(configure(), tmp_path / "run")
 
 
-def test_an_encoder_that_was_not_measured_is_taken_for_the_largest():
-    assert set(auto_config.MEMORY) == set(models.ENCODERS)
+def test_an_encoder_that_was_not_measured_is_taken_for_a_demanding_one():
+    """It needs more than every convolutional one, but not what the largest transformers need."""
+    assert set(auto_config.MEMORY) == {name.removesuffix("_reg") for name in models.ENCODERS}
     assert auto_config.images_that_fit("resnet101", 513, 0) == 0
-    fit = {encoder: auto_config.images_that_fit(encoder, 513, 80 * GIB) for encoder in [*models.ENCODERS, "dinov2"]}
-    assert 0 < fit["dinov2"] == min(fit.values())
+    fit = {encoder: auto_config.images_that_fit(encoder, 513, 80 * GIB) for encoder in [*models.ENCODERS, "mine"]}
+    assert 0 < fit["mine"] == min(count for name, count in fit.items() if encoders.find_family(name) is None)
+    assert fit["dinov2_small"] > fit["dinov2_base_reg"] == fit["dinov2_base"] > fit["dinov2_large"]
+    assert fit["dinov3_7b"] == 0  # 16 bytes for each of 6.9 G parameters are more than 80 GiB.
 
 
 def test_memory_of_this_machine():

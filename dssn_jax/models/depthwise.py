@@ -1,8 +1,7 @@
 """Depthwise convolution that is fast on CPUs too. All arrays are NHWC.
 
 XLA compiles a convolution with as many groups as channels well for GPUs and TPUs, but for CPUs to a program that takes
-20 times as long, forward and backward, as a sum of shifted products (docs/performance.md). The result is the same but
-for rounding.
+ten times as long, forward and backward, as a sum of shifted products. The result is the same but for rounding.
 """
 
 import functools
@@ -15,39 +14,42 @@ from jax import lax
 
 from dssn_jax.models import layers
 
+Padding = tuple[tuple[int, int], tuple[int, int]]  # Zeros above and below, left and right.
+
 
 class DepthwiseConv(nn.Module):
-    """Convolution of each channel by itself, without bias or padding; the parameter `kernel` is [k, k, 1, C]."""
+    """Convolution of each channel by itself, without bias; the parameter `kernel` is [k, k, 1, C]."""
 
     kernel: int
     stride: int = 1
     dilation: int = 1
+    padding: Padding = ((0, 0), (0, 0))
     kernel_init: Any = layers.default_kernel_init
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `x` [B, H, W, C] to [B, h, w, C], where h = floor((H - dilation * (kernel - 1) - 1) / stride) + 1."""
+        """Maps `x` [B, H, W, C] to [B, h, w, C]."""
         shape = (self.kernel, self.kernel, 1, x.shape[-1])
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        return depthwise_conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype).astype(self.dtype)
+        return depthwise_conv(x.astype(self.dtype), kernel, self.stride, self.dilation, self.padding)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
-    """Convolves each channel of `x` [B, H, W, C] with its own `kernel` [k, k, 1, C], without padding."""
-    options = {"stride": stride, "dilation": dilation}
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, padding: Padding) -> jax.Array:
+    """Convolves each channel of `x` [B, H, W, C] with its own `kernel` [k, k, 1, C]."""
+    options = {"stride": stride, "dilation": dilation, "padding": padding}
     shifted, grouped = (functools.partial(form, **options) for form in (shifted_products, grouped_conv))
     return lax.platform_dependent(x, kernel, cpu=shifted, default=grouped)
 
 
-def _forward(x, kernel, stride, dilation):
-    return depthwise_conv(x, kernel, stride, dilation), (x, kernel)
+def _forward(x, kernel, stride, dilation, padding):
+    return depthwise_conv(x, kernel, stride, dilation, padding), (x, kernel)
 
 
-def _backward(stride, dilation, saved, gradient):
-    options = {"stride": stride, "dilation": dilation}
+def _backward(stride, dilation, padding, saved, gradient):
+    options = {"stride": stride, "dilation": dilation, "padding": padding}
 
     def grouped(x, kernel, gradient):
         return jax.vjp(functools.partial(grouped_conv, **options), x, kernel)[1](gradient)
@@ -59,64 +61,67 @@ def _backward(stride, dilation, saved, gradient):
 depthwise_conv.defvjp(_forward, _backward)
 
 
-def grouped_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
+def grouped_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, padding: Padding) -> jax.Array:
     """Returns `depthwise_conv` as one convolution with a group per channel."""
     return lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
-        "VALID",
+        padding,
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1],
     )
 
 
-def shifted_products(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
+def shifted_products(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, padding: Padding) -> jax.Array:
     """Returns `depthwise_conv` as a sum of k * k products; in bfloat16 the sum is in float32."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    windows = _windows(x.astype(wide), kernel.shape[0], stride, dilation)
-    weights = kernel.astype(wide).reshape(-1, x.shape[-1])
-    return functools.reduce(jnp.add, (window * weight for window, weight in zip(windows, weights, strict=True))).astype(
-        x.dtype
-    )
+    padded, weights = _padded(x, padding).astype(wide), kernel.astype(wide)
+    height, width = (size - dilation * (kernel.shape[0] - 1) for size in padded.shape[1:3])
+
+    def product(i: int, j: int) -> jax.Array:
+        top, left = i * dilation, j * dilation
+        return padded[:, top : top + height : stride, left : left + width : stride] * weights[i, j, 0]
+
+    elements = [(i, j) for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
+    return functools.reduce(jnp.add, (product(i, j) for i, j in elements)).astype(x.dtype)
 
 
-def _shifted_gradients(x, kernel, gradient, stride, dilation):
+def _padded(x: jax.Array, padding: Padding) -> jax.Array:
+    return jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+
+def _shifted_gradients(x, kernel, gradient, stride, dilation, padding):
     """Returns the gradients of `x` and `kernel`, given that of the result."""
+    padded = _padded(x, padding)
     # Transposed: `stride - 1` zeros between the pixels, a border of zeros, and the kernel turned by 180 degrees.
     border = dilation * (kernel.shape[0] - 1)
     spread = [(0, 0, 0)] * 4
     for axis in (1, 2):
-        beyond = x.shape[axis] - border - (gradient.shape[axis] - 1) * stride - 1  # Pixels that no window reaches.
+        beyond = padded.shape[axis] - border - (gradient.shape[axis] - 1) * stride - 1  # Pixels that nothing reaches.
         spread[axis] = (border, border + beyond, stride - 1)
     spread_gradient = lax.pad(gradient, jnp.zeros((), gradient.dtype), spread)
-    by_x = shifted_products(spread_gradient, kernel[::-1, ::-1], 1, dilation)
-    return by_x, _kernel_gradient(x, kernel, gradient, stride, dilation)
+    by_padded = shifted_products(spread_gradient, kernel[::-1, ::-1], 1, dilation, ((0, 0), (0, 0)))
+    (top, _), (left, _) = padding
+    by_x = by_padded[:, top : top + x.shape[1], left : left + x.shape[2]]
+    return by_x, _kernel_gradient(padded, kernel, gradient, stride, dilation)
 
 
-def _kernel_gradient(x, kernel, gradient, stride, dilation):
+def _kernel_gradient(padded, kernel, gradient, stride, dilation):
     """Returns the gradient of `kernel`, summed pixel by pixel: its elements stay in a cache, all channels side by side.
 
     XLA compiles k * k sums over pixels to loops that stride over the channels, up to 20 times as slow.
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    (batch, _, columns, channels), side = gradient.shape, dilation * (kernel.shape[0] - 1) + 1
+    wide = jnp.promote_types(padded.dtype, jnp.float32)
+    (batch, rows, columns, channels), side = gradient.shape, dilation * (kernel.shape[0] - 1) + 1
 
     def add_pixel(i: jax.Array, total: jax.Array) -> jax.Array:
         row, column = i // columns, i % columns
-        window = lax.dynamic_slice(x, (0, row * stride, column * stride, 0), (batch, side, side, channels))
+        window = lax.dynamic_slice(padded, (0, row * stride, column * stride, 0), (batch, side, side, channels))
         pixel = lax.dynamic_slice(gradient, (0, row, column, 0), (batch, 1, 1, channels))
         return total + window[:, ::dilation, ::dilation].astype(wide) * pixel.astype(wide)
 
     total = jnp.zeros((batch, *kernel.shape[:2], channels), wide)
-    total = lax.fori_loop(0, gradient.shape[1] * columns, add_pixel, total)
+    total = lax.fori_loop(0, rows * columns, add_pixel, total)
     return total.sum(0).reshape(kernel.shape).astype(kernel.dtype)
-
-
-def _windows(x: jax.Array, kernel: int, stride: int, dilation: int) -> list[jax.Array]:
-    """Returns what each element of the kernel, row by row, is multiplied with: kernel ** 2 arrays [B, h, w, C]."""
-    reach = dilation * (kernel - 1)
-    height, width = x.shape[1] - reach, x.shape[2] - reach
-    starts = [(i * dilation, j * dilation) for i in range(kernel) for j in range(kernel)]
-    return [x[:, top : top + height : stride, left : left + width : stride] for top, left in starts]

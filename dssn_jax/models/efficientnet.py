@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dssn_jax.models import layers
-from dssn_jax.models.depthwise import DepthwiseConv
+from dssn_jax.models.depthwise import DepthwiseConv, Padding
 from dssn_jax.models.extent import Extent, strided, zero_outside
 
 BATCH_NORM = {"momentum": 0.01, "epsilon": 1e-3}  # Momentum in PyTorch's sense; 0.99 in TensorFlow's.
@@ -77,8 +77,8 @@ class EfficientNetLite(nn.Module):
     def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
         """Maps images [B, H, W, 3] to c1 [B, H/4, W/4, C1], c6 [B, H/stride, W/stride, C6], sizes rounded up."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = same_padding(zero_outside(x, extent), 3, 2, 1, extent)
-        x = _conv(STEM_CHANNELS, 3, strides=2, name="conv_stem", **types)(x)
+        x, padding = same_padding(zero_outside(x, extent), 3, 2, 1, extent)
+        x = _conv(STEM_CHANNELS, 3, strides=2, padding=padding, name="conv_stem", **types)(x)
         x = nn.relu6(layers.BatchNorm(name="bn1", **BATCH_NORM, **types)(x, train))
         extent, current_stride, dilation, features = strided(extent, 2), 2, 1, []
         for stage, spec in enumerate(self.stages()):
@@ -138,8 +138,8 @@ class Block(nn.Module):
         if expands:
             y = _conv(x.shape[-1] * self.spec.expansion, name=expansion, **types)(y)
             y = nn.relu6(norm(name=next(norms))(y, train))
-        y = same_padding(zero_outside(y, extent), kernel, stride, self.dilation, extent)
-        y = DepthwiseConv(kernel, stride, self.dilation, _depthwise_init, name="conv_dw", **types)(y)
+        y, padding = same_padding(zero_outside(y, extent), kernel, stride, self.dilation, extent)
+        y = DepthwiseConv(kernel, stride, self.dilation, padding, _depthwise_init, name="conv_dw", **types)(y)
         y = nn.relu6(norm(name=next(norms))(y, train))
         y = norm(name=next(norms))(_conv(self.spec.channels, name=reduction, **types)(y), train)
         return x + y if self.residual else y
@@ -151,40 +151,38 @@ def round_channels(channels: float, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
-def same_padding(x: jax.Array, kernel: int, stride: int, dilation: int, extent: Extent | None) -> jax.Array:
-    """Pads `x` [B, H, W, C] with zeros so that a convolution without padding is one with TensorFlow's SAME.
+def same_padding(
+    x: jax.Array, kernel: int, stride: int, dilation: int, extent: Extent | None
+) -> tuple[jax.Array, Padding]:
+    """Returns the input of a convolution and its padding so that it is one with TensorFlow's SAME.
 
-    A convolution of stride 2 pads an image of even size by one pixel less on the left than one of odd size. With
-    `extent` (outside of which `x` is zero), each image of the batch is padded as its own size needs.
+    A convolution of stride 2 pads images of even size by one pixel less on the left than those of odd size. With
+    `extent`, outside of which `x` is zero, each image of the batch is padded as its own size needs: the result is then
+    the input shifted and padded, and no padding.
 
     Args:
+      x: [B, H, W, C].
       kernel: odd.
       stride: 1 or 2.
     """
     reach = dilation * (kernel - 1)
-    for axis, sizes in ((1, extent and extent.height), (2, extent and extent.width)):
-        size = x.shape[axis]
-        length = (-(-size // stride) - 1) * stride + reach + 1  # Of the result.
-        if stride == 1 or extent is None:
-            before = max(length - size, 0) // 2
-            x = _pad(x, axis, before, length - size - before)
-        else:
-            x = _pad(x, axis, reach // 2, length - size - reach // 2 + 1)
-            even = (sizes % 2 == 0)[:, None, None, None]
-            start, stop = (jax.lax.slice_in_dim(x, first, first + length, axis=axis) for first in (0, 1))
-            x = jnp.where(even, stop, start)
-    return x
-
-
-def _pad(x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
-    """Returns `x` [B, H, W, C] with zeros before and after along one axis."""
-    return jnp.pad(x, [(before, after) if i == axis else (0, 0) for i in range(4)])
+    lengths = [-(-size // stride) * stride - stride + reach + 1 for size in x.shape[1:3]]  # Padded.
+    if extent is None or stride == 1:
+        missing = [max(length - size, 0) for length, size in zip(lengths, x.shape[1:3], strict=True)]
+        above, left = (total // 2 for total in missing)
+        return x, ((above, missing[0] - above), (left, missing[1] - left))
+    for axis, length, sizes in ((1, lengths[0], extent.height), (2, lengths[1], extent.width)):
+        before = reach // 2  # Of odd sizes.
+        widths = [(before, length + 1 - before - x.shape[axis]) if i == axis else (0, 0) for i in range(4)]
+        odd, even = (jax.lax.slice_in_dim(jnp.pad(x, widths), i, i + length, axis=axis) for i in (0, 1))
+        x = jnp.where((sizes % 2 == 0)[:, None, None, None], even, odd)
+    return x, ((0, 0), (0, 0))
 
 
 def _conv(features: int, kernel: int = 1, **options) -> nn.Conv:
-    """Returns a convolution without padding and bias, initialized as in the original: N(0, 2 / fan_out)."""
+    """Returns a convolution without bias, initialized as in the original: N(0, 2 / fan_out)."""
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-    return nn.Conv(features, (kernel, kernel), padding="VALID", use_bias=False, kernel_init=init, **options)
+    return nn.Conv(features, (kernel, kernel), use_bias=False, kernel_init=init, **options)
 
 
 def _depthwise_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

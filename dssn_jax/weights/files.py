@@ -10,7 +10,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import ml_dtypes  # Also registers bfloat16 with NumPy, where safetensors looks it up by name.
 import numpy as np
@@ -24,7 +24,10 @@ from input_pipeline.files import open_regular
 
 TORCH_SUFFIXES = (".pth", ".pt")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")  # Formats that can be written.
-_METADATA = ("epoch", "previous_best")  # Numbers beside the weights in the original's checkpoints.
+# Entry of a checkpoint of the original or of UniMatch V2 -> the network in it.
+_NETWORKS = {"model": "student", "state_dict": "student", "model_ema": "teacher"}
+# Numbers beside the weights in such checkpoints.
+NUMBERS = ("epoch", "previous_best", "previous_best_ema", "best_epoch", "best_epoch_ema")
 _MOST_BYTES = 1 << 40
 _LEAST_TORCH = (2, 6)  # Earlier ones may run code of a file that they read as `weights_only`.
 
@@ -34,11 +37,17 @@ class StateDictError(UserError):
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
-    """Returns the tensors of a file by name, and its metadata.
+    """Returns the tensors of a file by name, those of its student, and its metadata; see `read_networks`."""
+    networks, metadata = read_networks(path)
+    return networks["student"], metadata
+
+
+def read_networks(path: pathlib.Path) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
+    """Returns the networks in a file, student and perhaps teacher, as tensors by name, and its metadata.
 
     The metadata of a .safetensors file are str -> str. Any other file is read as PyTorch's: a state dict, or one under
-    `model` or `state_dict`, whose metadata are `epoch` and `previous_best` where present. Tensors in bfloat16 become
-    float32, which is exact.
+    `model` or `state_dict`, whose metadata are the NUMBERS beside it, and whose teacher is under `model_ema`. Tensors
+    in bfloat16 become float32, which is exact.
 
     Raises StateDictError for a file that is missing, damaged or of another kind, whose pickle would run code, or that
     would take more memory than it has bytes.
@@ -51,7 +60,10 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
         raise StateDictError(f"{path}: no such file") from None
     except OSError as error:
         raise StateDictError(f"{path}: cannot be read: {error.strerror}") from None
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+        return {"student": tensors}, metadata
+    return _read_torch(path)
 
 
 def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -60,16 +72,39 @@ def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     Only .safetensors files hold `metadata`; a .pth is the bare state dict. Tensors in bfloat16 become float32.
     Raises StateDictError if the file cannot be written.
     """
-    tensors = {name: np.asarray(_widen(value), order="C") for name, value in tensors.items()}
+    if path.suffix == ".safetensors":
+        _write(path, lambda part: safetensors.numpy.save_file(_own(tensors), part, {"format": "pt", **metadata}))
+    else:
+        torch = _import_torch(path)
+        _write(path, lambda part: torch.save(_to_torch(torch, tensors), part))
+
+
+def write_checkpoint(path: pathlib.Path, networks: Mapping[str, Mapping], numbers: Mapping[str, float]) -> None:
+    """Writes a checkpoint as `read_networks` reads it atomically: student and perhaps teacher, and some of NUMBERS.
+
+    `path` has one of TORCH_SUFFIXES. Raises StateDictError if the file cannot be written.
+    """
+    torch = _import_torch(path)
+    entries = {"student": "model", "teacher": "model_ema"}
+    content = {entries[name]: _to_torch(torch, tensors) for name, tensors in networks.items()}
+    _write(path, lambda part: torch.save({**content, **numbers}, part))
+
+
+def _write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
     try:
         with atomic_write(path) as part:
-            if path.suffix == ".safetensors":
-                safetensors.numpy.save_file(tensors, part, {"format": "pt", **metadata})
-            else:
-                torch = _import_torch(path)
-                torch.save({name: torch.from_numpy(value.copy()) for name, value in tensors.items()}, part)
+            save(part)
     except (OSError, RuntimeError, UnicodeError, safetensors.SafetensorError) as error:  # No folder, a full disk.
         raise StateDictError(f"{path}: cannot be written: {error}") from None
+
+
+def _own(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns tensors as contiguous arrays of the dtypes that every reader knows."""
+    return {name: np.asarray(_widen(value), order="C") for name, value in tensors.items()}
+
+
+def _to_torch(torch, tensors: Mapping[str, np.ndarray]) -> dict:
+    return {name: torch.from_numpy(value.copy()) for name, value in _own(tensors).items()}
 
 
 def check_writable(path: pathlib.Path) -> None:
@@ -88,7 +123,7 @@ def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
         raise StateDictError(f"{path}: cannot be read: {error}") from None
 
 
-def _read_torch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
+def _read_torch(path: pathlib.Path) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
     torch = _import_torch(path)
     try:
         is_zip = zipfile.is_zipfile(path)
@@ -104,13 +139,18 @@ def _read_torch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
         raise StateDictError(f"{path}: needs more memory than there is") from None
     except Exception as error:  # A damaged file can raise anything.
         raise StateDictError(f"{path}: {_reason(error)}") from None
-    state_dict, metadata = _unwrap(content)
-    tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
+    state_dicts, metadata = _unwrap(content)
+    networks = {
+        network: {
+            str(name): _to_numpy(torch, value, f"{path}: {printable(str(name))}")
+            for name, value in state_dict.items()
+            if isinstance(value, torch.Tensor)
+        }
+        for network, state_dict in state_dicts.items()
+    }
+    if not networks["student"]:
         raise StateDictError(f"{path}: no tensors in it; expected a state dict, or one under 'model' or 'state_dict'")
-    return {
-        str(name): _to_numpy(torch, value, f"{path}: {printable(str(name))}") for name, value in tensors.items()
-    }, metadata
+    return {network: tensors for network, tensors in networks.items() if tensors}, metadata
 
 
 def _check_zip(path: pathlib.Path) -> None:
@@ -142,14 +182,21 @@ def _reason(error: Exception) -> str:
     return "not a file of PyTorch weights, or damaged or cut short"
 
 
-def _unwrap(content) -> tuple[Mapping, dict]:
-    """Returns the state dict in the content of a file, and the metadata beside it."""
+def _unwrap(content) -> tuple[dict[str, Mapping], dict]:
+    """Returns the state dicts of the networks in the content of a file, and the metadata beside them."""
     if not isinstance(content, Mapping):
-        return {}, {}
-    for key in ("model", "state_dict"):
+        return {"student": {}}, {}
+    found = {}
+    for key, network in _NETWORKS.items():
         if isinstance(content.get(key), Mapping):
-            return content[key], {name: float(content[name]) for name in _METADATA if _is_number(content.get(name))}
-    return content, {}
+            found.setdefault(network, content[key])
+    if "student" not in found:
+        return {"student": content}, {}
+    return found, {name: _number(content[name]) for name in NUMBERS if _is_number(content.get(name))}
+
+
+def _number(value: float | np.number) -> float:
+    return value if isinstance(value, int) else float(value)
 
 
 def _is_number(value) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 
 ENCODER_PREFIX = "backbone."
 _PREFIXES = {"encoder": ENCODER_PREFIX, "decoder": ""}
+UNUSED = "unused"  # The collection of weights that files hold and networks do not use, such as `mask_token`.
 _COUNTER = "num_batches_tracked"  # PyTorch's batch norm counts its batches; with a fixed momentum nothing reads it.
 
 
@@ -78,6 +79,12 @@ def shapes(like: dict) -> dict[str, tuple[int, ...]]:
     return {name: _permuted(leaf.shape, axes) for leaf, name, axes in named}
 
 
+def with_unused(state_dict: Mapping[str, np.ndarray], like: dict) -> dict[str, np.ndarray]:
+    """Adds zeros for weights of the collection UNUSED of `like` that a state dict lacks: not every file holds them."""
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes({UNUSED: like.get(UNUSED, {})}).items()}
+    return {**zeros, **state_dict}
+
+
 def with_counters(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Adds the `num_batches_tracked` (int64, 0) that `load_state_dict(strict=True)` expects."""
     means = [name for name in state_dict if name.endswith(".running_mean")]
@@ -88,6 +95,11 @@ def with_counters(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
 def encoder_part(entries: Mapping) -> dict:
     """Returns the entries of a state dict, or of `shapes`, that belong to the encoder; names are kept."""
     return {name: value for name, value in entries.items() if name.startswith(ENCODER_PREFIX)}
+
+
+def encoder_variables(variables: dict) -> dict:
+    """Returns the variables {"params", ...} of a network that belong to the encoder, with their paths."""
+    return {collection: {"encoder": tree["encoder"]} for collection, tree in variables.items() if "encoder" in tree}
 
 
 def standardize(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -124,7 +136,7 @@ class Comparison(NamedTuple):
     matched: list[str]
     missing: list[str]  # In the model only.
     wrong_shape: list[str]  # In both, with different shapes.
-    unexpected: list[str]  # In a module of the model, which has no such variable: the file holds another network.
+    unexpected: list[str]  # In a module that in the model has no such variable: the file holds another network.
     unused: list[str]  # In modules that the model does not have, such as `fc.*`.
 
     @property
@@ -148,8 +160,12 @@ def compare(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int,
 
 
 def _module(name: str) -> str:
-    """Returns `backbone.layer3` for `backbone.layer3.6.conv1.weight`, `fuse` for `fuse.0.weight`."""
-    return ".".join(name.split(".")[: 2 if name.startswith(ENCODER_PREFIX) else 1])
+    """Returns `backbone.layer3` for `backbone.layer3.6.conv1.weight`, `fuse` for `fuse.0.weight`.
+
+    Variables of the encoder itself, such as `backbone.cls_token`, are in its module `backbone`.
+    """
+    first, *others = name.split(".")
+    return f"{first}.{others[0]}" if name.startswith(ENCODER_PREFIX) and len(others) > 1 else first
 
 
 def _leaves(variables: dict) -> Iterator[tuple[tuple[str, ...], object]]:

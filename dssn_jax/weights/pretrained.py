@@ -4,6 +4,8 @@ Tensors get the names of a full network in PyTorch (`backbone.*`, `head.*`, ...)
 and shape before any variable is filled.
 """
 
+import contextlib
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,13 +14,18 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from configs import defaults
+from configs import defaults, encoders
 from dssn_jax import models
 from dssn_jax.learner.learner import init_variables
-from dssn_jax.weights import files, names
+from dssn_jax.weights import files, forms, names
 from dssn_jax.weights.files import StateDictError
+from dssn_jax.workdir.checkpoint import Checkpointer
+from dssn_jax.workdir.recorder import logger
 from dssn_jax.workdir.restore import restore
 from input_pipeline.errors import first_names
+
+# Decoder -> its last layer, in a state dict.
+_CLASSIFIERS = {"deeplabv3plus": "classifier", "dpt": "head.scratch.output_conv.2", "linear": "conv_seg"}
 
 
 class Normalization(NamedTuple):
@@ -60,20 +67,32 @@ class LoadedWeights(NamedTuple):
 
 
 def read(path: epath.PathLike, *, checkpoint: str | None = None, network: str = "student") -> Weights:
-    """Reads weights from a file, or from a checkpoint of a work directory.
+    """Reads the weights of one network; see `read_networks`. Raises StateDictError if the source does not have it."""
+    return pick(read_networks(path, checkpoint=checkpoint), path, network)
+
+
+def pick(networks: dict[str, Weights], path: epath.PathLike, network: str) -> Weights:
+    """Returns one of the networks read from `path`; raises StateDictError if it is not among them."""
+    if network not in networks:
+        kind = "file" if networks["student"].config is None else "run"
+        raise StateDictError(f"{path}: the {kind} has no {network}; it has {', '.join(networks)}")
+    return networks[network]
+
+
+def read_networks(path: epath.PathLike, *, checkpoint: str | None = None) -> dict[str, Weights]:
+    """Reads the networks in a file, or in a checkpoint of a work directory: student and perhaps teacher.
 
     Args:
-      path: a file of an encoder or of a full network, or a work directory.
+      path: a file of an encoder or of a full network, or of two as UniMatch V2 writes it, or a work directory.
       checkpoint: of a work directory: best, latest, a step, or None (best, or latest if nothing was evaluated yet).
-      network: of a work directory: student or teacher.
 
     Raises StateDictError, CheckpointError, WorkdirError or ConfigError for weights that cannot be read.
     """
     path = epath.Path(path).expanduser()
-    if path.is_dir():
-        return _read_run(path, checkpoint, network)
-    tensors, metadata = files.read(path)
-    return Weights(path, names.standardize(tensors), _normalization(metadata), metadata)
+    networks = _read_run(path, checkpoint) if path.is_dir() else _read_file(path)
+    if forms.family(encoder_tensors(networks["student"])) == "dinov3":
+        logger.info("%s: %s", path, forms.DINOV3_NOTICE)
+    return networks
 
 
 def load(config, like: dict) -> LoadedWeights:
@@ -88,7 +107,8 @@ def load(config, like: dict) -> LoadedWeights:
 def fill(weights: Weights, like: dict, config) -> LoadedWeights:
     """Returns `weights` as variables shaped `like`; see `load`."""
     if not weights.is_full_network:
-        like = {collection: {"encoder": tree["encoder"]} for collection, tree in like.items() if "encoder" in tree}
+        like = names.encoder_variables(like)
+    weights = weights._replace(tensors=names.with_unused(weights.tensors, like))
     report = f"{weights}: {counts(check(weights, names.shapes(like)))}"
     if not weights.is_full_network:
         report += "; the rest of the network keeps its random weights"
@@ -136,7 +156,10 @@ def identify(weights: Weights) -> dict | None:
     for encoder in models.ENCODERS:
         for variant in models.variants(encoder):
             keys = {"encoder": encoder, **variant}
-            comparison = names.compare(tensors, _encoder_shapes(keys))
+            if not _has_patches_of(keys, tensors):
+                break
+            like = names.encoder_variables(abstract_variables(_model(keys), num_classes=2))
+            comparison = names.compare(names.with_unused(tensors, like), names.shapes(like))
             if comparison.fits:
                 return keys
             if 2 * len(comparison.matched) < len(tensors):  # Variants of an encoder share most tensors.
@@ -144,9 +167,15 @@ def identify(weights: Weights) -> dict | None:
     return None
 
 
+def decoder_of(weights: Weights) -> str | None:
+    """Returns the `config.model.decoder` of a full network's weights; None if it is not known."""
+    return next((name for name, layer in _CLASSIFIERS.items() if f"{layer}.bias" in weights.tensors), None)
+
+
 def num_classes(weights: Weights) -> int:
     """Returns the number of classes of a full network's weights; 2 if there is no classifier."""
-    return len(weights.tensors.get("classifier.bias", (0, 0)))
+    decoder = decoder_of(weights)
+    return 2 if decoder is None else len(weights.tensors[f"{_CLASSIFIERS[decoder]}.bias"])
 
 
 def abstract_variables(model, num_classes: int) -> dict:
@@ -155,41 +184,110 @@ def abstract_variables(model, num_classes: int) -> dict:
     return jax.eval_shape(lambda key: init_variables(network, key), jax.random.PRNGKey(0))
 
 
-def _encoder_shapes(keys: dict) -> dict[str, tuple[int, ...]]:
-    """Returns the state-dict names and shapes of the encoder that keys of `config.model` name."""
+def encoder_tensors(weights: Weights) -> dict[str, np.ndarray]:
+    """Returns the tensors of the encoder of `weights` under the names of an encoder file."""
+    part = names.encoder_part(weights.tensors)
+    return {name.removeprefix(names.ENCODER_PREFIX): value for name, value in part.items()}
+
+
+def _model(keys: dict):
+    """Returns a `config.model` with the encoder that `keys` name, and a decoder that fits every encoder."""
     model = defaults.get_config().model
-    model.update({"decoder": "linear", **keys})  # It fits every encoder.
-    return names.encoder_part(names.shapes(abstract_variables(model, num_classes=2)))
+    model.update({"decoder": "linear", **keys})
+    return model
 
 
-def _normalization(metadata: dict) -> Normalization:
-    """Returns the normalization in the metadata of a file, as `dssn_jax.weights.convert` writes it, or ImageNet's."""
+def _has_patches_of(keys: dict, tensors: Mapping[str, np.ndarray]) -> bool:
+    """Returns whether tensors may be of the encoder that `keys` name, by the shape of the patch embedding alone.
+
+    It spares the tracing of the largest vision transformers, which takes seconds.
+    """
+    network = models.build(_model(keys), 2)
+    patch, width = (getattr(network.encoder, name, None) for name in ("patch", "width"))
+    found = tensors.get(f"{names.ENCODER_PREFIX}patch_embed.proj.weight")
+    if found is None or patch is None:
+        return found is None and patch is None
+    return found.shape == (width, 3, patch, patch)
+
+
+def _normalization(metadata: dict, tensors: Mapping[str, np.ndarray]) -> Normalization:
+    """Returns the normalization in the metadata of a file, as `convert` writes it, or that of its encoder."""
+    is_lite = f"{names.ENCODER_PREFIX}conv_stem.weight" in tensors
+    usual = Normalization(*encoders.normalization("efficientnet_lite" if is_lite else ""))
     try:
         stored = Normalization(*(tuple(map(float, metadata[key].split())) for key in Normalization._fields))
     except (KeyError, ValueError, AttributeError):
-        return Normalization()
-    return stored if len(stored.mean) == len(stored.std) == 3 else Normalization()
+        return usual
+    return stored if len(stored.mean) == len(stored.std) == 3 else usual
 
 
-def _read_run(workdir: epath.Path, checkpoint: str | None, network: str) -> Weights:
+def _read_file(path: epath.Path) -> dict[str, Weights]:
+    found, metadata = files.read_networks(path)
+    named = {network: _standardized(path, tensors) for network, tensors in found.items()}
+    return {
+        network: Weights(path, tensors, _normalization(metadata, tensors), metadata)
+        for network, tensors in named.items()
+    }
+
+
+def _standardized(path: epath.Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the tensors of a file, in whichever form, under the names of a full network in the original form."""
+    tensors = names.standardize(tensors)
+    prefix = names.ENCODER_PREFIX
+    encoder = {name.removeprefix(prefix): value for name, value in names.encoder_part(tensors).items()}
+    try:
+        encoder = forms.to_original(encoder)
+    except ValueError as error:
+        raise StateDictError(f"{path}: {error}") from None
+    others = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+    return {**{prefix + name: value for name, value in encoder.items()}, **others}
+
+
+def _read_run(workdir: epath.Path, checkpoint: str | None) -> dict[str, Weights]:
     restored = restore(workdir, checkpoint)
-    if network not in restored.networks:
-        raise StateDictError(f"{workdir}: the run has no {network}; it has {', '.join(restored.networks)}")
     config = restored.learner.config
     normalization = Normalization(tuple(config.data.mean), tuple(config.data.std))
-    tensors = names.to_state_dict(restored.networks[network])
-    return Weights(workdir, tensors, normalization, {"step": restored.step}, config)
+    metadata = {"step": restored.step}
+    if restored.step == 0:  # Perhaps converted and not trained: the numbers of the source are still true.
+        with contextlib.closing(Checkpointer(workdir, read_only=True)) as saved:
+            converted = saved.meta(0).get("converted", {})
+        metadata |= {name: converted[name] for name in files.NUMBERS if name in converted}
+    return {
+        name: Weights(workdir, names.to_state_dict(variables), normalization, metadata, config)
+        for name, variables in restored.networks.items()
+    }
 
 
 def _hint(weights: Weights, comparison: names.Comparison, expected: Mapping[str, tuple[int, ...]]) -> str:
     """Returns what would help: another model, or the encoder alone."""
     culprits = {*comparison.missing, *comparison.wrong_shape, *comparison.unexpected}
-    if culprits == {"classifier.weight", "classifier.bias"} == {*comparison.wrong_shape}:
-        return (
-            f"; it has {num_classes(weights)} classes, the config {expected['classifier.bias'][0]}. To take its "
-            f"encoder alone: --mode=convert --part=encoder --from={weights.path} --to=FILE.safetensors"
-        )
-    keys = identify(weights) if names.encoder_part(dict.fromkeys(culprits)) else None
-    if keys is None:
+    for layer in _CLASSIFIERS.values():
+        if culprits == {f"{layer}.weight", f"{layer}.bias"} == {*comparison.wrong_shape}:
+            return (
+                f"; it has {num_classes(weights)} classes, the config {expected[f'{layer}.bias'][0]}. To take its "
+                f"encoder alone: --mode=convert --part=encoder --from={weights.path} --to=FILE.safetensors"
+            )
+    if position := _position_hint(weights, comparison, expected):
+        return position
+    fitting = (identify(weights) or {}) if names.encoder_part(dict.fromkeys(culprits)) else {}
+    decoder = decoder_of(weights)
+    if decoder and f"{_CLASSIFIERS[decoder]}.bias" not in expected and weights.is_full_network:
+        fitting = {**fitting, "decoder": decoder}
+    if not fitting:
         return ""
-    return f"; its encoder fits {' '.join(f'model.{key}={value}' for key, value in keys.items())}"
+    part = "decoder" if fitting.keys() == {"decoder"} else "encoder"
+    return f"; its {part} fits {' '.join(f'model.{key}={value}' for key, value in fitting.items())}"
+
+
+def _position_hint(weights: Weights, comparison: names.Comparison, expected: Mapping[str, tuple[int, ...]]) -> str:
+    """Returns what would help if nothing but the grid of the position embedding differs; "" otherwise."""
+    name = f"{names.ENCODER_PREFIX}pos_embed"
+    culprits = {*comparison.missing, *comparison.wrong_shape, *comparison.unexpected}
+    if not culprits == {*comparison.wrong_shape} == {name} or weights.tensors[name].ndim != 3:
+        return ""
+    sides = [math.isqrt(max(shape[1] - 1, 0)) for shape in (weights.tensors[name].shape, expected[name])]
+    pixels = sides[1] * expected[f"{names.ENCODER_PREFIX}patch_embed.proj.weight"][-1]
+    return (
+        f"; it is of {sides[0]}x{sides[0]} patches, expected {sides[1]}x{sides[1]}: take the weights as published, for "
+        f"images of {pixels} pixels"
+    )

@@ -156,7 +156,6 @@ def test_the_teacher_is_a_copy_of_the_student_unless_given(tiny_config, checkpoi
     ("target", "options", "message"),
     [
         ("run", {}, "needs --config"),
-        ("out.safetensors", {"network": "teacher"}, "holds one network"),
         ("out.safetensors", {"teacher": "t_best.safetensors"}, "--teacher is for converting to a work directory"),
         ("run", {"part": "encoder"}, "--part=encoder is for converting to a file"),
         ("out.safetensors", {"part": "decoder"}, "unknown part 'decoder'"),
@@ -205,6 +204,11 @@ def test_tensors_of_an_unknown_network_need_a_config(tmp_path):
     files.write(tmp_path / "a.safetensors", {"vit.weight": np.zeros((3, 3), np.float32)}, {})
     with pytest.raises(StateDictError, match="fit no known encoder; --config"):
         convert.convert(str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"))
+
+
+def test_a_file_of_one_network_has_no_teacher(checkpoints, tmp_path):
+    with pytest.raises(StateDictError, match="best.safetensors: the file has no teacher; it has student"):
+        convert.convert(str(checkpoints[0][0]), str(tmp_path / "out.safetensors"), network="teacher")
 
 
 def test_a_write_that_fails_leaves_nothing(tiny_config, checkpoints, monkeypatch, tmp_path):
