@@ -75,14 +75,6 @@ def test_the_forms_of_the_step_are_configurations():
         assert config.data.crop == step.SMALL_CROP and config.data.labeled_batch == batch
 
 
-@pytest.mark.parametrize("partner", ["other", "reversed"])
-def test_batches_have_the_form_of_the_pipeline(partner, tiny_config):
-    config = tiny_config("dssn", views__mix_partner=partner)
-    expected, batch = next(iter(pipeline.train_batches(config))), train_step.random_batch(config)
-    forms = [jax.tree.map(lambda array: (array.shape, array.dtype), each) for each in (expected, batch)]
-    assert forms[0] == forms[1]
-
-
 def test_our_step_is_timed(tiny_config):
     row = step.measure_jax(tiny_config("supervised"), 0.01)
     assert row["ms"] > 0 and row["first_s"] > row["ms"] / 1000
