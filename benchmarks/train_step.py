@@ -27,7 +27,10 @@ def random_batch(config, seed: int = 0) -> Batch:
     valid[:, : crop // 10] = False
     box = np.array([crop // 4, crop // 4, 3 * crop // 4, 2 * crop // 3], np.int32)
     boxes = np.tile(box, (unlabeled, config.method.strong_views, 1))
-    return Batch(images(len(label)), label, images(unlabeled), valid, images(unlabeled), valid.copy(), boxes)
+    batch = Batch(images(len(label)), label, images(unlabeled), valid, boxes=boxes)
+    if config.views.mix_partner == "reversed":  # Partners are in the batch.
+        return batch
+    return batch._replace(image_m=images(unlabeled), valid_m=valid.copy())
 
 
 def build(config, devices: list[jax.Device]) -> Learner:

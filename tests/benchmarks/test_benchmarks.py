@@ -10,6 +10,8 @@ from benchmarks import augment, convert_memory, eval_sizes, memory, precision, r
 from benchmarks import input as input_benchmark
 from configs import pascal
 from dssn_jax import commands
+from input_pipeline.pipeline import train_dataset
+from input_pipeline.sources.open import open_sources
 from input_pipeline.sources.shapes import ShapesSource
 from tests.weights import tensors
 
@@ -73,6 +75,14 @@ def test_the_forms_of_the_step_are_configurations():
     for recipe, form, batch in step.SMALL_ROWS:
         config = step.configure(recipe, step.SMALL_CROP, batch, step.OURS.get(form, {}))
         assert config.data.crop == step.SMALL_CROP and config.data.labeled_batch == batch
+
+
+@pytest.mark.parametrize("partner", ["other", "reversed"])
+def test_batches_have_the_form_of_the_pipeline(partner, tiny_config):
+    config = tiny_config("dssn", views__mix_partner=partner)
+    expected, batch = train_dataset(open_sources(config), config)[0], train_step.random_batch(config)
+    forms = [jax.tree.map(lambda array: (array.shape, array.dtype), each) for each in (expected, batch)]
+    assert forms[0] == forms[1]
 
 
 def test_our_step_is_timed(tiny_config):
