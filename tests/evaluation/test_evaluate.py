@@ -267,7 +267,7 @@ def test_validation_images_that_are_too_large_are_left_out_and_named(tiny_config
     left = evaluator({"student": variables}, evaluator.batches(source))["student"]
     np.testing.assert_array_equal(left, whole)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 1 and re.search(r"1 images are left out:\n7.png: 320x480 pixels need .* MB", warnings[0])
+    assert len(warnings) == 1 and re.search(r"1 images are left out: 7.png: 320x480 pixels need .* MB", warnings[0])
     monkeypatch.setattr(auto_config, "free_memory", lambda: 0)
     with pytest.raises(MemoryLimitError, match="MB of memory, and 0 MB are free"):
         list(Evaluator(learner).batches(source))
