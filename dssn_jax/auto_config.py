@@ -50,8 +50,6 @@ _RATES = {
     ("adamw", True): Rates(6e-5, (("decoder/", 10.0),), "pretrained weights, as SegFormer (Xie et al., NeurIPS 2021)"),
     ("adamw", False): Rates(1e-3, (), "random weights, the usual rate of Adam"),
 }
-
-
 _VIT_RATES = {
     ("adamw", True): Rates(
         encoders.PRETRAINED_LR, encoders.PRETRAINED_LR_MULTS, "a pretrained vision transformer, as UniMatch V2"
@@ -86,15 +84,15 @@ MEMORY = {
     "dinov2_w64": Memory(13 << 20, 0, 2772),
     "dinov2_small": Memory(384 << 20, 0, 20757),
     "dinov2_base": Memory(1492 << 20, 0, 40931),
-    "dinov2_large": Memory(5111 << 20, 0, 109000),
-    "dinov2_giant": Memory(18000 << 20, 0, 273000),
+    "dinov2_large": Memory(5103 << 20, 0, 109000),
+    "dinov2_giant": Memory(19166 << 20, 0, 273000),
     "dinov3_w64": Memory(13 << 20, 0, 2772),
     "dinov3_small": Memory(384 << 20, 0, 20757),
-    "dinov3_small_plus": Memory(490 << 20, 0, 20757),
+    "dinov3_small_plus": Memory(487 << 20, 0, 20757),
     "dinov3_base": Memory(1492 << 20, 0, 40931),
-    "dinov3_large": Memory(5111 << 20, 0, 109000),
-    "dinov3_huge_plus": Memory(13400 << 20, 0, 182000),
-    "dinov3_7b": Memory(102500 << 20, 0, 728000),
+    "dinov3_large": Memory(5103 << 20, 0, 109000),
+    "dinov3_huge_plus": Memory(14628 << 20, 0, 182000),
+    "dinov3_7b": Memory(104544 << 20, 0, 728000),
 }
 _UNKNOWN = MEMORY["dinov2_base"]  # More demanding than every convolutional encoder.
 _REGISTERS = "_reg"  # Ends the names of encoders of DINOv2 with four more tokens.
