@@ -16,6 +16,7 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
 	$(INSTALL) -r requirements-dev.txt
+	$(INSTALL) --no-deps "timm>=1.0.31,<2"  # Without torchvision, whose builds fit one build of PyTorch alone.
 	touch $(VENV)/.installed $@
 
 # Trains the supervised baseline and DSSN on generated shapes with the same few labels; prints both mean IoUs.

@@ -26,6 +26,7 @@ from input_pipeline.errors import UserError, first_names, printable
 from input_pipeline.files import special_file
 
 FOLDER = "checkpoints"
+_RECORD = "_CHECKPOINT_METADATA"  # Orbax's own record of each checkpoint, all of which are read at once.
 
 # Keys that change the arrays of the state: the networks, which of them there are, and the optimizer's state.
 _SHAPES_STATE = (
@@ -64,7 +65,9 @@ class Checkpointer:
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         self._manager, reason = _attempt(ocp.CheckpointManager, self._folder, options=options, item_handlers=handlers)
         if reason:
-            raise CheckpointError(f"{self._folder}: cannot be opened: {reason}")
+            records = sorted(path.relative_to(self._folder) for path in self._folder.glob(f"*/{_RECORD}"))
+            damaged = f"; {_RECORD} may be damaged: {', '.join(map(os.fspath, records))}" if records else ""
+            raise CheckpointError(f"{self._folder}: cannot be opened: {reason}{damaged}")
 
     def latest_step(self) -> int | None:
         """Returns the step of the latest checkpoint, or None."""

@@ -91,7 +91,7 @@ def read_json(workdir: epath.PathLike, name: str) -> dict:
         raise WorkdirError(f"{workdir}: no such folder; expected the work directory of a training run")
     if os.path.islink(path) and not path.exists():
         raise WorkdirError(f"{path}: a broken link; expected a file")
-    if not path.is_file():
+    if not path.exists():
         raise WorkdirError(f"{workdir}: no {name} in it; expected the work directory of a training run")
     try:
         content = json.loads(files.read_bytes(path))

@@ -5,19 +5,23 @@ import pytest
 from tests.attacks import generators, harness
 from tests.attacks.attack import Attack, Result, changes, judge, snapshot
 
-SEED = 0
 _FAST = [kind for kind in generators.KINDS if kind not in (*generators.SLOW, "disks")]
 
 
-def _attack(count: int, kinds: list[str], workers: int) -> None:
-    rows = list(harness.run(SEED, range(count), kinds, workers))
+def _attack(seed: int, count: int, kinds: list[str]) -> None:
+    rows = list(harness.run(seed, range(count), kinds))
     bad = [f"{row.kind} {row.index}: {row.name} [{row.mode}]: {row.text}" for row in rows if not row.good]
     assert len(rows) == count
-    assert not bad, "\n".join([f"python -m tests.attacks --seed {SEED}", *bad])
+    assert not bad, "\n".join([f"python -m tests.attacks --seed {seed} --count {count}", *bad])
 
 
 def test_200_attacks():
-    _attack(200, _FAST, workers=1)
+    _attack(0, 200, _FAST)
+
+
+@pytest.mark.slow
+def test_1000_attacks():
+    _attack(1, 1000, list(generators.KINDS))
 
 
 def _judged(code: int | None, stderr: str = "", **options) -> bool:

@@ -170,6 +170,12 @@ def test_a_folder_that_cannot_be_opened_is_named(workdir, config):
         save(workdir, config, 6)
 
 
+def test_a_damaged_record_of_orbax_is_named(workdir, config):
+    (workdir / "checkpoints/4/_CHECKPOINT_METADATA").write_text("[]")
+    with pytest.raises(CheckpointError, match="cannot be opened: .* 2/_CHECKPOINT_METADATA, 4/_CHECKPOINT_METADATA"):
+        read(workdir, config, "latest")
+
+
 def test_the_reason_of_a_failure_is_one_line():
     try:
         try:
