@@ -12,8 +12,8 @@ import numpy as np
 from isal import isal_zlib  # CRC-32 by the instructions for it, several times faster than zlib.
 
 LARGEST = 1e15  # Greatest magnitude of a value in a state: the norm of 10^8 of them is still a float32.
-_THREADS = 4
-_CHUNK = 2**16  # Values that stay in a core's cache between the two passes over them.
+_THREADS = 2
+_CHUNK = 2**18  # Values that stay in the cache of a core between the two passes over them.
 
 
 class Summary(NamedTuple):
