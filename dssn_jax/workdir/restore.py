@@ -14,7 +14,7 @@ from dssn_jax.learner import learner as learner_lib
 from dssn_jax.learner.state import TrainState, deployed
 from dssn_jax.validate import validate_model
 from dssn_jax.workdir import files
-from dssn_jax.workdir.checkpoint import Checkpointer, exists
+from dssn_jax.workdir.checkpoint import FOLDER, Checkpointer, exists
 from dssn_jax.workdir.recorder import logger
 from input_pipeline.errors import DataError, UserError
 
@@ -57,7 +57,11 @@ def restore(
         elif (
             epath.Path(workdir) / CONFIG
         ).exists():  # The checkpoints of another run may have taken the place of this one's.
-            _compare(workdir, trained, read_config(workdir))
+            try:
+                _compare(workdir, trained, read_config(workdir))
+            except checks.ConfigError as error:
+                folder = f"{workdir}/{FOLDER}/{step}"
+                raise WorkdirError(f"{folder} is of another run than {CONFIG} beside it: {error}") from None
         config = trained if config is None else config
         validate_model(config)
         config.optimizer = trained.optimizer  # Networks do not depend on it, but its state lies beside them.

@@ -88,8 +88,10 @@ def test_checkpoints_of_another_run_are_refused(trained, tmp_path):
     config["data"]["mean"] = [0.0, 0.0, 0.0]
     (tmp_path / "config.json").write_text(json.dumps(config))
     for given in (None, restore.read_config(tmp_path)):
-        with pytest.raises(ConfigError, match="another normalization"):
+        with pytest.raises((ConfigError, WorkdirError), match="another normalization"):
             restore.restore(tmp_path, config=given)
+    with pytest.raises(WorkdirError, match="checkpoints/3 is of another run than config.json"):
+        restore.restore(tmp_path)
     (tmp_path / "config.json").unlink()
     assert restore.restore(tmp_path).learner.config.data.mean == (0.485, 0.456, 0.406)
 
