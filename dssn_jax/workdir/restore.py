@@ -52,23 +52,26 @@ def restore(
     with contextlib.closing(Checkpointer(workdir, read_only=True)) as saved:
         step = saved.resolve(checkpoint)
         trained = with_defaults(saved.meta(step)["config"])
-        if config is not None:
-            config = inherit_choices(config, workdir)
-        elif (
-            epath.Path(workdir) / CONFIG
-        ).exists():  # The checkpoints of another run may have taken the place of this one's.
-            try:
-                _compare(workdir, trained, read_config(workdir))
-            except checks.ConfigError as error:
-                folder = f"{workdir}/{FOLDER}/{step}"
-                raise WorkdirError(f"{folder} is of another run than {CONFIG} beside it: {error}") from None
-        config = trained if config is None else config
+        if config is None:
+            _check_run(workdir, step, trained)
+        config = trained if config is None else inherit_choices(config, workdir)
         validate_model(config)
         config.optimizer = trained.optimizer  # Networks do not depend on it, but its state lies beside them.
         learner = learner_lib.build(config, mesh)
         state, _ = saved.restore(step, learner.abstract_state(), config)
     _compare(workdir, trained, config)
     return Restored(learner, step, state.networks(), state)
+
+
+def _check_run(workdir: epath.PathLike, step: int, trained) -> None:
+    """Raises WorkdirError if the checkpoint of `step` has taken the place of one of this run."""
+    if not (epath.Path(workdir) / CONFIG).exists():
+        return
+    try:
+        _compare(workdir, trained, read_config(workdir))
+    except checks.ConfigError as error:
+        folder = epath.Path(workdir) / FOLDER / str(step)
+        raise WorkdirError(f"{folder} is of another run than {CONFIG} beside it: {error}") from None
 
 
 def _compare(workdir: epath.PathLike, trained, config) -> None:

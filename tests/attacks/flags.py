@@ -97,7 +97,8 @@ def _value(place: Place, rng: random.Random) -> Attack:
 
 def _names(place: Place, flag: str, value: str) -> tuple[str, ...]:
     """Returns what names a value of a flag: the flag, the value or, of a path, the absolute one."""
-    absolute = (os.path.abspath(place.scratch / "cwd" / value),) if value in _PATHS and "\0" not in value else ()
+    path = value.replace("~", str(place.scratch / "home"), 1) if value.startswith("~/") else value
+    absolute = (os.path.abspath(place.scratch / "cwd" / path),) if value in _PATHS else ()
     return f"--{flag}", flag, value.strip() or "''", *absolute
 
 
