@@ -104,6 +104,7 @@ def _labels(paths: list[epath.Path]) -> list[str]:
 
 def _read(workdir: epath.Path, label: str) -> Run:
     config, path = restore.read_config(workdir), workdir / recorder.METRICS
+    restore.check_run(workdir)
     metrics.ranking(config)
     lines = [line for line in recorder.read_metrics(workdir) if _is_usable(line, len(config.data.classes))]
     return Run(

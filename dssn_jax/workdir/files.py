@@ -87,7 +87,8 @@ def lock(folder: pathlib.Path) -> TextIO:
 
     On a file system without locks there is a warning instead. Raises LockedError if another process holds the lock.
     """
-    file = (folder / LOCK).open("a+", errors="replace")
+    with name_in_errors(folder / LOCK):
+        file = (folder / LOCK).open("a+", errors="replace")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -14,7 +14,7 @@ from dssn_jax.learner import learner as learner_lib
 from dssn_jax.learner.state import TrainState, deployed
 from dssn_jax.validate import validate_model
 from dssn_jax.workdir import files
-from dssn_jax.workdir.checkpoint import FOLDER, Checkpointer, exists
+from dssn_jax.workdir.checkpoint import FOLDER, Checkpointer, CheckpointError, exists
 from dssn_jax.workdir.recorder import logger
 from input_pipeline.errors import DataError, UserError
 
@@ -61,6 +61,15 @@ def restore(
         state, _ = saved.restore(step, learner.abstract_state(), config)
     _compare(workdir, trained, config)
     return Restored(learner, step, state.networks(), state)
+
+
+def check_run(workdir: epath.PathLike) -> None:
+    """Raises WorkdirError if the latest checkpoint, if there is one that can be read, is of another run."""
+    if not exists(workdir):
+        return
+    with contextlib.suppress(CheckpointError), contextlib.closing(Checkpointer(workdir, read_only=True)) as saved:
+        step = saved.resolve("latest")
+        _check_run(workdir, step, with_defaults(saved.meta(step)["config"]))
 
 
 def _check_run(workdir: epath.PathLike, step: int, trained) -> None:
