@@ -267,7 +267,7 @@ def test_entries_of_other_types_are_left_out(trained, tmp_path):
 def test_names_are_shown_as_they_are(trained, tmp_path):
     """Markup of class names and of folders, bytes that are no text, and a class with the name of a metric."""
     workdir = tmp_path / os.fsdecode(b"<i>caf\xe9 %{x}")
-    shutil.copytree(trained / "dssn", workdir)
+    shutil.copytree(trained / "dssn", workdir, ignore=shutil.ignore_patterns("checkpoints"))
     config = json.loads((workdir / "config.json").read_text())
     config["data"]["classes"] = ["<b>bold</b>", "a & b", "mean", "Mean IoU", "ring", "cross"]
     (workdir / "config.json").write_text(json.dumps(config))
