@@ -122,6 +122,7 @@ def trained(tiny_config, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_stopped_and_continued_runs_end_with_the_same_parameters(tiny_config, trained, tmp_path):
     """SIGKILL in the middle of the second epoch, SIGTERM later, then other workers; all equals an uninterrupted run."""
     for step, notice, code in ((6, signal.SIGKILL, -signal.SIGKILL), (8, signal.SIGTERM, 128 + signal.SIGTERM)):
