@@ -30,6 +30,9 @@ def random_batch(config, seed: int = 0) -> Batch:
     batch = Batch(images(len(label)), label, images(unlabeled), valid, boxes=boxes)
     if config.views.mix_partner == "reversed":  # Partners are in the batch.
         return batch
+    if config.views.mix_partner == "labeled":
+        labels = rng.integers(len(config.data.classes), size=valid.shape, dtype=np.uint8)
+        return batch._replace(image_m=images(unlabeled), label_m=np.where(valid, labels, config.data.ignore))
     return batch._replace(image_m=images(unlabeled), valid_m=valid.copy())
 
 

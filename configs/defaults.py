@@ -142,10 +142,12 @@ _VIEWS = Section(
     cutmix_area=Key((0.02, 0.4), Pair(Float(0, 1)), "Range of its area, as a fraction of the crop."),
     cutmix_aspect=Key((0.3, 1 / 0.3), Pair(Float(0.01, 100)), "Range of its aspect ratio."),
     mix_partner=Key(
-        "same", Choice("same", "other", "reversed"), "CutMix partner. same: another random view of the same image, as "
-        "the released code of DSSN pairs them; other: a view of another image; reversed: another image of the same "
-        "batch, as in UniMatch V2, in pairs of rows that swap their strong views: no partner is read, augmented or "
-        "predicted, and each device needs an even number of unlabeled images.",
+        "same", Choice("same", "other", "reversed", "labeled"),
+        "CutMix partner. same: another random view of the same image, as the released code of DSSN pairs them; other: "
+        "a view of another image; reversed: another image of the same batch, as in UniMatch V2, in pairs of rows that "
+        "swap their strong views: no partner is read, augmented or predicted, and each device needs an even number of "
+        "unlabeled images; labeled: a labeled image, which brings its labels (docs/method.md, Eq. 21), so that classes "
+        "that are never pseudo-labeled are in the strong views all the same.",
     ),
 )  # fmt: skip
 

@@ -9,7 +9,8 @@ class Batch(NamedTuple):
     """The weak views of a training step: L labeled and U unlabeled crops of side c, and boxes for V strong views.
 
     Fields that the method does not use are None. Boxes without `image_m` mean that unlabeled images are the CutMix
-    partners of each other: rows 2i and 2i + 1 (`views.mix_partner=reversed`).
+    partners of each other: rows 2i and 2i + 1 (`views.mix_partner=reversed`). Partners that are labeled have `label_m`
+    in place of `valid_m` (`views.mix_partner=labeled`).
 
     Attributes:
       image_x: labeled images, uint8 [L, c, c, 3] RGB.
@@ -19,6 +20,7 @@ class Batch(NamedTuple):
       image_m: their CutMix partners, uint8 [U, c, c, 3].
       valid_m: False on the padding of the partners, bool [U, c, c].
       boxes: CutMix boxes y0, x0, y1, x1 of each strong view, int32 [U, V, 4], y1 and x1 exclusive; all zero: no mixing.
+      label_m: class ids of the partners, uint8 [U, c, c]; ignored on the padding.
     """
 
     image_x: np.ndarray
@@ -28,6 +30,7 @@ class Batch(NamedTuple):
     image_m: np.ndarray | None = None
     valid_m: np.ndarray | None = None
     boxes: np.ndarray | None = None
+    label_m: np.ndarray | None = None
 
 
 def labeled_rows(config) -> int:

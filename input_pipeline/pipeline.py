@@ -24,7 +24,7 @@ from input_pipeline.sources.open import Source, Sources
 from input_pipeline.transforms.cutmix import cutmix_box
 from input_pipeline.transforms.geometry import weak_view
 
-MIX_PARTNERS = ("same", "other", "reversed")
+MIX_PARTNERS = ("same", "other", "reversed", "labeled")
 
 Record = dict[str, np.ndarray]  # Some fields of a `Batch`, for a single image or stacked.
 
@@ -74,7 +74,7 @@ def train_dataset(
 
     Returns:
       A dataset of `Batch` with the rows of this host. It has unlabeled images if the method has views of them, boxes if
-      it has strong views, and then partners, unless `views.mix_partner` is reversed.
+      it has strong views, and then partners, with labels if `views.mix_partner` is labeled, none if it is reversed.
 
     Raises:
       DataError: lists or batch sizes that do not fit. Later, when a batch is read: a file that cannot be used.
@@ -87,11 +87,11 @@ def train_dataset(
     def batches(records: grain.MapDataset, key: str, size: int) -> _Batches:
         return _Batches(records, size, _rows(key, size, process_index, process_count), config.data.threads)
 
-    size = labeled_rows(config)
-    records = _labeled_records(sources.labeled, config, steps * size, *seeds[:2])
+    size, labeled = labeled_rows(config), _Labeled(sources.labeled, config)
+    records = _labeled_records(labeled, steps * size, *seeds[:2])
     streams = [batches(records, "labeled_batch", size)]
     if config.method.strong_views or config.method.feature_views:
-        records = _unlabeled_records(sources.unlabeled, config, *seeds[2:])
+        records = _unlabeled_records(sources.unlabeled, labeled, config, *seeds[2:])
         streams.append(batches(records, "unlabeled_batch", config.data.unlabeled_batch))
     return grain.experimental.ZipMapDataset(streams).map(_to_batch).repeat()
 
@@ -109,34 +109,53 @@ def _to_batch(streams: tuple[Record, ...]) -> Batch:
     return Batch(**functools.reduce(operator.or_, streams))
 
 
-def _labeled_records(source: Source, config: FrozenConfigDict, per_epoch: int, order_seed: int, view_seed: int):
+class _Labeled(NamedTuple):
+    """The labeled images, and how views of them are drawn."""
+
+    source: Source
+    config: FrozenConfigDict
+
+    def view(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draws a weak view of an image: uint8 [c, c, 3], and its class ids, uint8 [c, c]."""
+        record = self.source[index]
+        image, label, _ = weak_view(record["image"], record["label"], self.config.data, rng)
+        return image, label
+
+    def record(self, index: int, rng: np.random.Generator) -> Record:
+        """Returns the fields of a labeled image."""
+        image, label = self.view(index, rng)
+        return {"image_x": image, "label_x": label}
+
+    def partner(self, rng: np.random.Generator) -> Record:
+        """Returns the fields of a CutMix partner."""
+        image, label = self.view(int(rng.integers(len(self.source))), rng)
+        return {"image_m": image, "label_m": label}
+
+
+def _labeled_records(labeled: _Labeled, per_epoch: int, order_seed: int, view_seed: int) -> grain.MapDataset:
     order = grain.MapDataset.range(per_epoch).shuffle(seed=order_seed)
     # Successive epochs take successive stretches of the endlessly repeated list, so that the images that occur once
     # more than the others change.
-    order = order.map_with_index(functools.partial(_tile, per_epoch, len(source)))
-    return order.random_map(functools.partial(_labeled_record, source, config), seed=view_seed)
+    order = order.map_with_index(functools.partial(_tile, per_epoch, len(labeled.source)))
+    return order.random_map(labeled.record, seed=view_seed)
 
 
 def _tile(per_epoch: int, images: int, position: int, drawn: int) -> int:
     return (position // per_epoch * per_epoch + drawn) % images
 
 
-def _labeled_record(source: Source, config: FrozenConfigDict, index: int, rng: np.random.Generator) -> Record:
-    record = source[index]
-    image, label, _ = weak_view(record["image"], record["label"], config.data, rng)
-    return {"image_x": image, "label_x": label}
-
-
-def _unlabeled_records(source: Source, config: FrozenConfigDict, order_seed: int, view_seed: int):
+def _unlabeled_records(
+    source: Source, labeled: _Labeled, config: FrozenConfigDict, order_seed: int, view_seed: int
+) -> grain.MapDataset:
     order = grain.MapDataset.range(len(source)).shuffle(seed=order_seed)
     pairs = order.map_with_index(functools.partial(_pair, order, _partner_distance(len(source), config)))
-    return pairs.random_map(functools.partial(_unlabeled_record, source, config), seed=view_seed)
+    return pairs.random_map(functools.partial(_unlabeled_record, source, labeled, config), seed=view_seed)
 
 
 def _partner_distance(images: int, config: FrozenConfigDict) -> int:
     """Returns the cyclic distance from an image to its CutMix partner in the order of the epoch.
 
-    0: to itself, and where a batch needs no partners.
+    0: to itself, and where a batch needs no unlabeled partners.
     """
     partner = config.views.mix_partner
     if partner not in MIX_PARTNERS:
@@ -156,14 +175,16 @@ def _pair(order: grain.MapDataset, distance: int, position: int, index: int) -> 
 
 
 def _unlabeled_record(
-    source: Source, config: FrozenConfigDict, pair: tuple[int, int], rng: np.random.Generator
+    source: Source, labeled: _Labeled, config: FrozenConfigDict, pair: tuple[int, int], rng: np.random.Generator
 ) -> Record:
     index, partner = pair
     image = source[index]["image"]
     record = {}
     record["image_u"], _, record["valid_u"] = weak_view(image, None, config.data, rng)
     if config.method.strong_views:
-        if config.views.mix_partner != "reversed":
+        if config.views.mix_partner == "labeled":
+            record |= labeled.partner(rng)
+        elif config.views.mix_partner != "reversed":
             other = image if partner == index else source[partner]["image"]
             record["image_m"], _, record["valid_m"] = weak_view(other, None, config.data, rng)
         boxes = [cutmix_box(config.data.crop, config.views, rng) for _ in range(config.method.strong_views)]

@@ -37,7 +37,7 @@ class TeacherLogits(NamedTuple):
     """Logits from which strong views get their pseudo-labels, [U, h, w, K]: low-resolution or of the size of the views.
 
     `weak` is None where the student's training forward provides it; `partner` where weak views are each other's
-    partners.
+    partners, or partners are labeled.
     """
 
     weak: jax.Array | None = None
@@ -216,12 +216,10 @@ def loss_terms(
     ratios["mask_ratio"] = student_target.ratio()
     targets = {stream.name: student_target for stream in method.streams}
     if method.of_view("strong"):
-        logits = _full_size(weak, views)
-        partner = swap_pairs(logits) if teacher.partner is None else _full_size(teacher.partner, views)
-        for stream, box in zip(method.of_view("strong"), views.boxes, strict=True):
-            valid = mix(views.valid_u, views.valid_m, box)
-            targets[stream.name] = Target(*select(mix(logits, partner, box)), valid)
-            ratios[f"mask_ratio_{stream.name}"] = targets[stream.name].ratio()
+        mixed = _mixed_targets(_full_size(weak, views), teacher.partner, views, select)
+        for stream, (target, pseudo) in zip(method.of_view("strong"), mixed, strict=True):
+            targets[stream.name] = target
+            ratios[f"mask_ratio_{stream.name}"] = pseudo.ratio()
 
     for view in ("strong", "feature"):
         names = [stream.name for stream in method.of_view(view)]
@@ -246,6 +244,27 @@ class Target(NamedTuple):
     def ratio(self) -> jax.Array:
         """Returns the mean weight of the valid pixels, the share that is selected; 0 if none is valid."""
         return (self.weight * self.valid).sum() / jnp.maximum(self.valid.sum(), 1)
+
+
+def _mixed_targets(
+    logits: jax.Array, partner: jax.Array | None, views: Views, select: Callable
+) -> list[tuple[Target, Target]]:
+    """Returns, for each strong view, its target and the part of it that is pseudo-labeled.
+
+    `logits` are those of the weak views, at full size, and `partner` those of the partners. Pixels of a labeled partner
+    have its labels with weight 1 (docs/method.md, Eq. 21).
+    """
+    if views.label_m is None:
+        partner = swap_pairs(logits) if partner is None else _full_size(partner, views)
+        valid = [mix(views.valid_u, views.valid_m, box) for box in views.boxes]
+        targets = [Target(*select(mix(logits, partner, box)), v) for box, v in zip(views.boxes, valid, strict=True)]
+        return list(zip(targets, targets, strict=True))
+    weak = Target(*select(logits), views.valid_u)
+    true = Target(views.label_m.astype(weak.labels.dtype), jnp.ones_like(weak.weight), views.valid_m)
+    return [
+        (Target(*(mix(*pair, box) for pair in zip(weak, true, strict=True))), weak._replace(valid=weak.valid & ~box))
+        for box in views.boxes
+    ]
 
 
 def _full_size(logits: jax.Array, views: Views) -> jax.Array:

@@ -14,12 +14,14 @@ class Views(NamedTuple):
     image_x: jax.Array  # Labeled images, L of them.
     label_x: jax.Array  # Integers [L, H, W].
     image_u: jax.Array | None = None  # Weak views of U unlabeled images.
-    # Weak views of their CutMix partners; None if unlabeled images are the partners of each other (`swap_pairs`).
+    # Weak views of their CutMix partners, for pseudo-labels; None if unlabeled images are the partners of each other
+    # (`swap_pairs`), or if partners are labeled.
     image_m: jax.Array | None = None
     valid_u: jax.Array | None = None  # bool [U, H, W], False where padded.
-    valid_m: jax.Array | None = None  # That of the partners.
+    valid_m: jax.Array | None = None  # That of the partners; False where their labels are ignored, too.
     strong: tuple[jax.Array, ...] = ()  # Strong views, mixed.
     boxes: tuple[jax.Array, ...] = ()  # CutMix boxes of the strong views, as masks bool [U, H, W].
+    label_m: jax.Array | None = None  # Class ids of labeled partners, integers [U, H, W].
 
 
 def normalize(images: jax.Array, data, dtype=jnp.float32) -> jax.Array:
@@ -63,12 +65,15 @@ def from_batch(batch: Batch, strong: jax.Array | None, data, dtype) -> Views:
     def to_float(images: jax.Array | None) -> jax.Array | None:
         return None if images is None else normalize(images, data, dtype)
 
-    views = Views(to_float(batch.image_x), batch.label_x, to_float(batch.image_u), to_float(batch.image_m))
-    views = views._replace(valid_u=batch.valid_u, valid_m=batch.valid_m)
+    views = Views(to_float(batch.image_x), batch.label_x, to_float(batch.image_u), valid_u=batch.valid_u)
     if strong is None:
         return views
-    if batch.image_m is None:
+    if batch.label_m is not None:
+        views = views._replace(label_m=batch.label_m, valid_m=batch.label_m != data.ignore)
+    elif batch.image_m is None:
         views = views._replace(valid_m=swap_pairs(batch.valid_u))
+    else:
+        views = views._replace(image_m=to_float(batch.image_m), valid_m=batch.valid_m)
     boxes = tuple(box_mask(batch.boxes[:, i], *strong.shape[3:5]) for i in range(strong.shape[1]))
     mixed = []
     for i, box in enumerate(boxes):

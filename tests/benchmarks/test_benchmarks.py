@@ -77,7 +77,7 @@ def test_the_forms_of_the_step_are_configurations():
         assert config.data.crop == step.SMALL_CROP and config.data.labeled_batch == batch
 
 
-@pytest.mark.parametrize("partner", ["other", "reversed"])
+@pytest.mark.parametrize("partner", ["other", "reversed", "labeled"])
 def test_batches_have_the_form_of_the_pipeline(partner, tiny_config):
     config = tiny_config("dssn", views__mix_partner=partner)
     expected, batch = train_dataset(open_sources(config), config)[0], train_step.random_batch(config)

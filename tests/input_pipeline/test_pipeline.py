@@ -5,6 +5,7 @@ import json
 import time
 
 import grain
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -56,7 +57,9 @@ def _randomized(config):
 
 def test_batch_arrays(folder, config):
     batch = train_dataset(open_sources(config), _randomized(config))[0]
-    assert {name: (values.shape, values.dtype.name) for name, values in batch._asdict().items()} == {
+    assert {
+        name: (values.shape, values.dtype.name) for name, values in batch._asdict().items() if values is not None
+    } == {
         "image_x": ((2, 16, 16, 3), "uint8"),
         "label_x": ((2, 16, 16), "uint8"),
         "image_u": ((4, 16, 16, 3), "uint8"),
@@ -198,13 +201,25 @@ def test_partner_reversed_reads_no_partner(config):
     assert len(sources.unlabeled.reads) == 4
 
 
+def test_partner_labeled_brings_its_labels(config):
+    config.views.mix_partner = "labeled"
+    sources = _sources(labeled=5)
+    batches = [train_dataset(sources, config)[step] for step in range(20)]
+    assert all(batch.valid_m is None and batch.boxes.shape == (4, 2, 4) for batch in batches)
+    images, labels = (np.concatenate([getattr(batch, key) for batch in batches]) for key in ("image_m", "label_m"))
+    np.testing.assert_array_equal(images[:, :8, :8, 0] % 3, labels[:, :8, :8])
+    assert (labels[:, 8:] == 255).all() and (labels[:, :, 8:] == 255).all()
+    counts = np.bincount(images[:, 0, 0, 0], minlength=5)
+    assert len(counts) == 5 and counts.min() >= 5  # 16 expected of each.
+
+
 def test_partner_errors(config):
     config.data.unlabeled_batch = 1
     config.views.mix_partner = "other"
     with pytest.raises(DataError, match="needs at least 2 unlabeled images"):
         train_dataset(_sources(unlabeled=1), config)
     config.views.mix_partner = "another"
-    with pytest.raises(DataError, match="mix_partner is 'another'; known: same, other, reversed"):
+    with pytest.raises(DataError, match="mix_partner is 'another'; known: same, other, reversed, labeled"):
         train_dataset(_sources(), config)
 
 
@@ -215,14 +230,16 @@ def test_batch_errors(config):
         train_dataset(_sources(), config, 0, 4)
 
 
+@pytest.mark.parametrize("partner", ["same", "labeled"])
 @pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_share_the_global_batch(folder, config, process_count):
-    config.data.labeled_batch = 4
+def test_processes_share_the_global_batch(folder, config, process_count, partner):
+    config.data.labeled_batch, config.views.mix_partner = 4, partner
     sources, config = open_sources(config), _randomized(config)
     whole = train_dataset(sources, config)
     shares = [train_dataset(sources, config, index, process_count) for index in range(process_count)]
     for step in (0, 1, 5):
-        _assert_equal(whole[step], Batch(*map(np.concatenate, zip(*(share[step] for share in shares), strict=True))))
+        rows = [share[step] for share in shares]
+        _assert_equal(whole[step], jax.tree.map(lambda *parts: np.concatenate(parts), *rows))
 
 
 def test_change_of_config_does_not_reach_a_running_pipeline(config):
@@ -241,6 +258,7 @@ def _take(iterator, count):
 def test_batches_do_not_depend_on_threads_and_workers(folder, config, workers, threads, buffer):
     """Against the batches made one by one, across the end of an epoch (2 steps)."""
     config = _randomized(config)
+    config.views.mix_partner = "same" if threads == 1 else "labeled"
     expected = train_dataset(open_sources(config), config)
     config.data.workers, config.data.threads, config.data.buffer = workers, threads, buffer
     batches = _take(train_iterator(train_dataset(open_sources(config), config), config), 5)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs import methods
 from dssn_jax import sharding
 from dssn_jax.learner import learner as learners
 from dssn_jax.learner import step as steps
@@ -101,6 +102,24 @@ def test_no_all_to_all_in_the_compiled_step(exact_config):
     # terms take a few.
     norms = len(jax.tree.leaves(state.student["batch_stats"])) // 2
     assert text.count(" all-reduce(") <= 5 * norms + 8
+
+
+@pytest.mark.slow
+def test_labeled_partners_stay_on_their_device(exact_config):
+    """Four devices exchange sums alone, and agree with one."""
+    config = exact_config
+    methods.apply(config, "fixmatch")
+    config.views.update({"mix_partner": "labeled", "cutmix": 1.0})
+    config.method.threshold = 0.3
+    learner, state, step = start(config, devices=4)
+    given = batches(learner, 1)[0]
+    text = step.lower(state, given).compile().as_text()
+    assert "all-reduce" in text and "all-to-all" not in text and "collective-permute" not in text
+    _, metrics = step(state, given)
+    _, (alone,) = run(config, 1)
+    assert alone.keys() == metrics.keys()
+    for name in alone:
+        np.testing.assert_allclose(alone[name], metrics[name], rtol=1e-8, atol=1e-12, err_msg=name)
 
 
 def test_no_all_to_all_with_unequal_batches(tiny_config):

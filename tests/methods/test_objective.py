@@ -10,8 +10,8 @@ import pytest
 from configs import methods
 from dssn_jax import models
 from dssn_jax.learner.learner import init_variables
-from dssn_jax.methods import method
-from dssn_jax.methods.objective import Keys, Objective
+from dssn_jax.methods import method, pseudo_labels
+from dssn_jax.methods.objective import Keys, Objective, StudentLogits, TeacherLogits, loss_terms
 from dssn_jax.methods.views import Views
 
 KEY = jax.random.PRNGKey(2)
@@ -103,6 +103,45 @@ def test_teacher_uses_batch_statistics_in_the_first_epochs_only(setup, epochs, m
         predict = jax.jit(functools.partial(objective.network.apply, method="low_res_logits"))
         np.testing.assert_allclose(logits.weak, predict(variables, views.image_u), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(logits.partner, predict(variables, views.image_m), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("teacher", ["ema", "student_eval", "student"])
+def test_labeled_partners_are_not_predicted(setup, teacher):
+    make, variables, views = setup
+    objective = make(method__teacher=teacher, ema__batch_stats_epochs=1)
+    views = views._replace(image_m=None, label_m=views.label_x)
+    logits, _ = jax.eval_shape(objective.teacher_logits, variables, variables, views, 0)
+    assert logits.partner is None and (logits.weak is None) == (teacher == "student")
+
+
+def test_labeled_partners_bring_their_labels_to_the_target():
+    """Eq. 21 by hand: the pseudo-labels of the unmixed weak view outside of the box, labels inside."""
+    rng = np.random.default_rng(3)
+    size, classes = (2, 6, 5), 3
+    student, teacher = (rng.normal(0, 3, (*size, classes)).astype(np.float32) for _ in range(2))
+    label = rng.integers(classes, size=size).astype(np.uint8)
+    label[:, 2] = 255
+    box, valid_u = rng.random(size) < 0.5, rng.random(size) < 0.8
+    views = Views(None, label, valid_u=valid_u, valid_m=label != 255, boxes=(box,), label_m=label)
+    options = dict(streams=(method.Stream("s1", "strong", 1.0),), teacher="student_eval")
+    for selection in (pseudo_labels.Threshold(0.7), pseudo_labels.ClassAware(0.8, 0.9)):
+        terms, ratios, _ = loss_terms(
+            StudentLogits(student, None, {"s1": student}),
+            TeacherLogits(teacher),
+            views,
+            method.Method(**options, selection=selection),
+            {},
+        )
+        q, p = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (teacher, student))
+        weight = np.asarray(selection(q, {}))  # Of the whole weak view, also under the box.
+        valid = np.where(box, label != 255, valid_u)
+        target = np.where(box & (label != 255), label, q.argmax(-1))
+        losses = -np.log(np.take_along_axis(p, target[..., None], -1)[..., 0])
+        expected = (losses * np.where(box, 1, weight) * valid).sum() / valid.sum()
+        assert float(terms["loss_s1"]) == pytest.approx(expected, rel=1e-5)
+        assert 0 < weight.mean() < 1
+        pseudo_labeled = valid_u & ~box
+        assert float(ratios["mask_ratio_s1"]) == pytest.approx(weight[pseudo_labeled].mean(), rel=1e-6)
 
 
 def test_a_branch_that_cannot_run_is_not_compiled(setup):

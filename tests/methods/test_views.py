@@ -1,7 +1,11 @@
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from dssn_jax import sharding
 from dssn_jax.methods import views
 from input_pipeline.batch import Batch
 
@@ -25,6 +29,37 @@ def test_cutmix_box_pastes_images_and_valid_pixels():
     expected[0, 1:4, 2:7] = True
     np.testing.assert_array_equal(np.asarray(mixed.strong[0][..., 0]) > 0, expected)
     np.testing.assert_array_equal(views.mix(mixed.valid_u, mixed.valid_m, mixed.boxes[0]), ~expected)
+
+
+def test_labeled_partners_are_pasted_with_their_labels_and_not_predicted():
+    rng = np.random.default_rng(0)
+    image, partner = (rng.integers(256, size=(2, 6, 8, 3), dtype=np.uint8) for _ in range(2))
+    label = rng.integers(3, size=(2, 6, 8), dtype=np.uint8)
+    label[:, 3] = 255
+    boxes, valid = np.array([[[1, 2, 5, 7]], [[0, 0, 0, 0]]], np.int32), np.ones((2, 6, 8), bool)
+    batch = Batch(image, label, image, valid, partner, boxes=boxes, label_m=label)
+    data = ConfigDict({**DATA, "ignore": 255})
+    mixed = views.from_batch(batch, jnp.asarray(np.stack([image, partner], 1)[:, None]), data, jnp.float32)
+    inside = np.zeros((2, 6, 8), bool)
+    inside[0, 1:5, 2:7] = True
+    expected = np.where(inside[..., None], partner, image)
+    np.testing.assert_array_equal(views.denormalize(mixed.strong[0], DATA), expected)
+    np.testing.assert_array_equal(mixed.label_m, label)
+    np.testing.assert_array_equal(mixed.valid_m, label != 255)
+    assert mixed.image_m is None
+
+
+def test_labeled_partners_are_pasted_without_any_exchange_between_devices():
+    shape, mesh = (4, 6, 8), sharding.make_mesh(jax.devices()[:4])
+    image, label, valid = np.zeros((*shape, 3), np.uint8), np.zeros(shape, np.uint8), np.ones(shape, bool)
+    batch = Batch(image, label, image, valid, image, boxes=np.zeros((4, 2, 4), np.int32), label_m=label)
+    given = sharding.put_batch((batch, np.zeros((4, 2, 2, *shape[1:], 3), np.uint8)), mesh)
+    data = ConfigDict({**DATA, "ignore": 255})
+    from_batch = jax.jit(lambda batch, strong: views.from_batch(batch, strong, data, jnp.float32))
+    compiled = from_batch.lower(*given).compile()
+    assert compiled.output_shardings.strong[0].is_equivalent_to(sharding.batch_sharded(mesh), 4)
+    text = compiled.as_text()
+    assert "num_partitions=4" in text and not re.search("all-|collective-|reduce-scatter", text)
 
 
 def test_reversed_partners_are_the_other_rows_of_pairs_before_mixing():
