@@ -113,6 +113,18 @@ _DATA = Section(
         "multiplies them. 0: chosen from the memory of the devices.", "images",
     ),
     unlabeled_batch=Key(8, Int(0, 4096), "Unlabeled images per step, likewise.", "images"),
+    labeled_sampling=Key(
+        "uniform", Choice("uniform", "rare"), "How labeled images are drawn, and labeled CutMix partners. uniform: all "
+        "equally often; rare: a class by its rarity, an image that has it, and a crop with some of it, as in DAFormer "
+        "(docs/method.md, Eq. 24).",
+    ),
+    rare_temperature=Key(
+        0.01, Float(1e-4, 100), "Temperature of the draw of classes by rarity; the lower, the more often the rarest."
+    ),
+    class_pixels=Key(
+        (), Tuple(Int(0, 2**53), 0, 255), "Pixels of each class in the labeled images. (): counted in their masks, if "
+        "`labeled_sampling` or `method.class_weight_power` needs them.", "pixels",
+    ),
     mean=Key(IMAGENET_MEAN, Tuple(_PROBABILITY, 3, 3), "Of RGB in [0, 1]; subtracted."),
     std=Key(IMAGENET_STD, Tuple(Float(0.001, 10), 3, 3), "Of RGB in [0, 1]; divided by."),
     workers=Key(0, Int(0, 256), "Processes that make batches; 0: threads of this process."),
@@ -238,6 +250,11 @@ _METHOD = Section(
     labeled_loss=Key(
         "ce", Registered("dssn_jax.methods.method:LABELED_LOSSES"),
         "ce: cross-entropy; ohem: cross-entropy of hard pixels.",
+    ),
+    class_weight_power=Key(
+        0.0, Float(0, 2),
+        "A class weighs (its share of the labeled pixels) ** -x in the labeled loss, times a constant with which "
+        "labeled pixels weigh 1 on average (docs/method.md, Eq. 23). 0: classes weigh the same.",
     ),
     ohem_threshold=Key(0.7, _PROBABILITY, "Pixels whose true class has at most this probability are hard."),
     ohem_min_kept=Key(100000, Int(0, 2**22), "At least this many pixels per image are kept.", "pixels"),

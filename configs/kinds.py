@@ -47,7 +47,7 @@ class Int:
         return type(value) is int and self.least <= value <= self.most
 
     def __str__(self) -> str:
-        return f"an integer from {self.least} to {self.most if self.most < MOST_INT else '2^31 - 1'}"
+        return f"an integer from {self.least} to {'2^31 - 1' if self.most == MOST_INT else self.most}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Fills in configuration values that are left at 0, from the data and the devices, and says why.
+"""Fills in configuration values that are unset, from the data and the devices, and says why.
 
 | key | also needs | chosen value |
 |---|---|---|
@@ -8,6 +8,9 @@
 | train.checkpoint_every | train.epochs=0 | 20 times per run |
 | train.eval_every | train.epochs=0 | 20 times per run, or less often so that evaluation is a fifth of the work |
 | optimizer.lr (and lr_mults) | | by optimizer, encoder and whether weights are pretrained |
+| data.class_pixels | a key that depends on them | the pixels of each class in the labeled masks |
+
+Unset values are 0, or () for `data.class_pixels`.
 """
 
 import math
@@ -23,7 +26,9 @@ from jax.experimental import multihost_utils
 from configs import encoders
 from configs.checks import ConfigError
 from dssn_jax import models
+from input_pipeline import class_statistics
 from input_pipeline.batch import labeled_rows
+from input_pipeline.errors import first_names
 from input_pipeline.sources.open import Source, Sources
 
 _BATCH = 8  # config.data.labeled_batch and unlabeled_batch of the published recipes.
@@ -102,9 +107,12 @@ _WITHOUT_EPOCHS = ("train.steps", "train.eval_every", "train.checkpoint_every")
 
 
 def unset_keys(config) -> list[str]:
-    """Returns the keys that are left at 0 for this module to choose."""
+    """Returns the keys that are unset, for this module to choose."""
     keys = _ALWAYS if config.train.epochs else _ALWAYS + _WITHOUT_EPOCHS
-    return [key for key in keys if _get(config, key) == 0]
+    unset = [key for key in keys if _get(config, key) == 0]
+    if class_statistics.users(config) and not config.data.class_pixels:
+        unset.append("data.class_pixels")
+    return unset
 
 
 def copy_choices(config, other):
@@ -130,6 +138,8 @@ def fill_in(config, sources: Sources, devices: list[jax.Device]) -> tuple[object
         reasons.append(_choose_learning_rate(config))
     if any(key in keys for key in _WITHOUT_EPOCHS):
         reasons += _choose_steps(config, sources)
+    if "data.class_pixels" in keys:
+        reasons.append(_count_class_pixels(config, sources.labeled))
     return config, reasons
 
 
@@ -230,6 +240,15 @@ def _choose_steps(config, sources: Sources) -> list[str]:
         train.eval_every = period
         reasons.append(f"train.eval_every={period}: {why}")
     return reasons
+
+
+def _count_class_pixels(config, labeled: Source) -> str:
+    data = config.data
+    data.class_pixels = tuple(class_statistics.count_pixels(labeled, data).sum(0).tolist())
+    share = class_statistics.frequencies(data.class_pixels)
+    rarest = first_names([f"{data.classes[i]} {share[i]:.2%}" for i in np.argsort(share, kind="stable")])
+    users = ", ".join(class_statistics.users(config))
+    return f"data.class_pixels: counted in {len(labeled)} labeled masks, for {users}; the rarest: {rarest}"
 
 
 def evaluation_cost(config, val: Source) -> float:

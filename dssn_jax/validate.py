@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from configs.checks import ConfigError, check_choice, check_multiple, check_values
+from configs.kinds import show
 from dssn_jax import models
 from dssn_jax.learner.optimizer import OPTIMIZERS
 from dssn_jax.methods import method
@@ -27,6 +28,15 @@ def validate_model(config) -> None:
         if config.model[key] == "float64" and not jax.config.jax_enable_x64:
             raise ConfigError(f"config.model.{key}=float64 needs the environment variable JAX_ENABLE_X64=1")
     method.check(config)
+    _check_class_pixels(config.data)
+
+
+def _check_class_pixels(data) -> None:
+    if data.class_pixels and (len(data.class_pixels) != len(data.classes) or not any(data.class_pixels)):
+        raise ConfigError(
+            f"config.data.class_pixels is {show(data.class_pixels)}; expected a number for each of the "
+            f"{len(data.classes)} classes, not all 0, or () to count them"
+        )
 
 
 def validate_evaluation(config) -> None:

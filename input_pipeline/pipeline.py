@@ -19,10 +19,11 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from input_pipeline.batch import Batch, labeled_rows
+from input_pipeline.class_statistics import RareClasses, rare_classes
 from input_pipeline.errors import DataError, UserError
 from input_pipeline.sources.open import Source, Sources
 from input_pipeline.transforms.cutmix import cutmix_box
-from input_pipeline.transforms.geometry import weak_view
+from input_pipeline.transforms.geometry import rare_view, weak_view
 
 MIX_PARTNERS = ("same", "other", "reversed", "labeled")
 
@@ -64,7 +65,8 @@ def train_dataset(
     """Returns the endless sequence of training batches, by step.
 
     An epoch is one pass over the unlabeled list, in a new order, without the images that fill no batch. Within it each
-    labeled image occurs floor or ceil of (steps * labeled batch / labeled images) times, in a new order.
+    labeled image occurs floor or ceil of (steps * labeled batch / labeled images) times, in a new order; or, with
+    `data.labeled_sampling=rare`, labeled images are drawn with replacement.
 
     Args:
       sources: from `open_sources`.
@@ -77,7 +79,8 @@ def train_dataset(
       it has strong views, and then partners, with labels if `views.mix_partner` is labeled, none if it is reversed.
 
     Raises:
-      DataError: lists or batch sizes that do not fit. Later, when a batch is read: a file that cannot be used.
+      DataError: lists or batch sizes that do not fit, or bad labeled masks, if their classes are counted. Later, when a
+        batch is read: a file that cannot be used.
     """
     config = FrozenConfigDict(config)  # Later changes by the caller must not reach a running pipeline.
     steps = steps_per_epoch(sources, config)
@@ -87,7 +90,8 @@ def train_dataset(
     def batches(records: grain.MapDataset, key: str, size: int) -> _Batches:
         return _Batches(records, size, _rows(key, size, process_index, process_count), config.data.threads)
 
-    size, labeled = labeled_rows(config), _Labeled(sources.labeled, config)
+    size = labeled_rows(config)
+    labeled = _Labeled(sources.labeled, config, rare_classes(sources.labeled, config))
     records = _labeled_records(labeled, steps * size, *seeds[:2])
     streams = [batches(records, "labeled_batch", size)]
     if config.method.strong_views or config.method.feature_views:
@@ -114,12 +118,20 @@ class _Labeled(NamedTuple):
 
     source: Source
     config: FrozenConfigDict
+    rare: RareClasses | None
 
     def view(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Draws a weak view of an image: uint8 [c, c, 3], and its class ids, uint8 [c, c]."""
+        """Draws a weak view: uint8 [c, c, 3], and its class ids, uint8 [c, c].
+
+        It is of image `index`, or, with `data.labeled_sampling=rare`, of an image that is drawn with its crop.
+        """
+        data = self.config.data
+        if data.labeled_sampling == "rare":
+            index, wanted = self.rare.draw_image(rng)
+            record = self.source[index]
+            return rare_view(record["image"], record["label"], wanted, data, rng)[:2]
         record = self.source[index]
-        image, label, _ = weak_view(record["image"], record["label"], self.config.data, rng)
-        return image, label
+        return weak_view(record["image"], record["label"], data, rng)[:2]
 
     def record(self, index: int, rng: np.random.Generator) -> Record:
         """Returns the fields of a labeled image."""

@@ -1,6 +1,7 @@
 """Auto-configuration, against numbers worked out by hand."""
 
 import jax
+import numpy as np
 import pytest
 
 from configs import ade20k, camvid, cityscapes, coco, custom, encoders, methods, pascal, shapes
@@ -8,7 +9,7 @@ from configs.checks import ConfigError
 from dssn_jax import auto_config, models
 from dssn_jax.validate import validate_training
 from dssn_jax.workdir import restore
-from input_pipeline.sources.open import Sources
+from input_pipeline.sources.open import Sources, open_sources
 from tests.input_pipeline.own_images import make_root
 
 GIB = 1 << 30
@@ -237,6 +238,25 @@ def test_a_continued_run_keeps_its_choices(configure, fill_in, tmp_path):
     (tmp_path / "run/config.json").write_text("{")
     with pytest.raises(restore.WorkdirError, match="config.json: damaged"):
         restore.inherit_choices(configure(), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "options", [{"method__class_weight_power": 0.5}, {"data__labeled_sampling": "rare", "data__rare_temperature": 0.1}]
+)
+def test_classes_are_counted_where_a_key_needs_them(tiny_config, tmp_path, options):
+    config = tiny_config("supervised", **options)
+    sources = open_sources(config)
+    chosen, (reason,) = auto_config.fill_in(config, sources, jax.devices()[:1])
+    labels = np.stack([sources.labeled[index]["label"] for index in range(8)])
+    pixels = np.bincount(labels.ravel(), minlength=6)
+    assert chosen.data.class_pixels == tuple(pixels.tolist())
+    key = next(iter(options)).replace("__", ".")
+    assert reason.startswith(f"data.class_pixels: counted in 8 labeled masks, for {key}={next(iter(options.values()))}")
+    rarest = config.data.classes[np.argmin(pixels)]
+    assert f"the rarest: {rarest} {pixels.min() / pixels.sum():.2%}" in reason
+    (tmp_path / "checkpoints/7").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(chosen.to_json())
+    assert restore.inherit_choices(config, tmp_path).to_json() == chosen.to_json()
 
 
 def test_an_encoder_that_was_not_measured_is_taken_for_a_demanding_one():

@@ -61,6 +61,8 @@ def test_crops_are_multiples_of_the_patch(tiny_config, encoder, options, message
         ("optimizer__name", "lion", lambda config: validate_training(config, 1)),
         ("method__feature_dropout", 1.0, lambda config: validate_training(config, 1)),
         ("seed", -1, validate_model),
+        ("data__class_pixels", (1, 2), validate_model),
+        ("data__class_pixels", (0,) * 6, validate_model),
         ("eval__crop", 1, validate_evaluation),
         ("data__crop", 7, validate_evaluation),
     ],

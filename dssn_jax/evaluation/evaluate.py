@@ -261,7 +261,7 @@ def _memory_errors() -> Iterator[None]:
         ) from None
 
 
-def log_progress(total: int, period: float = 10.0) -> Callable[[int], None]:
+def log_progress(total: int, what: str = "evaluating", period: float = 10.0) -> Callable[[int], None]:
     """Returns a callback for `Evaluator` that logs the images done, at most once per `period` seconds."""
     started = last = time.monotonic()
 
@@ -271,7 +271,7 @@ def log_progress(total: int, period: float = 10.0) -> Callable[[int], None]:
         if now - last >= period:
             last = now
             left = (now - started) / done * (total - done)
-            logger.info("evaluating: %d/%d images, %s left", done, total, duration(left))
+            logger.info("%s: %d/%d images, %s left", what, done, total, duration(left))
 
     return progress
 

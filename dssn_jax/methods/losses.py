@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -18,16 +19,41 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, valid: jax.Array) 
     return jnp.where(valid, optax.softmax_cross_entropy_with_integer_labels(logits, labels), 0)
 
 
+def class_weights(frequencies: np.ndarray, power: float) -> tuple[float, ...]:
+    """Returns a weight per class, frequency ** -power times a constant with which the mean pixel weighs 1 (Eq. 23).
+
+    `frequencies` [K] sum to 1; a class with frequency 0 weighs 1.
+    """
+    occurs = frequencies > 0
+    raw = np.where(occurs, frequencies, 1) ** -float(power)
+    return tuple(np.where(occurs, raw / (frequencies * raw).sum(), 1).tolist())
+
+
+def _mean(
+    losses: jax.Array, labels: jax.Array, kept: jax.Array, weights: tuple[float, ...], axis: int | None = None
+) -> jax.Array:
+    """Returns the mean of the losses that are `kept` along `axis`, weighted by class; 0 if none is.
+
+    `losses` are 0, and `labels` may be no class ids, where not `kept`; no `weights` are equal ones.
+    """
+    if not weights:
+        return losses.sum(axis) / jnp.maximum(kept.sum(axis), 1)
+    weight = jnp.where(kept, jnp.asarray(weights, losses.dtype)[jnp.where(kept, labels, 0)], 0)
+    total = weight.sum(axis)
+    return (weight * losses).sum(axis) / jnp.where(total > 0, total, 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """Mean cross-entropy over the labeled pixels (docs/method.md, Eq. 2)."""
+    """Mean cross-entropy over the labeled pixels (docs/method.md, Eq. 2), weighted by class (Eq. 23)."""
 
     ignore: int = 255  # Label of pixels without a label.
+    weights: tuple[float, ...] = ()  # By class; (): equal ones.
 
     def __call__(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """Maps logits [B, H, W, K] and labels [B, H, W] to a scalar; 0 if every pixel is ignored."""
         valid = labels != self.ignore
-        return pixel_cross_entropy(logits, labels, valid).sum() / jnp.maximum(valid.sum(), 1)
+        return _mean(pixel_cross_entropy(logits, labels, valid), labels, valid, self.weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +62,15 @@ class Ohem:
 
     A group keeps the pixels whose true class has at most the probability `threshold`, but at least `min_kept` pixels:
     the threshold rises to the min_kept-th smallest probability, where ignored pixels count as 1. A group with fewer
-    valid pixels keeps them all; one without any contributes 0.
+    valid pixels keeps them all; one without any contributes 0. The mean over the kept pixels is weighted by class
+    (Eq. 23); which are kept does not depend on the weights.
     """
 
     threshold: float
     min_kept: int  # Pixels per group.
     group: int  # Consecutive images whose pixels are ranked together; divides the batch.
     ignore: int = 255
+    weights: tuple[float, ...] = ()  # By class; (): equal ones.
 
     def __call__(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """Maps logits [B, H, W, K] and labels [B, H, W] to a scalar."""
@@ -55,7 +83,7 @@ class Ohem:
         limit = jnp.maximum(kth_smallest(probabilities, rank), self.threshold)
         keep_all = valid.sum(-1, keepdims=True) < self.min_kept
         kept = checkpoint_name(valid & (keep_all | (probabilities <= limit)), _SELECTION)
-        return (jnp.where(kept, losses, 0).sum(-1) / jnp.maximum(kept.sum(-1), 1)).mean()
+        return _mean(jnp.where(kept, losses, 0), labels.reshape(losses.shape), kept, self.weights, axis=-1).mean()
 
 
 def kth_smallest(values: jax.Array, rank: int) -> jax.Array:

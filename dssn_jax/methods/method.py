@@ -8,17 +8,29 @@ import jax.numpy as jnp
 
 from configs.checks import ConfigError, check_choice
 from dssn_jax.methods import losses, perturbations, pseudo_labels
+from input_pipeline import class_statistics
+
+
+def class_weights(config) -> tuple[float, ...]:
+    """Returns the weights of the classes in the labeled loss (docs/method.md, Eq. 23); () for equal ones.
+
+    They are equal too while `data.class_pixels` is unset, in a network that is only applied.
+    """
+    power, pixels = config.method.class_weight_power, config.data.class_pixels
+    return losses.class_weights(class_statistics.frequencies(pixels), power) if power and pixels else ()
+
 
 # Sources of the pseudo-labels of strong views; configs/defaults.py explains them.
 TEACHERS = ("ema", "student_eval", "student", "none")
 # Name in config.method.labeled_loss -> constructor from the configuration.
 LABELED_LOSSES = {
-    "ce": lambda config: losses.CrossEntropy(config.data.ignore),
+    "ce": lambda config: losses.CrossEntropy(config.data.ignore, class_weights(config)),
     "ohem": lambda config: losses.Ohem(
         config.method.ohem_threshold,
         config.method.ohem_min_kept * config.method.ohem_group,
         config.method.ohem_group,
         config.data.ignore,
+        class_weights(config),
     ),
 }
 

@@ -5,10 +5,11 @@ from typing import NamedTuple
 import jax
 
 from dssn_jax import auto_config
-from dssn_jax.evaluation.evaluate import Evaluator
+from dssn_jax.evaluation.evaluate import Evaluator, log_progress
 from dssn_jax.learner import learner as learner_lib
 from dssn_jax.learner.learner import Learner
 from dssn_jax.validate import validate_training
+from input_pipeline import class_statistics
 from input_pipeline.batch import labeled_rows
 from input_pipeline.pipeline import RunLength, run_length
 from input_pipeline.sources.encoded import check_records
@@ -33,6 +34,9 @@ def plan(config) -> Run:
     devices = jax.devices()
     validate_training(config, len(devices))
     sources = open_sources(config)
+    if class_statistics.is_counted(config):  # The first time, with progress; what needs the result gets it again.
+        progress = log_progress(len(sources.labeled), "counting the pixels of each class")
+        class_statistics.count_pixels(sources.labeled, config.data, progress)
     config, chosen = auto_config.fill_in(config, sources, devices)
     validate_training(config, len(devices))  # Given and chosen values together.
     length = run_length(sources, config)

@@ -66,6 +66,10 @@ class EncodedSource:
         check_sizes(image_file, image.shape[:2], mask_file, label.shape)
         return {"image": image, "label": label}
 
+    def label(self, index: int) -> np.ndarray:
+        """Decodes the mask of a record alone, uint8 [H, W]; raises DataError for one that cannot be used."""
+        return self.labels.decode(self.files(index)[1])
+
     def check_headers(self) -> None:
         """Checks from the headers alone that every record exists and that sizes and modes fit.
 

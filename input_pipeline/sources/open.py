@@ -31,6 +31,9 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Returns {"image": uint8 [H, W, 3], "label": uint8 [H, W]}, without "label" from an unlabeled source."""
 
+    def label(self, index: int) -> np.ndarray:
+        """Returns the label alone, in a labeled source."""
+
     def name(self, index: int) -> str:
         """Returns the path of the image as the user wrote it."""
 

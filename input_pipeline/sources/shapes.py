@@ -57,6 +57,10 @@ class ShapesSource:
         del index
         return self._size, self._size
 
+    def label(self, index: int) -> np.ndarray:
+        """Draws the label of record `index`, uint8 [size, size]."""
+        return self[index]["label"]
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Draws record `index`: {"image": uint8 [size, size, 3], "label": uint8 [size, size]}."""
         if not 0 <= index < self._count:

@@ -1,7 +1,21 @@
 """The weak view: random scale, crop and flip of an image and its label, as in UniMatch's `dataset/transform.py`."""
 
+from typing import NamedTuple
+
 import numpy as np
 from PIL import Image
+
+# As DAFormer (Hoyer et al., CVPR 2022): at least 1500 pixels of a crop of 512x512 in one of ten draws.
+_RARE_SHARE, _RARE_DRAWS = 1500 / 512**2, 10
+
+
+class Window(NamedTuple):
+    """A crop of a scaled image."""
+
+    size: tuple[int, int]  # (height, width) of the scaled image.
+    rows: slice
+    columns: slice
+    step: int  # -1: flipped.
 
 
 def weak_view(
@@ -23,18 +37,46 @@ def weak_view(
       image uint8 [crop, crop, 3] (padding 0), label uint8 [crop, crop] (padding `ignore`) or None, and valid bool
       [crop, crop], False on the padding.
     """
+    return _window_view(image, label, data, _draw_window(image.shape[:2], data, rng))
+
+
+def rare_view(
+    image: np.ndarray, label: np.ndarray, wanted: int, data, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draws weak views until one has enough pixels of the class `wanted`; after ten, takes the one with most.
+
+    Arguments and results are those of `weak_view`. Enough is 0.6% of the crop (docs/method.md, Eq. 24).
+    """
+    most, best = -1, None
+    for _ in range(_RARE_DRAWS):
+        window = _draw_window(image.shape[:2], data, rng)
+        pixels = int((nearest_window(label, window.size, (window.rows, window.columns)) == wanted).sum())
+        if pixels > most:
+            most, best = pixels, window
+        if most >= _RARE_SHARE * data.crop**2:
+            break
+    return _window_view(image, label, data, best)
+
+
+def _draw_window(shape: tuple[int, int], data, rng: np.random.Generator) -> Window:
     crop = data.crop
-    height, width = scaled_size(*image.shape[:2], data.scale, rng)
+    height, width = scaled_size(*shape, data.scale, rng)
     top = int(rng.integers(max(height - crop, 0), endpoint=True))
     left = int(rng.integers(max(width - crop, 0), endpoint=True))
-    window = (slice(top, min(top + crop, height)), slice(left, min(left + crop, width)))
-    step = -1 if rng.random() < data.flip else 1
+    rows, columns = slice(top, min(top + crop, height)), slice(left, min(left + crop, width))
+    return Window((height, width), rows, columns, -1 if rng.random() < data.flip else 1)
 
-    view = _pad(resize_window(image, (height, width), window), crop, 0)[:, ::step]
+
+def _window_view(
+    image: np.ndarray, label: np.ndarray | None, data, window: Window
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Returns the view of a window: see `weak_view`."""
+    crop, (size, rows, columns, step) = data.crop, window
+    view = _pad(resize_window(image, size, (rows, columns)), crop, 0)[:, ::step]
     valid = np.zeros((crop, crop), bool)
-    valid[: window[0].stop - top, : window[1].stop - left] = True
+    valid[: rows.stop - rows.start, : columns.stop - columns.start] = True
     if label is not None:
-        label = _pad(nearest_window(label, (height, width), window), crop, data.ignore)[:, ::step]
+        label = _pad(nearest_window(label, size, (rows, columns)), crop, data.ignore)[:, ::step]
         label = np.ascontiguousarray(label)
     return np.ascontiguousarray(view), label, np.ascontiguousarray(valid[:, ::step])
 

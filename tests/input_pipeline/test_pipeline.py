@@ -28,6 +28,9 @@ class CountingSource:
     def __len__(self):
         return self.images
 
+    def label(self, index):
+        return self[index]["label"]
+
     def __getitem__(self, index):
         self.reads.append(index)
         image = np.full((self.side, self.side, 3), (index, 7, 7), np.uint8)
@@ -97,6 +100,41 @@ def test_run_length(config):
     assert run_length(_sources(unlabeled=10), config) == (6, 2)
     config.train.steps = 5
     assert run_length(_sources(unlabeled=10), config) == (5, 2)
+
+
+def test_rare_classes_come_up(config):
+    """Images of class 2 are 1 of 10: with their probability instead of a tenth, as partners too."""
+    config.data.update({"labeled_sampling": "rare", "rare_temperature": 0.5, "labeled_batch": 8})
+    config.views.mix_partner = "labeled"
+    sources = _sources(labeled=10)._replace(labeled=_Uneven(10))
+    dataset = train_dataset(sources, config)
+    batches = [dataset[step] for step in range(40)]
+    frequencies = np.array([6, 3, 1]) / 10
+    p = np.exp((1 - frequencies) / 0.5) / np.exp((1 - frequencies) / 0.5).sum()
+    for image, label in (("image_x", "label_x"), ("image_m", "label_m")):
+        numbers = _numbers(batches, image)
+        labels = np.concatenate([getattr(batch, label)[:, 0, 0] for batch in batches])
+        np.testing.assert_array_equal(labels, _Uneven.CLASSES[numbers])
+        np.testing.assert_allclose(np.bincount(labels, minlength=3) / len(labels), p, atol=0.1)
+        assert len(set(numbers[labels == 0])) == 6
+    config.data.class_pixels = (6, 3, 1)  # Counted before: the same.
+    _assert_equal(train_dataset(sources, config)[7], batches[7])
+    config.data.class_pixels = (1, 3, 6)
+    labels = np.concatenate([train_dataset(sources, config)[step].label_x[:, 0, 0] for step in range(10)])
+    assert (labels == 0).mean() > p[0] + 0.1
+
+
+class _Uneven(CountingSource):
+    """Images of one class each."""
+
+    CLASSES = np.array([0, 0, 0, 1, 0, 1, 1, 2, 0, 0])
+
+    def __init__(self, images):
+        super().__init__(images, labeled=True)
+
+    def __getitem__(self, index):
+        record = super().__getitem__(index)
+        return record | {"label": np.full_like(record["label"], self.CLASSES[index])}
 
 
 def test_labels_belong_to_their_images(config):
@@ -230,10 +268,10 @@ def test_batch_errors(config):
         train_dataset(_sources(), config, 0, 4)
 
 
-@pytest.mark.parametrize("partner", ["same", "labeled"])
+@pytest.mark.parametrize(("partner", "sampling"), [("same", "uniform"), ("labeled", "uniform"), ("labeled", "rare")])
 @pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_share_the_global_batch(folder, config, process_count, partner):
-    config.data.labeled_batch, config.views.mix_partner = 4, partner
+def test_processes_share_the_global_batch(folder, config, process_count, partner, sampling):
+    config.data.labeled_batch, config.views.mix_partner, config.data.labeled_sampling = 4, partner, sampling
     sources, config = open_sources(config), _randomized(config)
     whole = train_dataset(sources, config)
     shares = [train_dataset(sources, config, index, process_count) for index in range(process_count)]
@@ -259,6 +297,7 @@ def test_batches_do_not_depend_on_threads_and_workers(folder, config, workers, t
     """Against the batches made one by one, across the end of an epoch (2 steps)."""
     config = _randomized(config)
     config.views.mix_partner = "same" if threads == 1 else "labeled"
+    config.data.labeled_sampling = "uniform" if threads == 1 else "rare"
     expected = train_dataset(open_sources(config), config)
     config.data.workers, config.data.threads, config.data.buffer = workers, threads, buffer
     batches = _take(train_iterator(train_dataset(open_sources(config), config), config), 5)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,44 @@ def true_class_probability(logits, labels):
 def test_cross_entropy_by_hand():
     p, valid = true_class_probability(LOGITS, LABELS)
     assert losses.CrossEntropy()(LOGITS, LABELS) == pytest.approx(-np.log(p[valid]).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_class_weights_are_those_of_pytorch(power):
+    """In float64; the third class does not occur among the counts."""
+    torch = pytest.importorskip("torch")
+    frequencies = np.array([0.9, 0.1, 0.0])
+    weights = losses.class_weights(frequencies, power)
+    np.testing.assert_allclose(weights[0] / weights[1], 9**-power)
+    assert np.dot(frequencies, weights) == pytest.approx(1) and weights[2] == 1
+    with jax.enable_x64(True):
+        logits = LOGITS.astype(np.float64)
+        value, gradient = jax.value_and_grad(losses.CrossEntropy(255, weights))(jnp.asarray(logits), LABELS)
+    theirs = torch.tensor(logits.transpose(0, 3, 1, 2), requires_grad=True)
+    expected = torch.nn.CrossEntropyLoss(torch.tensor(weights, dtype=torch.float64), ignore_index=255)
+    loss = expected(theirs, torch.tensor(LABELS.astype(np.int64)))
+    loss.backward()
+    assert float(value) == pytest.approx(loss.item(), rel=1e-12)
+    np.testing.assert_allclose(gradient, theirs.grad.numpy().transpose(0, 2, 3, 1), rtol=1e-9, atol=1e-15)
+
+
+def test_equal_class_weights_change_nothing():
+    assert losses.class_weights(np.array([0.25, 0.75]), 0.0) == (1.0, 1.0)
+    for loss in (losses.CrossEntropy(), losses.Ohem(0.3, 10, 2)):
+        weighted = dataclasses.replace(loss, weights=(3.0, 3.0, 3.0))
+        assert float(weighted(LOGITS, LABELS)) == pytest.approx(float(loss(LOGITS, LABELS)), rel=1e-6)
+
+
+def test_hard_pixels_are_averaged_by_class_weight():
+    """Those of a group of two images, kept by their probability alone."""
+    weights = np.array([0.5, 1.0, 4.0])
+    p, valid = true_class_probability(LOGITS, LABELS)
+    kept, expected = valid & (p <= 0.3), []
+    for group in (slice(0, 2), slice(2, 4)):
+        weight = weights[LABELS[group][kept[group]]]
+        expected.append((weight * -np.log(p[group][kept[group]])).sum() / weight.sum())
+    found = losses.Ohem(0.3, 1, 2, weights=tuple(weights.tolist()))(LOGITS, LABELS)
+    assert float(found) == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 def ohem_by_hand(logits, labels, threshold, min_kept, group):
@@ -65,6 +105,8 @@ def test_kth_smallest_agrees_with_a_sort(dtype):
     [
         losses.CrossEntropy(),
         losses.Ohem(0.7, 10, 2),
+        losses.CrossEntropy(255, (0.1, 1.0, 9.0)),
+        losses.Ohem(0.7, 10, 2, 255, (0.1, 1.0, 9.0)),
         lambda logits, labels: losses.consistency(logits, labels, 1.0 * (labels == 0), labels != 255),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from input_pipeline.transforms.geometry import nearest_window, resize_window, scaled_size, weak_view
+from input_pipeline.transforms.geometry import nearest_window, rare_view, resize_window, scaled_size, weak_view
 
 IGNORE = 255
 
@@ -116,3 +116,44 @@ def test_windows_are_those_of_pillows_resize(size):
     assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.05
     nearest = np.asarray(Image.fromarray(label).resize(size[::-1], Image.Resampling.NEAREST))
     np.testing.assert_array_equal(nearest_window(label, size, window), nearest[window])
+
+
+RARE = ConfigDict({"crop": 32, "scale": (1.0, 1.0), "flip": 0.5, "ignore": IGNORE})
+
+
+def _corner(side):
+    """Returns an image of 128x128 with a square of class 1 in the corner, and red where the class is."""
+    label = np.zeros((128, 128), np.uint8)
+    label[:side, :side] = 1
+    return np.stack([200 * label, label, label], -1), label
+
+
+def test_rare_views_have_the_class_more_often():
+    """A crop meets the corner of 32x32 with at least 1500 / 512^2 of its pixels (6 of 1024) in a share of the draws."""
+    image, label = _corner(32)
+    places = [max(32 - top, 0) * max(32 - left, 0) >= 6 for top in range(97) for left in range(97)]
+    rng, enough = np.random.default_rng(0), []
+    for _ in range(1000):
+        view, view_label, valid = rare_view(image, label, 1, RARE, rng)
+        np.testing.assert_array_equal(view[..., 0], 200 * view_label)
+        assert valid.all()
+        enough.append((view_label == 1).sum() >= 6)
+    assert np.mean(enough) == pytest.approx(1 - (1 - np.mean(places)) ** 10, abs=0.05)
+
+
+def test_rare_views_without_enough_have_the_most_of_ten():
+    image, label = _corner(2)  # At most 4 pixels: never enough.
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        views = [weak_view(image, label, RARE, rng)[1] for _ in range(10)]
+        _, view_label, _ = rare_view(image, label, 1, RARE, np.random.default_rng(seed))
+        assert (view_label == 1).sum() == max((each == 1).sum() for each in views)
+
+
+def test_a_rare_view_that_has_enough_at_once_is_the_weak_view():
+    image, label = _bands(60, 90)
+    for seed in range(5):
+        ours = rare_view(image, np.zeros_like(label), 0, RARE, np.random.default_rng(seed))
+        expected = weak_view(image, np.zeros_like(label), RARE, np.random.default_rng(seed))
+        for one, other in zip(ours, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
