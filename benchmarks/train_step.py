@@ -32,7 +32,11 @@ def random_batch(config, seed: int = 0) -> Batch:
         return batch
     if config.views.mix_partner == "labeled":
         labels = rng.integers(len(config.data.classes), size=valid.shape, dtype=np.uint8)
-        return batch._replace(image_m=images(unlabeled), label_m=np.where(valid, labels, config.data.ignore))
+        batch = batch._replace(image_m=images(unlabeled), label_m=np.where(valid, labels, config.data.ignore))
+        if config.views.paste_classes:
+            classes = np.arange(len(config.data.classes)) < config.views.paste_classes
+            batch = batch._replace(classes=np.tile(classes, (*boxes.shape[:2], 1)))
+        return batch
     return batch._replace(image_m=images(unlabeled), valid_m=valid.copy())
 
 

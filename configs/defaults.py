@@ -123,7 +123,7 @@ _DATA = Section(
     ),
     class_pixels=Key(
         (), Tuple(Int(0, 2**53), 0, 255), "Pixels of each class in the labeled images. (): counted in their masks, if "
-        "`labeled_sampling` or `method.class_weight_power` needs them.", "pixels",
+        "`labeled_sampling`, `views.paste_classes` or `method.class_weight_power` needs them.", "pixels",
     ),
     mean=Key(IMAGENET_MEAN, Tuple(_PROBABILITY, 3, 3), "Of RGB in [0, 1]; subtracted."),
     std=Key(IMAGENET_STD, Tuple(Float(0.001, 10), 3, 3), "Of RGB in [0, 1]; divided by."),
@@ -160,6 +160,11 @@ _VIEWS = Section(
         "swap their strong views: no partner is read, augmented or predicted, and each device needs an even number of "
         "unlabeled images; labeled: a labeled image, which brings its labels (docs/method.md, Eq. 21), so that classes "
         "that are never pseudo-labeled are in the strong views all the same.",
+    ),
+    paste_classes=Key(
+        0, Int(0, 32), "Classes of a labeled partner whose pixels are all pasted, besides the box: drawn for each "
+        "strong view from those in the partner's crop, by their rarity (docs/method.md, Eq. 22, "
+        "`data.rare_temperature`). Needs `mix_partner` = labeled.", "classes",
     ),
 )  # fmt: skip
 

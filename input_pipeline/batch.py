@@ -21,6 +21,7 @@ class Batch(NamedTuple):
       valid_m: False on the padding of the partners, bool [U, c, c].
       boxes: CutMix boxes y0, x0, y1, x1 of each strong view, int32 [U, V, 4], y1 and x1 exclusive; all zero: no mixing.
       label_m: class ids of the partners, uint8 [U, c, c]; ignored on the padding.
+      classes: the classes of the partner whose pixels are pasted in each strong view besides the box, bool [U, V, K].
     """
 
     image_x: np.ndarray
@@ -31,6 +32,7 @@ class Batch(NamedTuple):
     valid_m: np.ndarray | None = None
     boxes: np.ndarray | None = None
     label_m: np.ndarray | None = None
+    classes: np.ndarray | None = None
 
 
 def labeled_rows(config) -> int:

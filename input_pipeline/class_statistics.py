@@ -18,6 +18,7 @@ def users(config) -> list[str]:
     """Returns the settings, "KEY=VALUE", that depend on how often classes occur (`data.class_pixels`)."""
     settings = {
         "data.labeled_sampling": config.data.labeled_sampling,
+        "views.paste_classes": config.views.paste_classes,
         "method.class_weight_power": config.method.class_weight_power,
     }
     return [f"{key}={value}" for key, value in settings.items() if value not in (0, "uniform")]
@@ -75,7 +76,7 @@ class RareClasses(NamedTuple):
     """Draws classes with probabilities by their rarity, proportional to exp((1 - f_c) / T) (Eq. 24)."""
 
     scores: np.ndarray  # (1 - f_c) / T, the logarithm of P(c) up to a constant: float64 [classes].
-    images: tuple[np.ndarray, ...]  # The labeled images that have a class, by class.
+    images: tuple[np.ndarray, ...] = ()  # The labeled images that have a class, by class.
 
     def draw(self, present: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
         """Draws up to `count` of the classes `present`, bool [classes], without replacement; returns their ids.
@@ -97,8 +98,9 @@ def rare_classes(source, config) -> RareClasses | None:
 
     Frequencies are those of `config.data.class_pixels`, or counted. Raises DataError as `count_pixels` does.
     """
-    if config.data.labeled_sampling != "rare":
+    data, draws_images = config.data, config.data.labeled_sampling == "rare"
+    if not (draws_images or config.views.paste_classes):
         return None
-    counts = count_pixels(source, config.data)
-    scores = (1 - frequencies(config.data.class_pixels or counts.sum(0))) / config.data.rare_temperature
-    return RareClasses(scores, tuple(map(np.flatnonzero, counts.T)))
+    counts = count_pixels(source, data) if draws_images or not data.class_pixels else None
+    scores = (1 - frequencies(data.class_pixels or counts.sum(0))) / data.rare_temperature
+    return RareClasses(scores, tuple(map(np.flatnonzero, counts.T)) if draws_images else ())

@@ -139,9 +139,20 @@ class _Labeled(NamedTuple):
         return {"image_x": image, "label_x": label}
 
     def partner(self, rng: np.random.Generator) -> Record:
-        """Returns the fields of a CutMix partner."""
+        """Returns the fields of a CutMix partner but for the boxes."""
         image, label = self.view(int(rng.integers(len(self.source))), rng)
-        return {"image_m": image, "label_m": label}
+        record = {"image_m": image, "label_m": label}
+        if self.config.views.paste_classes:
+            record["classes"] = np.stack([self._classes(label, rng) for _ in range(self.config.method.strong_views)])
+        return record
+
+    def _classes(self, label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Draws the classes of `label` that are pasted as a whole, bool [classes] (docs/method.md, Eq. 22)."""
+        present = np.bincount(label.ravel(), minlength=256) > 0
+        present[self.config.data.ignore] = False
+        drawn = np.zeros(len(self.config.data.classes), bool)
+        drawn[self.rare.draw(present[: len(drawn)], self.config.views.paste_classes, rng)] = True
+        return drawn
 
 
 def _labeled_records(labeled: _Labeled, per_epoch: int, order_seed: int, view_seed: int) -> grain.MapDataset:

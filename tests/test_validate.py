@@ -59,6 +59,7 @@ def test_crops_are_multiples_of_the_patch(tiny_config, encoder, options, message
         ("views__hue", 0.6, lambda config: validate_training(config, 1)),
         ("views__operations", (3, 1), lambda config: validate_training(config, 1)),
         ("optimizer__name", "lion", lambda config: validate_training(config, 1)),
+        ("views__paste_classes", 1, lambda config: validate_training(config, 1)),
         ("method__feature_dropout", 1.0, lambda config: validate_training(config, 1)),
         ("seed", -1, validate_model),
         ("data__class_pixels", (1, 2), validate_model),

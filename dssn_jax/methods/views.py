@@ -20,7 +20,7 @@ class Views(NamedTuple):
     valid_u: jax.Array | None = None  # bool [U, H, W], False where padded.
     valid_m: jax.Array | None = None  # That of the partners; False where their labels are ignored, too.
     strong: tuple[jax.Array, ...] = ()  # Strong views, mixed.
-    boxes: tuple[jax.Array, ...] = ()  # CutMix boxes of the strong views, as masks bool [U, H, W].
+    boxes: tuple[jax.Array, ...] = ()  # Where partners are pasted in the strong views, as masks bool [U, H, W].
     label_m: jax.Array | None = None  # Class ids of labeled partners, integers [U, H, W].
 
 
@@ -42,6 +42,12 @@ def box_mask(box: jax.Array, height: int, width: int) -> jax.Array:
     return (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
 
 
+def class_mask(labels: jax.Array, classes: jax.Array) -> jax.Array:
+    """Returns where `labels`, integers [U, H, W], are of the `classes` of their image, bool [U, K]: bool [U, H, W]."""
+    ids = jnp.arange(classes.shape[1], dtype=labels.dtype)
+    return ((labels[..., None] == ids) & classes[:, None, None]).any(-1)
+
+
 def mix(image: jax.Array, partner: jax.Array, box: jax.Array) -> jax.Array:
     """Pastes `partner` into `image`, both [U, H, W] or [U, H, W, C], where `box` bool [U, H, W] is True (Eq. 11)."""
     return jnp.where(box[..., None] if image.ndim == 4 else box, partner, image)
@@ -53,6 +59,12 @@ def swap_pairs(rows: jax.Array) -> jax.Array:
     If the rows of each device are even in number, none moves between devices.
     """
     return rows.reshape(-1, 2, *rows.shape[1:])[:, ::-1].reshape(rows.shape)
+
+
+def _pasted(batch: Batch, view: int, size: tuple[int, int]) -> jax.Array:
+    """Returns where the partners are pasted in a strong view: in its box, and where they have its classes (Eq. 22)."""
+    mask = box_mask(batch.boxes[:, view], *size)
+    return mask if batch.classes is None else mask | class_mask(batch.label_m, batch.classes[:, view])
 
 
 def from_batch(batch: Batch, strong: jax.Array | None, data, dtype) -> Views:
@@ -74,7 +86,7 @@ def from_batch(batch: Batch, strong: jax.Array | None, data, dtype) -> Views:
         views = views._replace(valid_m=swap_pairs(batch.valid_u))
     else:
         views = views._replace(image_m=to_float(batch.image_m), valid_m=batch.valid_m)
-    boxes = tuple(box_mask(batch.boxes[:, i], *strong.shape[3:5]) for i in range(strong.shape[1]))
+    boxes = tuple(_pasted(batch, i, strong.shape[3:5]) for i in range(strong.shape[1]))
     mixed = []
     for i, box in enumerate(boxes):
         image = to_float(strong[:, i, 0])

@@ -77,9 +77,9 @@ def test_the_forms_of_the_step_are_configurations():
         assert config.data.crop == step.SMALL_CROP and config.data.labeled_batch == batch
 
 
-@pytest.mark.parametrize("partner", ["other", "reversed", "labeled"])
-def test_batches_have_the_form_of_the_pipeline(partner, tiny_config):
-    config = tiny_config("dssn", views__mix_partner=partner)
+@pytest.mark.parametrize(("partner", "classes"), [("other", 0), ("reversed", 0), ("labeled", 0), ("labeled", 2)])
+def test_batches_have_the_form_of_the_pipeline(partner, classes, tiny_config):
+    config = tiny_config("dssn", views__mix_partner=partner, views__paste_classes=classes)
     expected, batch = train_dataset(open_sources(config), config)[0], train_step.random_batch(config)
     forms = [jax.tree.map(lambda array: (array.shape, array.dtype), each) for each in (expected, batch)]
     assert forms[0] == forms[1]

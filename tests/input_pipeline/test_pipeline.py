@@ -124,6 +124,25 @@ def test_rare_classes_come_up(config):
     assert (labels == 0).mean() > p[0] + 0.1
 
 
+def test_pasted_classes_are_in_the_crop_and_rare(config):
+    """Two of the classes in the crop, drawn for each view, or the only one; never the ignored padding."""
+    config.data.update({"source": "shapes", "classes": SHAPES_CLASSES, "crop": 48, "rare_temperature": 0.2})
+    config.views.update({"mix_partner": "labeled", "paste_classes": 2})
+    sources = open_sources(config)
+    dataset = train_dataset(sources, config)
+    batches = [dataset[step] for step in range(20)]
+    labels, drawn = (np.concatenate([getattr(batch, key) for batch in batches]) for key in ("label_m", "classes"))
+    present = np.stack([np.bincount(label.ravel(), minlength=256)[:6] > 0 for label in labels])
+    assert drawn.shape == (80, 2, 6) and drawn.dtype == bool
+    assert not (drawn & ~present[:, None]).any()
+    np.testing.assert_array_equal(drawn.sum(-1), np.minimum(present.sum(-1), 2)[:, None].repeat(2, 1))
+    several = present.sum(-1) > 2
+    assert (drawn[several, 0] != drawn[several, 1]).any()
+    # The background, in almost every crop, is drawn last.
+    shares = drawn.sum((0, 1)) / (2 * present.sum(0))
+    assert shares[0] == min(shares)
+
+
 class _Uneven(CountingSource):
     """Images of one class each."""
 
@@ -272,6 +291,7 @@ def test_batch_errors(config):
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_share_the_global_batch(folder, config, process_count, partner, sampling):
     config.data.labeled_batch, config.views.mix_partner, config.data.labeled_sampling = 4, partner, sampling
+    config.views.paste_classes = int(partner == "labeled")
     sources, config = open_sources(config), _randomized(config)
     whole = train_dataset(sources, config)
     shares = [train_dataset(sources, config, index, process_count) for index in range(process_count)]

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from configs import shapes
 from dssn_jax import sharding
 from dssn_jax.methods import views
 from input_pipeline.batch import Batch
+from input_pipeline.pipeline import train_dataset
+from input_pipeline.sources.open import open_sources
 
 DATA = ConfigDict({"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.5)})
 
@@ -49,10 +52,35 @@ def test_labeled_partners_are_pasted_with_their_labels_and_not_predicted():
     assert mixed.image_m is None
 
 
+def test_whole_classes_are_pasted_besides_the_box():
+    """In a batch of the pipeline, as the strong views would be without augmentation."""
+    config = shapes.get_config("crop=49")
+    config.views.update({"mix_partner": "labeled", "paste_classes": 2})
+    config.data.update({"flip": 0.5, "scale": (0.5, 1.5), "rare_temperature": 0.5})
+    batch = train_dataset(open_sources(config), config)[3]
+    views_ = views.from_batch(batch, jnp.asarray(_unchanged(batch)), config.data, jnp.float32)
+    for i, strong in enumerate(views_.strong):
+        for row in range(8):
+            y0, x0, y1, x1 = batch.boxes[row, i]
+            pasted = np.isin(batch.label_m[row], np.flatnonzero(batch.classes[row, i]))
+            pasted[y0:y1, x0:x1] = True
+            np.testing.assert_array_equal(views_.boxes[i][row], pasted)
+            expected = np.where(pasted[..., None], batch.image_m[row], batch.image_u[row])
+            np.testing.assert_array_equal(views.denormalize(strong[row], config.data), expected)
+    assert batch.classes.shape == (8, 2, 6) and (batch.classes[:, 0] != batch.classes[:, 1]).any()
+
+
+def _unchanged(batch):
+    """Returns strong views without any change, uint8 [U, 2, 2, H, W, 3]."""
+    pairs = np.stack([batch.image_u, batch.image_m], 1)
+    return np.stack([pairs, pairs], 1)
+
+
 def test_labeled_partners_are_pasted_without_any_exchange_between_devices():
     shape, mesh = (4, 6, 8), sharding.make_mesh(jax.devices()[:4])
     image, label, valid = np.zeros((*shape, 3), np.uint8), np.zeros(shape, np.uint8), np.ones(shape, bool)
     batch = Batch(image, label, image, valid, image, boxes=np.zeros((4, 2, 4), np.int32), label_m=label)
+    batch = batch._replace(classes=np.zeros((4, 2, 3), bool))
     given = sharding.put_batch((batch, np.zeros((4, 2, 2, *shape[1:], 3), np.uint8)), mesh)
     data = ConfigDict({**DATA, "ignore": 255})
     from_batch = jax.jit(lambda batch, strong: views.from_batch(batch, strong, data, jnp.float32))
