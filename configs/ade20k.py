@@ -41,4 +41,4 @@ def get_config(argument: str | None = None):
         config.optimizer.lr = 0.004
         config.optimizer.lr_mults = (("decoder/", 10.0),)
         config.train.epochs = 60
-    return config
+    return arguments.finish(config)

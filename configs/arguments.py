@@ -40,7 +40,8 @@ def parse(argument: str | None, **default_values) -> dict:
 def recipe(dataset: str, values: dict, classes: Sequence[str], splits: Sequence[str] = ()) -> ConfigDict:
     """Returns the defaults with the arguments of a config file, for the data set's own settings to follow.
 
-    Vision transformers have the recipe of their family (`configs/encoders.py`) already.
+    A file that sets keys of `config.views` or `config.data` passes the result to `finish`. Vision transformers have the
+    recipe of their family (`configs/encoders.py`) already.
 
     Args:
       dataset: name of the data set, for the name of the run and the published schedule.
@@ -61,7 +62,18 @@ def recipe(dataset: str, values: dict, classes: Sequence[str], splits: Sequence[
     config.model.decoder = values.get("decoder") or encoders.decoder_for(values["encoder"])
     methods.apply(config, values["method"])
     encoders.apply(config, dataset)
+    methods.apply_last(config)
     check_values(config)  # Before the data set's settings compute with them.
+    return config
+
+
+def finish(config: ConfigDict) -> ConfigDict:
+    """Returns `config`, with the data set's settings, after the method's own for views and data took their place.
+
+    So settings of the data set are replaced by those of the encoder's family, these by those of the method's entry in
+    `configs/methods.py`, and these by the command line.
+    """
+    methods.apply_last(config)
     return config
 
 

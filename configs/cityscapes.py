@@ -41,4 +41,4 @@ def get_config(argument: str | None = None):
     else:  # The supervised baseline has four labeled images per GPU, and the same 200000 pixels.
         config.method.ohem_group *= config.method.labeled_batch_factor
         config.method.ohem_min_kept //= config.method.labeled_batch_factor
-    return config
+    return arguments.finish(config)

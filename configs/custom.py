@@ -66,7 +66,7 @@ def get_config(argument: str | None = None):
     config.train.steps = values["steps"]
     if values["steps"]:  # The teacher must follow the student within a quarter of a short run.
         config.ema.decay = 1 - 1 / min(250, max(1, values["steps"] / 4))
-    return config
+    return arguments.finish(config)
 
 
 def _class_names(path: str) -> tuple[str, ...]:

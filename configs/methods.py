@@ -37,8 +37,23 @@ METHODS = {
 }  # fmt: skip
 
 
+# Sections of which an entry may have keys, under their names.
+_SECTIONS = ("ema", "views", "data")
+
+
 def apply(config: ConfigDict, name: str) -> None:
-    """Fills `config.method`, and those keys of `config.ema` that an entry has under "ema", for the method `name`."""
+    """Fills `config.method`, and those keys of other sections that the entry of the method `name` has."""
     config.method.name = name
-    config.ema.update(METHODS[name].get("ema", {}))
-    config.method.update({key: value for key, value in METHODS[name].items() if key != "ema"})
+    config.method.update({key: value for key, value in METHODS[name].items() if key not in _SECTIONS})
+    for section in _SECTIONS:
+        config[section].update(METHODS[name].get(section, {}))
+
+
+def apply_last(config: ConfigDict) -> None:
+    """Fills the keys of `config.views` and `config.data` that the entry of the method has, after a recipe set others.
+
+    Those of `config.ema` are left to the recipe, which knows the length of the run.
+    """
+    entry = METHODS[config.method.name]
+    for section in ("views", "data"):
+        config[section].update(entry.get(section, {}))

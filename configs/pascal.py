@@ -32,4 +32,4 @@ def get_config(argument: str | None = None):
         config.optimizer.lr = 0.002
         config.optimizer.lr_mults = (("decoder/", 10.0),)
         config.train.epochs = 100
-    return config
+    return arguments.finish(config)

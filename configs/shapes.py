@@ -41,4 +41,4 @@ def get_config(argument: str | None = None):
     config.train.eval_every = 100
     config.train.log_every = 25
     config.eval.batch = 32
-    return config
+    return arguments.finish(config)

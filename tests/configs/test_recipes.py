@@ -5,10 +5,11 @@ import pathlib
 
 import pytest
 
-from configs import arguments, checks, cityscapes, coco, defaults, methods, pascal
+from configs import arguments, checks, cityscapes, coco, defaults, encoders, methods, pascal
 from configs.checks import ConfigError, check_keys
 from dssn_jax.validate import validate_training
 from input_pipeline.batch import labeled_rows
+from tests.input_pipeline.own_images import make_root
 
 FILES = sorted(
     file.stem
@@ -68,3 +69,26 @@ def test_unknown_keys_name_the_nearest():
     with pytest.raises(ConfigError, match="config.data.crop has no 'x'"):
         check_keys(["--config.data.crop.x=3"], defaults.get_config())
     check_keys(["--config.data.crop=3", "--other=1"], defaults.get_config())
+
+
+@pytest.mark.parametrize("encoder", ["", ",encoder=dinov2_small"])
+@pytest.mark.parametrize("name", FILES)
+def test_the_method_has_the_last_word_on_views_and_data(name, encoder, monkeypatch, tmp_path):
+    """Over the data set and the family of the encoder; everything else is that of the same method without them."""
+    root = make_root(tmp_path, {"a": (0,)})
+    views, data = {"mix_partner": "labeled", "cutmix": 0.9, "operations": (2, 2)}, {"labeled_batch": 6}
+    plain = methods.METHODS["unimatch"]
+    monkeypatch.setitem(methods.METHODS, "plain", plain)
+    monkeypatch.setitem(methods.METHODS, "mine", plain | {"views": views, "data": data, "ema": {"decay": 0.5}})
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    argument = f"{f'root={root},' if name == 'custom' else ''}method=NAME{encoder}"
+    expected, config = (get_config(argument.replace("NAME", method)) for method in ("plain", "mine"))
+    assert {key: config.views[key] for key in views} == views and config.data.labeled_batch == 6
+    ema_is_set = name == "shapes" or encoders.find_family(config.model.encoder) is not None
+    assert config.ema.decay == (expected.ema.decay if ema_is_set else 0.5)
+    config.name = config.method.name = ""
+    expected.name = expected.method.name = ""
+    expected.views.update(views)
+    expected.data.update(data)
+    expected.ema.decay = config.ema.decay
+    assert config.to_dict() == expected.to_dict()
