@@ -5,35 +5,12 @@ ten times as long, forward and backward, as a sum of shifted products. The resul
 """
 
 import functools
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dssn_jax.models import layers
-
 Padding = tuple[tuple[int, int], tuple[int, int]]  # Zeros above and below, left and right.
-
-
-class DepthwiseConv(nn.Module):
-    """Convolution of each channel by itself, without bias; the parameter `kernel` is [k, k, 1, C]."""
-
-    kernel: int
-    stride: int = 1
-    dilation: int = 1
-    padding: Padding = ((0, 0), (0, 0))
-    kernel_init: Any = layers.default_kernel_init
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `x` [B, H, W, C] to [B, h, w, C]."""
-        shape = (self.kernel, self.kernel, 1, x.shape[-1])
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype).astype(self.dtype)
-        return depthwise_conv(x.astype(self.dtype), kernel, self.stride, self.dilation, self.padding)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from dssn_jax.models import layers
-from dssn_jax.models.depthwise import DepthwiseConv, Padding
+from dssn_jax.models.convolution import conv_general_dilated
+from dssn_jax.models.depthwise import Padding
 from dssn_jax.models.extent import Extent, strided, zero_outside
 
 BATCH_NORM = {"momentum": 0.01, "epsilon": 1e-3}  # Momentum in PyTorch's sense; 0.99 in TensorFlow's.
@@ -139,7 +140,7 @@ class Block(nn.Module):
             y = _conv(x.shape[-1] * self.spec.expansion, name=expansion, **types)(y)
             y = nn.relu6(norm(name=next(norms))(y, train))
         y, padding = same_padding(zero_outside(y, extent), kernel, stride, self.dilation, extent)
-        y = DepthwiseConv(kernel, stride, self.dilation, padding, _depthwise_init, name="conv_dw", **types)(y)
+        y = _depthwise(y.shape[-1], kernel, stride, self.dilation, padding=padding, name="conv_dw", **types)(y)
         y = nn.relu6(norm(name=next(norms))(y, train))
         y = norm(name=next(norms))(_conv(self.spec.channels, name=reduction, **types)(y), train)
         return x + y if self.residual else y
@@ -182,7 +183,14 @@ def same_padding(
 def _conv(features: int, kernel: int = 1, **options) -> nn.Conv:
     """Returns a convolution without bias, initialized as in the original: N(0, 2 / fan_out)."""
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-    return nn.Conv(features, (kernel, kernel), use_bias=False, kernel_init=init, **options)
+    options = {"kernel_init": init, "conv_general_dilated": conv_general_dilated, **options}
+    return nn.Conv(features, (kernel, kernel), use_bias=False, **options)
+
+
+def _depthwise(channels: int, kernel: int, stride: int, dilation: int, **options) -> nn.Conv:
+    """Returns a depthwise convolution, initialized likewise."""
+    options = {"strides": stride, "kernel_dilation": dilation, "feature_group_count": channels, **options}
+    return _conv(channels, kernel, kernel_init=_depthwise_init, **options)
 
 
 def _depthwise_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

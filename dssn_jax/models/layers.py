@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dssn_jax.models.convolution import conv_general_dilated
 from dssn_jax.models.extent import Extent, zero_outside
 
 # PyTorch's default for convolutions, kaiming_uniform(a=sqrt(5)): U[-1/sqrt(fan_in), 1/sqrt(fan_in)].
@@ -26,6 +27,7 @@ def conv(features: int, kernel: int = 1, stride: int = 1, dilation: int = 1, gro
         padding=dilation * (kernel - 1) // 2,
         kernel_dilation=dilation,
         feature_group_count=groups,
+        conv_general_dilated=conv_general_dilated,
         **options,
     )
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import pascal
-from dssn_jax.models import depthwise, efficientnet
+from dssn_jax.models import efficientnet
 from dssn_jax.models.extent import Extent
 from dssn_jax.weights import efficientnet_lite, names, pretrained
 from tests.weights import tensors
@@ -131,50 +131,6 @@ def test_features_of_padded_images_are_those_of_each_alone(x64, small):
     for i, (height, width) in enumerate(SIZES):
         for ours, expected in zip(padded, package_features(twin, images[i : i + 1, :height, :width]), strict=True):
             assert_close(ours[i : i + 1, : expected.shape[1], : expected.shape[2]], expected)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "stride", "dilation", "padding", "shape"),
-    [
-        (3, 1, 1, ((1, 1), (1, 1)), (2, 5, 4, 3)),
-        (3, 2, 1, ((0, 1), (1, 1)), (2, 10, 9, 3)),
-        (5, 2, 1, ((0, 0), (2, 1)), (1, 10, 12, 4)),
-        (5, 1, 2, ((4, 4), (3, 0)), (1, 6, 10, 2)),
-    ],
-)
-def test_shifted_products_are_a_grouped_convolution(x64, kernel, stride, dilation, padding, shape):
-    rng = np.random.default_rng(0)
-    x, weights = rng.normal(size=shape), rng.normal(size=(kernel, kernel, 1, shape[-1]))
-    forms = depthwise.depthwise_conv, depthwise.grouped_conv
-    (ours, backward), (grouped, transpose) = (
-        jax.vjp(lambda x, w, form=form: form(x, w, stride, dilation, padding), x, weights) for form in forms
-    )
-    assert_close(ours, grouped)
-    gradient = rng.normal(size=grouped.shape)
-    for by_shifts, by_groups in zip(backward(gradient), transpose(gradient), strict=True):
-        assert_close(by_shifts, by_groups)
-
-
-@pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("tpu", 3), ("cuda", 3)])
-def test_only_accelerators_convolve_in_groups(platform, convolutions):
-    """Forward, and backward for both arguments."""
-
-    def step(x, weights):
-        y, backward = jax.vjp(lambda x, w: depthwise.depthwise_conv(x, w, 2, 1, ((1, 1), (1, 1))), x, weights)
-        return y, backward(y)
-
-    arguments = jnp.zeros((1, 9, 9, 4)), jnp.zeros((3, 3, 1, 4))
-    lowered = jax.jit(step).trace(*arguments).lower(lowering_platforms=(platform,))
-    assert lowered.as_text().count("stablehlo.convolution") == convolutions
-
-
-def test_bfloat16_sums_products_in_float32():
-    rng = np.random.default_rng(0)
-    x, weights = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1, 9, 9, 8), (5, 5, 1, 8)))
-    ours = depthwise.depthwise_conv(x, weights, 1, 1, ((2, 2), (2, 2)))
-    assert ours.dtype == jnp.bfloat16
-    exact = depthwise.grouped_conv(x.astype(jnp.float32), weights.astype(jnp.float32), 1, 1, ((2, 2), (2, 2)))
-    np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])

@@ -1,0 +1,157 @@
+"""Convolution that is fast on CPUs too: `conv_general_dilated` for `flax.linen.Conv`. All arrays are NHWC.
+
+XLA's convolutions are the best there is for GPUs and TPUs, which get them. For CPUs it compiles matrix products better
+than convolutions of 1x1, several times so in the backward pass, and dilated convolutions of small maps multiply padding
+for the most part. The results are the same but for rounding.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dssn_jax.models.depthwise import depthwise_conv
+
+_LONG = 512  # Products over more pixels per image than this are summed image by image: otherwise one core does it all.
+
+
+class Options(NamedTuple):
+    """Static arguments of a convolution without groups: vertical and horizontal value each."""
+
+    strides: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]  # Zeros above and below, left and right.
+    dilation: tuple[int, int]
+
+
+class Tap(NamedTuple):
+    """Where an element of the kernel reaches the image, along one axis: input `start + i * stride`, output `first + i`,
+    for i in [0, count).
+    """
+
+    start: int
+    first: int
+    count: int
+
+
+def conv_general_dilated(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str | Sequence[tuple[int, int]], **options
+) -> jax.Array:
+    """Returns `lax.conv_general_dilated` of `x` [B, H, W, C] and `kernel` [k, k, C / groups, D]: [B, h, w, D].
+
+    Takes the arguments that `flax.linen.Conv` gives it.
+    """
+    dilation, groups = tuple(options["rhs_dilation"]), options["feature_group_count"]
+    if isinstance(padding, str):
+        reach = [step * (size - 1) + 1 for step, size in zip(dilation, kernel.shape, strict=False)]
+        padding = lax.padtype_to_pads(x.shape[1:3], reach, strides, padding)
+    static = Options(tuple(strides), tuple(map(tuple, padding)), dilation)
+    if groups == x.shape[-1] == kernel.shape[-1]:
+        return depthwise_conv(x, kernel, strides[0], dilation[0], static.padding)
+    if groups == 1 and _suits_products(x.shape[1:3], kernel.shape[:2], static):
+        return _conv(x, kernel, static)
+    return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
+def _suits_products(sizes: tuple[int, int], kernel: tuple[int, int], options: Options) -> bool:
+    """Returns whether at most half of the products of a convolution have a factor that is not padding, or it is 1x1."""
+    if kernel == (1, 1):
+        return True
+    reached = output = 1
+    for axis in range(2):
+        taps, outputs = _taps(sizes[axis], kernel[axis], options, axis)
+        reached *= sum(tap.count for tap in taps)
+        output *= outputs * kernel[axis]
+    return 2 * reached <= output
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
+    by_products, plain = (functools.partial(form, options=options) for form in (products, _plain))
+    return lax.platform_dependent(x, kernel, cpu=by_products, default=plain)
+
+
+def _forward(x, kernel, options):
+    return _conv(x, kernel, options), (x, kernel)
+
+
+def _backward(options, saved, gradient):
+    def gradients(x, kernel, gradient, form):
+        return jax.vjp(functools.partial(form, options=options), x, kernel)[1](gradient)
+
+    by_products, plain = (functools.partial(gradients, form=form) for form in (products, _plain))
+    return lax.platform_dependent(*saved, gradient, cpu=by_products, default=plain)
+
+
+_conv.defvjp(_forward, _backward)
+
+
+def _plain(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        options.strides,
+        options.padding,
+        rhs_dilation=options.dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def products(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
+    """Returns the convolution of `x` [B, H, W, C] and `kernel` [k, l, C, D] as a sum of matrix products.
+
+    Each is of an element of the kernel and the part of the image that it reaches; in bfloat16 the sum is in float32.
+    """
+    (rows, height), (columns, width) = (_taps(x.shape[axis + 1], kernel.shape[axis], options, axis) for axis in (0, 1))
+    total = jnp.zeros((x.shape[0], height, width, kernel.shape[-1]), jnp.promote_types(x.dtype, jnp.float32))
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            if row.count and column.count:
+                part = x[:, _inputs(row, options.strides[0]), _inputs(column, options.strides[1])]
+                target = slice(row.first, row.first + row.count), slice(column.first, column.first + column.count)
+                product = matmul(part, kernel[i, j]).astype(total.dtype)
+                whole = product.shape == total.shape
+                total = total + product if whole else total.at[:, *target].add(product)
+    return total.astype(x.dtype)
+
+
+def _taps(size: int, kernel: int, options: Options, axis: int) -> tuple[list[Tap], int]:
+    """Returns the reach of each element of the kernel along an axis of the image, and the size of the output."""
+    stride, dilation, (before, after) = (
+        values[axis] for values in (options.strides, options.dilation, options.padding)
+    )
+    outputs = (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+    taps = []
+    for element in range(kernel):
+        offset = element * dilation - before  # Output y reads input y * stride + offset.
+        first = max(0, -(offset // stride))
+        end = min(outputs, (size - 1 - offset) // stride + 1)
+        taps.append(Tap(first * stride + offset, first, max(0, end - first)))
+    return taps, outputs
+
+
+def _inputs(tap: Tap, stride: int) -> slice:
+    return slice(tap.start, tap.start + (tap.count - 1) * stride + 1, stride)
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns `x` [B, h, w, C] times `kernel` [C, D]: [B, h, w, D]."""
+    return jnp.einsum("nhwc,cd->nhwd", x, kernel)
+
+
+def _matmul_forward(x, kernel):
+    return matmul(x, kernel), (x, kernel)
+
+
+def _matmul_backward(saved, gradient):
+    x, kernel = saved
+    by_x = jnp.einsum("nhwd,cd->nhwc", gradient, kernel)
+    if x.shape[1] * x.shape[2] <= _LONG:
+        return by_x, jnp.einsum("nhwc,nhwd->cd", x, gradient)
+    return by_x, jnp.einsum("nhwc,nhwd->ncd", x, gradient).sum(0)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)

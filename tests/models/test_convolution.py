@@ -1,0 +1,118 @@
+"""Convolutions by products, which CPUs get, against XLA's convolutions and PyTorch's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dssn_jax.models import convolution, depthwise, layers
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "padding", "size"),
+    [
+        (1, 1, 1, ((0, 0), (0, 0)), (9, 8)),
+        (1, 2, 1, ((0, 0), (0, 0)), (9, 8)),
+        (1, 1, 1, ((0, 0), (0, 0)), (30, 31)),  # Summed image by image.
+        (3, 1, 12, ((12, 12), (12, 12)), (11, 11)),  # Of nine elements the center alone reaches the image.
+        (3, 1, 4, ((4, 4), (4, 4)), (5, 7)),
+        (3, 2, 1, ((0, 1), (1, 1)), (10, 9)),
+        (3, 2, 2, ((2, 2), (2, 1)), (3, 4)),
+    ],
+)
+def test_products_are_a_convolution(x64, kernel, stride, dilation, padding, size):
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(2, *size, 3)), rng.normal(size=(kernel, kernel, 3, 4))
+    options = convolution.Options((stride, stride), padding, (dilation, dilation))
+
+    def plain(x, weights):
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, weights, options.strides, padding, rhs_dilation=options.dilation, dimension_numbers=dimensions
+        )
+
+    ours, backward = jax.vjp(lambda x, w: convolution.products(x, w, options), x, weights)
+    expected, transpose = jax.vjp(plain, x, weights)
+    gradient = rng.normal(size=expected.shape)
+    for each, other in zip((ours, *backward(gradient)), (expected, *transpose(gradient)), strict=True):
+        np.testing.assert_allclose(each, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"kernel": 1}, 9),
+        ({"kernel": 1, "stride": 2}, 9),
+        ({"kernel": 3}, 9),
+        ({"kernel": 3, "dilation": 12}, 9),
+        ({"kernel": 3, "stride": 2, "groups": 4}, 9),
+        ({"kernel": 3, "dilation": 2, "groups": 4}, 8),
+    ],
+)
+def test_layers_convolve_as_pytorch(x64, options, size):
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).normal(size=(2, size, size, 4))
+    layer = layers.conv(4, dtype=jnp.float64, param_dtype=jnp.float64, **options)
+    variables = layer.init(jax.random.PRNGKey(0), x)
+    ours, backward = jax.vjp(layer.apply, variables, x)
+    kernel = torch.tensor(np.transpose(variables["params"]["kernel"], (3, 2, 0, 1)), requires_grad=True)
+    images = torch.tensor(np.transpose(x, (0, 3, 1, 2)), requires_grad=True)
+    padding = options.get("dilation", 1) * (options["kernel"] - 1) // 2
+    settings = {name: options.get(name, 1) for name in ("stride", "dilation", "groups")}
+    theirs = torch.nn.functional.conv2d(images, kernel, padding=padding, **settings)
+    np.testing.assert_allclose(ours, theirs.detach().permute(0, 2, 3, 1), rtol=0, atol=1e-12)
+    theirs.square().sum().backward()
+    by_variables, by_x = backward(2 * ours)
+    np.testing.assert_allclose(by_x, images.grad.permute(0, 2, 3, 1), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(by_variables["params"]["kernel"], kernel.grad.permute(2, 3, 1, 0), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+@pytest.mark.parametrize("options", [{"kernel": 1}, {"kernel": 3, "dilation": 12}, {"kernel": 3, "groups": 4}])
+def test_only_accelerators_get_convolutions(platform, options):
+    """Forward, and backward for both arguments."""
+    layer, x = layers.conv(4, **options), jnp.zeros((1, 9, 9, 4))
+    variables = jax.eval_shape(layer.init, jax.random.PRNGKey(0), x)
+
+    def step(variables, x):
+        y, backward = jax.vjp(layer.apply, variables, x)
+        return y, backward(y)
+
+    lowered = jax.jit(step).trace(variables, x).lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count("stablehlo.convolution") == (0 if platform == "cpu" else 3)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "padding", "shape"),
+    [
+        (3, 1, 1, ((1, 1), (1, 1)), (2, 5, 4, 3)),
+        (3, 2, 1, ((0, 1), (1, 1)), (2, 10, 9, 3)),
+        (5, 2, 1, ((0, 0), (2, 1)), (1, 10, 12, 4)),
+        (5, 1, 2, ((4, 4), (3, 0)), (1, 6, 10, 2)),
+    ],
+)
+def test_shifted_products_are_a_grouped_convolution(x64, kernel, stride, dilation, padding, shape):
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=shape), rng.normal(size=(kernel, kernel, 1, shape[-1]))
+    forms = depthwise.depthwise_conv, depthwise.grouped_conv
+    (ours, backward), (grouped, transpose) = (
+        jax.vjp(lambda x, w, form=form: form(x, w, stride, dilation, padding), x, weights) for form in forms
+    )
+    gradient = rng.normal(size=grouped.shape)
+    for each, expected in zip((ours, *backward(gradient)), (grouped, *transpose(gradient)), strict=True):
+        np.testing.assert_allclose(each, expected, rtol=0, atol=1e-12)
+
+
+def test_bfloat16_sums_products_in_float32():
+    rng = np.random.default_rng(0)
+    x, weights = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1, 9, 9, 8), (5, 5, 1, 8)))
+    ours = depthwise.depthwise_conv(x, weights, 1, 1, ((2, 2), (2, 2)))
+    assert ours.dtype == jnp.bfloat16
+    exact = depthwise.grouped_conv(x.astype(jnp.float32), weights.astype(jnp.float32), 1, 1, ((2, 2), (2, 2)))
+    np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
