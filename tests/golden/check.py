@@ -40,10 +40,8 @@ def relative_error(value, expected) -> float:
 
 def check(folder: str | os.PathLike, file: str, report=print) -> bool:
     """Checks one case and reports the error that is largest for its tolerance; returns whether it is within it."""
-    folder = pathlib.Path(folder)
-    manifest = _manifest(folder)
-    entry = next(entry for entry in manifest["cases"] if entry["file"] == file)
-    case, kind = make_case(folder, manifest, entry), entry["kind"]
+    case = load(folder, file)
+    kind = case.entry["kind"]
     outputs = KINDS[type(case)][kind](case)
     errors = {
         name: relative_error(outputs[name], value) if name in outputs else float("inf")
@@ -58,8 +56,11 @@ def check(folder: str | os.PathLike, file: str, report=print) -> bool:
     return passed
 
 
-def make_case(folder: pathlib.Path, manifest: dict, entry: dict) -> Case:
+def load(folder: str | os.PathLike, file: str) -> Case:
     """Returns a case; DSSN's name a backbone, the others an encoder."""
+    folder = pathlib.Path(folder)
+    manifest = _manifest(folder)
+    entry = next(entry for entry in manifest["cases"] if entry["file"] == file)
     return (vits.Case if "encoder" in entry else dssn.Case)(folder, manifest, entry)
 
 

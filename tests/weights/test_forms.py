@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pathlib
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ from dssn_jax.models import vit
 from dssn_jax.weights import convert, files, forms, names, pretrained
 from dssn_jax.weights.files import StateDictError
 from dssn_jax.workdir.restore import restore
+from tests.golden import case as cases
+from tests.golden import check
 from tests.reference.timm_models import import_timm
 from tests.weights import tensors as made
 
@@ -362,6 +365,33 @@ def test_whole_checkpoints_come_and_go_exactly(checkpoint, monkeypatch, capsys, 
     alone = torch.load(tmp_path / "teacher.pth", weights_only=True)
     assert {f"module.{name}" for name in alone} == content["model"].keys()
     assert all(torch.equal(alone[name.removeprefix("module.")], value) for name, value in content["model_ema"].items())
+
+
+@pytest.mark.slow
+def test_the_checkpoint_of_the_golden_numbers_evaluates_to_their_iou(tmp_path):
+    """A whole checkpoint with the weights of a golden evaluation: converted, evaluated, and converted back."""
+    torch = pytest.importorskip("torch")
+    case = check.load(pathlib.Path(__file__).parents[1] / "data" / "golden_v2", "evaluate_dinov2_small.npz")
+    with jax.enable_x64(True):
+        shapes = names.shapes(cases.abstract_variables(case.network()))
+    content = {
+        key: {f"module.{name}": torch.from_numpy(case.weight(seed, name, shape)) for name, shape in shapes.items()}
+        for key, seed in (("model", case.seed), ("model_ema", f"{case.seed}t"))
+    }
+    torch.save({**content, "optimizer": {}, "epoch": 59, "previous_best": 80.0}, tmp_path / "best.pth")
+    config = "--config=configs/cityscapes.py:encoder=dinov2_small,method=unimatch_v2"
+    run, back = tmp_path / "run", tmp_path / "back.pth"
+    with jax.enable_x64(True):
+        types = [f"--config.model.{key}=float64" for key in ("dtype", "param_dtype")]
+        assert commands.run(["--mode=convert", config, *types, f"--from={tmp_path}/best.pth", f"--to={run}"]) == 0
+        found = cases.evaluate(case, restore(run).networks["student"], "inside")
+        for name, value in found.items():
+            np.testing.assert_allclose(value, case.stored[name], rtol=0, atol=1e-9 if "iou" in name else 0)
+        assert found["miou_sliding"] > 0
+        assert commands.run(["--mode=convert", f"--from={run}", f"--to={back}", "--form=unimatch_v2"]) == 0
+    returned = torch.load(back, weights_only=True)
+    for key, tensors in content.items():
+        assert all(torch.equal(returned[key][name], value.double()) for name, value in tensors.items())
 
 
 def test_methods_without_a_teacher_take_the_student(checkpoint, caplog, tmp_path):
