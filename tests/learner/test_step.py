@@ -264,6 +264,16 @@ def test_dssn_accumulates_with_the_same_state_and_metrics(tiny_config):
     assert traced[0] == traced[1] and TERMS["dssn"] <= set(traced[0][1])
 
 
+def test_labeled_partners_and_class_weights_accumulate(tiny_config):
+    """Traced, not run: the same state and metrics as with the other partners."""
+    traced, plain = [], {"train__accumulation": 2, "method__labeled_loss": "ohem"}
+    pasting = {"views__mix_partner": "labeled", "views__paste_classes": 1, "method__class_weight_power": 1.0}
+    for options in ({}, pasting | {"data__class_pixels": (1, 2, 3, 4, 5, 0)}):
+        learner = build(tiny_config("dssn", **plain, **options), devices=2)
+        traced.append(jax.eval_shape(learner.make_train_step(), learner.abstract_state(), batches(learner, 1)[0]))
+    assert traced[0] == traced[1]
+
+
 def test_bfloat16_steps_over_float32_parameters(tiny_config):
     """The first loss is that of float32 up to rounding; parameters and statistics stay float32."""
     _, (exact,) = run(tiny_config(), 1)

@@ -16,11 +16,12 @@ pytestmark = pytest.mark.slow
 BATCH = 8
 
 
-def build(name: str, encoder: str, dtype: str, argument: str | None = None) -> learners.Learner:
-    """Returns the learner of a recipe for all devices."""
+def build(name: str, encoder: str, dtype: str, argument: str | None = None, **keys) -> learners.Learner:
+    """Returns the learner of a recipe, with values of SECTION__KEY, for all devices."""
     config = importlib.import_module(f"configs.{name}").get_config(argument)
     assert config.model.encoder == encoder and config.method.teacher == "ema"
     config.model.dtype = dtype
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in keys.items()})
     return learners.build(config)
 
 
@@ -56,6 +57,18 @@ def test_the_training_step(name, encoder, dtype):
     assert before == after
     assert {"loss", "loss_x", "loss_s2", "loss_fp2", "contrast_image", "grad_norm", "lr"} <= set(metrics)
     assert all(metric.shape == () for metric in metrics.values())
+
+
+def test_the_training_step_with_labeled_partners():
+    """And pasted classes, and class weights."""
+    keys = {"views__mix_partner": "labeled", "views__paste_classes": 2, "method__class_weight_power": 0.5}
+    learner = build("pascal", "resnet101", "float32", **keys, data__class_pixels=tuple(range(1, 22)))
+    crop = learner.config.data.crop
+    images, labels = shape(BATCH, crop, crop, 3), shape(BATCH, crop, crop)
+    batch = Batch(images, labels, images, shape(BATCH, crop, crop, dtype=bool), images, label_m=labels)
+    batch = batch._replace(boxes=shape(BATCH, 2, 4, dtype=np.int32), classes=shape(BATCH, 2, 21, dtype=bool))
+    exported = jax.export.export(learner.make_train_step(), platforms=["tpu"])(learner.abstract_state(), batch)
+    check_program(exported, "f32")
 
 
 @pytest.mark.parametrize(
