@@ -32,7 +32,7 @@ from absl import flags
 
 from configs.checks import ConfigError, score_changes
 from configs.methods import METHODS
-from dssn_jax import commands
+from dssn_jax import auto_config, commands
 from dssn_jax.distributed import PreemptedError
 from dssn_jax.training import loop
 from dssn_jax.validate import validate_training
@@ -170,7 +170,8 @@ def is_finished(workdir: pathlib.Path, config) -> bool:
     """Returns whether the run of `config` in `workdir` is finished; raises ConfigError if it is another run."""
     if not (workdir / restore.CONFIG).exists():
         return False
-    if changes := _changes(restore.read_config(workdir), config):
+    saved = restore.read_config(workdir)
+    if changes := _changes(saved, auto_config.copy_choices(config, saved)):
         raise ConfigError(
             f"{workdir} is a run of another configuration: {'; '.join(changes)}. Delete it, or choose another --out"
         )

@@ -190,6 +190,19 @@ def test_what_changed_is_said_before_anything_runs(comparison, keep_programs, tm
     assert training.names == ["dssn_4_seed0"]
 
 
+def test_values_that_a_run_chose_are_no_changes(keep_programs, tmp_path):
+    """Keys that were left unset, such as the pixels of classes, have values in its configuration."""
+    comparison = compare.Comparison(CONFIG, {"data.labeled_sampling": "rare", "optimizer.lr": "0.0"})
+    runs, training = compare.plan(["dssn"], ["4"], {}, 1), FakeTraining()
+    execute(comparison, tmp_path, training, runs)
+    path = tmp_path / "runs" / runs[0].name / "config.json"
+    content = json.loads(path.read_text())
+    content["data"]["class_pixels"], content["optimizer"]["lr"] = [1, 2, 3, 4, 5, 6], 0.02
+    path.write_text(json.dumps(content))
+    execute(comparison, tmp_path, training, runs)
+    assert training.names == ["dssn_4_seed0"]
+
+
 @pytest.mark.parametrize("keep", compare.KEEP)
 def test_checkpoints_that_stay(comparison, keep_programs, tmp_path, keep):
     runs = compare.plan(["dssn"], ["4"], {}, 1)
