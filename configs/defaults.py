@@ -245,13 +245,20 @@ _METHOD = Section(
     feature_contrast_weight=Key(0.01, Float(), "Weight of the contrast between the two feature views."),
     selection=Key(
         "class_aware", Registered("dssn_jax.methods.pseudo_labels:SELECTIONS"),
-        "Which pseudo-labeled pixels are trained on.",
+        "Which pseudo-labeled pixels are trained on, or with what weight. class_aware: those near the largest "
+        "probability of a class in the image, as in DSSN; threshold: those of a confidence; adaptive: the same with a "
+        "threshold for each class that follows the predictions, as in FreeMatch; soft: all, with less weight below the "
+        "running mean of the confidence, as in SoftMatch (docs/method.md, Eq. 6, 7, 19, 20).",
     ),
     threshold=Key(0.95, _PROBABILITY, "Least confidence, for selection = threshold; 0 selects every pixel."),
     class_aware_ratio=Key(
         0.96, _PROBABILITY, "A class keeps pixels above ratio * (its largest probability in the image) ..."
     ),
     class_aware_floor=Key(0.92, _PROBABILITY, "... if that largest probability exceeds the floor, else none."),
+    selection_momentum=Key(
+        0.999, Float(0, 0.999999), "Of the running statistics of the selections adaptive and soft, which forget what "
+        "is older than about 1 / (1 - x) steps; at first nearly all pixels count fully.",
+    ),
     labeled_loss=Key(
         "ce", Registered("dssn_jax.methods.method:LABELED_LOSSES"),
         "ce: cross-entropy; ohem: cross-entropy of hard pixels.",

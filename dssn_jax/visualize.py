@@ -3,7 +3,6 @@
 import numpy as np
 
 IGNORED = (224, 224, 192)  # RGB of ignored pixels: the cream in which PASCAL VOC draws void.
-SELECTED, REJECTED = (255, 255, 255), (0, 0, 0)
 GAP = 2  # Pixels between the pictures of a panel.
 
 
@@ -29,9 +28,10 @@ def overlay(image: np.ndarray, class_map: np.ndarray, num_classes: int, opacity:
     return blend.round().astype(np.uint8)
 
 
-def mask(selected: np.ndarray) -> np.ndarray:
-    """Draws a mask, bool [..., H, W], as uint8 [..., H, W, 3]: white where True, black where False."""
-    return np.where(selected[..., None], np.array(SELECTED, np.uint8), np.array(REJECTED, np.uint8))
+def mask(weight: np.ndarray) -> np.ndarray:
+    """Draws weights in [0, 1], float or bool [..., H, W], as uint8 [..., H, W, 3]: white for 1, black for 0."""
+    gray = (255 * np.asarray(weight, np.float32)).round().astype(np.uint8)
+    return np.repeat(gray[..., None], 3, -1)
 
 
 def panel(*columns: np.ndarray) -> np.ndarray:

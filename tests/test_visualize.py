@@ -20,6 +20,11 @@ def test_overlay_blends():
     assert tuple(visualize.overlay(image, np.array([[1]]), 2, opacity=0.5)[0, 0]) == (114, 50, 50)
 
 
+def test_weights_are_gray():
+    gray = visualize.mask(np.array([[0, 0.2, 1]], np.float32))
+    np.testing.assert_array_equal(gray, [[[0] * 3, [51] * 3, [255] * 3]])
+
+
 def test_panel_joins_columns():
     red = np.zeros((3, 4, 5, 3), np.uint8)
     picture = visualize.panel(red, visualize.mask(np.ones((3, 4, 5), bool)))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dssn_jax import sharding
 from dssn_jax.methods import losses
@@ -208,7 +209,8 @@ def loss_terms(
     if not method.uses_unlabeled:
         return terms, ratios, method_state
     weak = student.weak if teacher.weak is None else teacher.weak
-    method_state = method.selection.update(method_state, jax.lax.stop_gradient(weak))
+    valid = _valid_logits(views.valid_u, *weak.shape[1:3])
+    method_state = method.selection.update(method_state, jax.lax.stop_gradient(weak), valid)
     select = functools.partial(pseudo_label, selection=method.selection, state=method_state)
 
     student_weak = weak if student.weak is None else student.weak
@@ -232,6 +234,15 @@ def loss_terms(
         terms |= {f"loss_{name}": term for name, term in zip(names, consistency, strict=True)}
         terms |= {f"contrast_{name}": term for name, term in zip(pairs, contrasts, strict=True)}
     return terms, ratios, method_state
+
+
+def _valid_logits(valid: jax.Array, height: int, width: int) -> jax.Array:
+    """Maps valid pixels, bool [U, H, W], to those logits [U, height, width] of the same corners that are nearest."""
+    rows, columns = (
+        np.linspace(0, size - 1, count).round().astype(int)
+        for size, count in zip(valid.shape[1:], (height, width), strict=True)
+    )
+    return valid[:, rows][:, :, columns]
 
 
 class Target(NamedTuple):

@@ -1,8 +1,10 @@
 """Selections: which pixels of a pseudo-label map are trained on, and with what weight.
 
 A selection is a frozen dataclass with `init(num_classes)`, which returns its state (a pytree, {} if it has none),
-`update(state, logits)`, which takes the logits [U, h, w, K] of the unmixed weak views once per step and returns the new
-state, and `__call__(probabilities, state)`, which maps [B, H, W, K] to a weight per pixel: float [B, H, W].
+`update(state, logits, valid)`, which takes the logits [U, h, w, K] of the unmixed weak views, as large as the decoder
+gives them, once per step (or micro-batch) and returns the new state, and `__call__(probabilities, state)`, which maps
+[B, H, W, K] to a weight per pixel: float [B, H, W]. `valid` bool [U, h, w] is False on padding. The arrays are those of
+the global batch, so means over them are the same on any number of devices.
 """
 
 import dataclasses
@@ -17,9 +19,9 @@ class _Stateless:
         del num_classes
         return {}
 
-    def update(self, state: dict, logits: jax.Array) -> dict:
+    def update(self, state: dict, logits: jax.Array, valid: jax.Array) -> dict:
         """Returns the state unchanged."""
-        del logits
+        del logits, valid
         return state
 
 
@@ -54,10 +56,87 @@ class Threshold(_Stateless):
         return (probabilities.max(-1) >= self.threshold).astype(probabilities.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Running:
+    """Selections whose state is a tree of running means, float32."""
+
+    momentum: float = 0.999  # Of the means: the weight of the old ones in each update.
+
+    def _move(self, means: dict, batch: dict, valid: jax.Array) -> dict:
+        """Returns `means` after a batch with the means `batch`; unchanged if no pixel is valid."""
+        rate = jnp.where(valid.any(), 1 - self.momentum, 0)
+        return jax.tree.map(lambda old, new: (old + rate * (new - old)).astype(old.dtype), means, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptive(_Running):
+    """Self-adaptive thresholds: one per class, lower for classes of which less is predicted (docs/method.md, Eq. 19).
+
+    FreeMatch, Wang et al., ICLR 2023.
+    """
+
+    def init(self, num_classes: int) -> dict:
+        """Returns the running means of the confidence, [], and of the probability of each class, [K]: 1 / K each."""
+        even = jnp.full(num_classes, 1 / num_classes, jnp.float32)
+        return {"confidence": even[0], "classes": even}
+
+    def update(self, state: dict, logits: jax.Array, valid: jax.Array) -> dict:
+        """Returns the running means after logits [U, h, w, K]."""
+        probabilities = _probabilities(logits)
+        means = {"confidence": _mean(probabilities.max(-1), valid), "classes": _mean(probabilities, valid)}
+        return self._move(state, means, valid)
+
+    def __call__(self, probabilities: jax.Array, state: dict) -> jax.Array:
+        """Maps probabilities [B, H, W, K] to weights 0 or 1, [B, H, W]."""
+        thresholds = state["confidence"] * state["classes"] / state["classes"].max()
+        selected = probabilities.max(-1) >= thresholds[probabilities.argmax(-1)]
+        return selected.astype(probabilities.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Soft(_Running):
+    """Every pixel, with a weight that falls below the mean confidence as a Gaussian does (docs/method.md, Eq. 20).
+
+    SoftMatch, Chen et al., ICLR 2023, without its uniform alignment.
+    """
+
+    deviations: float = 2.0  # Standard deviations of the confidence in one of the Gaussian (n_sigma in its code).
+
+    def init(self, num_classes: int) -> dict:
+        """Returns the running mean of the confidence, 1 / K, and its running variance, 1."""
+        return {"mean": jnp.full((), 1 / num_classes, jnp.float32), "variance": jnp.ones((), jnp.float32)}
+
+    def update(self, state: dict, logits: jax.Array, valid: jax.Array) -> dict:
+        """Returns mean and variance (unbiased in the batch) after logits [U, h, w, K]."""
+        confidence, count = _probabilities(logits).max(-1), valid.sum()
+        mean = _mean(confidence, valid)
+        variance = _mean(jnp.square(confidence - mean), valid) * count / jnp.maximum(count - 1, 1)
+        return self._move(state, {"mean": mean, "variance": variance}, valid)
+
+    def __call__(self, probabilities: jax.Array, state: dict) -> jax.Array:
+        """Maps probabilities [B, H, W, K] to weights in [0, 1], [B, H, W]."""
+        below = jnp.minimum(probabilities.max(-1) - state["mean"], 0)
+        variance = jnp.maximum(state["variance"], jnp.finfo(jnp.float32).eps) / self.deviations**2
+        return jnp.exp(-jnp.square(below) / (2 * variance)).astype(probabilities.dtype)
+
+
+def _probabilities(logits: jax.Array) -> jax.Array:
+    """Returns the probabilities of logits, in at least float32."""
+    return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+
+
+def _mean(values: jax.Array, valid: jax.Array) -> jax.Array:
+    """Returns the mean of values [U, h, w, ...] over the valid pixels; 0 if none is valid."""
+    weight = valid.reshape(valid.shape + (1,) * (values.ndim - valid.ndim))
+    return jnp.where(weight, values, 0).sum((0, 1, 2)) / jnp.maximum(valid.sum(), 1)
+
+
 # Name in config.method.selection -> constructor from config.method.
 SELECTIONS = {
     "class_aware": lambda method: ClassAware(method.class_aware_ratio, method.class_aware_floor),
     "threshold": lambda method: Threshold(method.threshold),
+    "adaptive": lambda method: Adaptive(method.selection_momentum),
+    "soft": lambda method: Soft(method.selection_momentum),
 }
 
 

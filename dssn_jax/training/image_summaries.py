@@ -30,8 +30,8 @@ class ImageSummaries:
         """Returns what the step that led to `state` read of the first images of its batch, and their predictions.
 
         Pictures uint8 [n, H, W, 3] and class maps [n, H, W]: image_x, label_x and prediction_x of labeled images. If
-        the method uses unlabeled ones, image_u (the weak view), pseudo_label, selected (bool, for the weak view) and
-        prediction_u, and under "strong" a list of the mixed strong views. Predictions are the student's.
+        the method uses unlabeled ones, image_u (the weak view), pseudo_label, selected (weights in [0, 1], for the weak
+        view) and prediction_u, and under "strong" a list of the mixed strong views. Predictions are the student's.
         """
         return jax.tree.map(lambda array: np.asarray(array[: self._rows]), self._views(state, batch))
 
@@ -73,6 +73,6 @@ class ImageSummaries:
         teacher_logits, _ = Objective(network, method).teacher_logits(student, teacher, views, state.step)
         weak = logits if teacher_logits.weak is None else upsample(teacher_logits.weak, *logits.shape[1:3])
         label, weight = pseudo_label(weak, method.selection, state.method_state)
-        drawn |= {"image_u": batch.image_u, "pseudo_label": label, "selected": (weight > 0) & views.valid_u}
+        drawn |= {"image_u": batch.image_u, "pseudo_label": label, "selected": weight * views.valid_u}
         drawn["prediction_u"] = logits.argmax(-1)
         return drawn | {"strong": [denormalize(image, learner.config.data) for image in views.strong]}

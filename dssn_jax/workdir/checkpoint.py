@@ -19,8 +19,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from ml_collections import ConfigDict
 
 from dssn_jax import sharding
+from dssn_jax.methods import pseudo_labels
 from dssn_jax.workdir import checksums, files
 from input_pipeline.errors import UserError, first_names, printable
 from input_pipeline.files import special_file
@@ -231,10 +233,23 @@ def _state_difference(saved: dict, current: dict) -> str:
         section, name = key.split(".")
         if saved[section].get(name) != current[section][name]:
             differences.append(f"{key} is {saved[section].get(name)!r} there, {current[section][name]!r} in the config")
-    teachers = [config["method"]["teacher"] for config in (saved, current)]
+    methods, classes = [config["method"] for config in (saved, current)], len(saved["data"]["classes"])
+    if _selection_state(methods[0], classes) != _selection_state(methods[1], classes):
+        names = [method["selection"] for method in methods]
+        differences.append(f"method.selection is {names[0]!r} there, {names[1]!r} in the config")
+    teachers = [method["teacher"] for method in methods]
     if (teachers[0] == "ema") != (teachers[1] == "ema"):  # Other sources of pseudo-labels are not in the state.
         differences.append(f"method.teacher is {teachers[0]!r} there, {teachers[1]!r} in the config")
     return "; ".join(differences)
+
+
+def _selection_state(method: dict, classes: int):
+    """Returns the shapes and dtypes of the state of the selection (most have none), or its name if it is unknown."""
+    name = method["selection"]
+    if name not in pseudo_labels.SELECTIONS:
+        return name
+    selection = pseudo_labels.SELECTIONS[name](ConfigDict(method))
+    return jax.eval_shape(lambda: selection.init(classes))
 
 
 def _sealed(meta: dict) -> dict:

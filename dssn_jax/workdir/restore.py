@@ -12,6 +12,7 @@ from configs import checks, defaults
 from dssn_jax import auto_config
 from dssn_jax.learner import learner as learner_lib
 from dssn_jax.learner.state import TrainState, deployed
+from dssn_jax.methods import method
 from dssn_jax.validate import validate_model
 from dssn_jax.workdir import files
 from dssn_jax.workdir.checkpoint import FOLDER, Checkpointer, CheckpointError, exists
@@ -56,7 +57,9 @@ def restore(
             _check_run(workdir, step, trained)
         config = trained if config is None else inherit_choices(config, workdir)
         validate_model(config)
-        config.optimizer = trained.optimizer  # Networks do not depend on it, but its state lies beside them.
+        # Networks do not depend on optimizer and selection, but their states lie beside them.
+        config.optimizer, config.method.selection = trained.optimizer, trained.method.selection
+        method.check(config)
         learner = learner_lib.build(config, mesh)
         state, _ = saved.restore(step, learner.abstract_state(), config)
     _compare(workdir, trained, config)

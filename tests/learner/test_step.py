@@ -256,11 +256,49 @@ def test_accumulated_gradients_make_one_update_of_their_mean(tiny_config):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("selection", "devices", "rows"), [("adaptive", 4, [[0, 1, 2, 3]]), ("soft", 2, [[0, 2], [1, 3]])]
+)
+def test_running_statistics_are_those_of_the_global_batch(tiny_config, selection, devices, rows):
+    """Two steps, by the teacher applied by hand; `rows` are those of each micro-batch."""
+    config = tiny_config(
+        "fixmatch", method__teacher="ema", method__selection=selection, method__selection_momentum=0.5,
+        train__accumulation=len(rows),
+    )  # fmt: skip
+    learner, state, step = start(config, devices)
+    expected, initial = learner.method.selection.init(6), jax.device_get(state.method_state)
+    predict = jax.jit(functools.partial(learner.network.apply, method="low_res_logits"))
+    for batch in batches(learner, 2):
+        images, valid = np.asarray(learner.normalize(batch.image_u)), np.asarray(batch.valid_u)
+        teacher = jax.device_get(state.networks()["teacher"])
+        for part in rows:
+            logits = predict(teacher, images[part])
+            at = np.round(np.linspace(0, 32, logits.shape[1])).astype(int)
+            expected = learner.method.selection.update(expected, logits, jnp.asarray(valid[part][:, at][:, :, at]))
+        state, metrics = step(state, batch)
+        assert 0 < float(metrics["mask_ratio"]) <= 1
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), state.method_state, expected)
+    assert all(np.any(new != old) for new, old in zip(*map(jax.tree.leaves, (expected, initial)), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("selection", ["adaptive", "soft"])
+def test_running_selections_agree_on_one_and_four_devices(exact_config, selection):
+    methods.apply(exact_config, "fixmatch")
+    exact_config.method.update({"selection": selection, "selection_momentum": 0.0})
+    (alone, alone_metrics), (shared, shared_metrics) = (run(exact_config, 3, devices) for devices in (1, 4))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-10)  # The statistics are in float32.
+    jax.tree.map(close, (alone.method_state, alone_metrics), (shared.method_state, shared_metrics))
+    assert 0 < alone_metrics[-1]["mask_ratio_s1"] < 1
+
+
 def test_dssn_accumulates_with_the_same_state_and_metrics(tiny_config):
     """Traced, not run: the scan over micro-batches demands that every statistic keeps its shape and dtype."""
     traced = []
     for accumulation in (1, 2):
-        learner = build(tiny_config("dssn", train__accumulation=accumulation), devices=2)
+        options = {"method__selection": "adaptive", "train__accumulation": accumulation}
+        learner = build(tiny_config("dssn", **options), devices=2)
         traced.append(jax.eval_shape(learner.make_train_step(), learner.abstract_state(), batches(learner, 1)[0]))
     assert traced[0] == traced[1] and TERMS["dssn"] <= set(traced[0][1])
 

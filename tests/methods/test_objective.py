@@ -144,6 +144,27 @@ def test_labeled_partners_bring_their_labels_to_the_target():
         assert float(ratios["mask_ratio_s1"]) == pytest.approx(weight[pseudo_labeled].mean(), rel=1e-6)
 
 
+def test_padding_has_no_part_in_running_statistics():
+    """Low-resolution logits count if the pixel at their place is valid, however far they are from pixels."""
+    rng = np.random.default_rng(4)
+    weak, student = rng.normal(0, 3, (2, 2, 4, 5, 3)).astype(np.float32)
+    valid = np.zeros((2, 13, 17), bool)  # Logits are at every fourth row and column.
+    valid[0, :9, :10], valid[1, :2] = True, True
+    options = dict(streams=(method.Stream("fp1", "feature", 1.0, target="student"),), teacher="student")
+    selection = pseudo_labels.Adaptive(0.0)
+    *_, state = loss_terms(
+        StudentLogits(student, weak, {"fp1": student}),
+        TeacherLogits(),
+        Views(None, np.zeros((2, 13, 17), np.uint8), valid_u=valid),
+        method.Method(**options, selection=selection),
+        selection.init(3),
+    )
+    inside = np.concatenate([weak[0, :3, :3].reshape(-1, 3), weak[1, :1].reshape(-1, 3)])
+    q = np.exp(inside) / np.exp(inside).sum(-1, keepdims=True)
+    np.testing.assert_allclose(state["classes"], q.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(state["confidence"], q.max(-1).mean(), rtol=1e-5)
+
+
 def test_a_branch_that_cannot_run_is_not_compiled(setup):
     make, variables, views = setup
     with_branch, without = (

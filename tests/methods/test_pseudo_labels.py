@@ -1,7 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from dssn_jax import sharding
 from dssn_jax.methods import pseudo_labels
 
 LOGITS = np.random.default_rng(0).normal(0, 2, (4, 6, 5, 3)).astype(np.float32)
@@ -31,6 +35,87 @@ def test_threshold_selection():
     p = jnp.asarray(softmax(LOGITS))
     np.testing.assert_array_equal(pseudo_labels.Threshold(0.8)(p, {}), np.asarray(p).max(-1) >= 0.8)
     assert pseudo_labels.Threshold(0.0)(p, {}).all()
+
+
+def running(selection, updates):
+    """Returns the state after logits [U, h, w, K] with masks of valid pixels."""
+    state = selection.init(3)
+    for logits, valid in updates:
+        state = selection.update(state, jnp.asarray(logits), jnp.asarray(valid))
+    return state
+
+
+RNG = np.random.default_rng(1)
+UPDATES = [(RNG.normal(0, 3, (4, 6, 5, 3)).astype(np.float32), RNG.random((4, 6, 5)) < 0.7) for _ in range(3)]
+
+
+def test_adaptive_selection_by_hand():
+    """Eq. 19, after three updates from 1 / K; pixels that are not valid do not count."""
+    tau, classes = 1 / 3, np.full(3, 1 / 3)
+    for logits, valid in UPDATES:
+        q = softmax(logits)[valid]
+        tau = 0.9 * tau + 0.1 * q.max(-1).mean()
+        classes = 0.9 * classes + 0.1 * q.mean(0)
+    selection = pseudo_labels.Adaptive(0.9)
+    state = running(selection, UPDATES)
+    np.testing.assert_allclose(state["confidence"], tau, rtol=1e-5)
+    np.testing.assert_allclose(state["classes"], classes, rtol=1e-5)
+    assert state["confidence"].dtype == state["classes"].dtype == jnp.float32
+    p = softmax(0.3 * LOGITS)
+    thresholds = classes / classes.max() * tau
+    expected = np.array([pixel.max() >= thresholds[pixel.argmax()] for pixel in p.reshape(-1, 3)]).reshape(p.shape[:3])
+    np.testing.assert_array_equal(selection(jnp.asarray(p), state), expected)
+    assert 0 < expected.mean() < 1
+    assert selection(jnp.asarray(p), selection.init(3)).all()
+
+
+def test_adaptive_thresholds_are_lower_for_rare_classes():
+    selection, p = pseudo_labels.Adaptive(), jnp.array([[[[0.6, 0.2, 0.2], [0.2, 0.6, 0.2]]]])
+    state = {"confidence": jnp.float32(0.8), "classes": jnp.array([0.8, 0.15, 0.05])}
+    np.testing.assert_array_equal(selection(p, state), [[[0, 1]]])
+
+
+def test_soft_selection_by_hand():
+    """Eq. 20, after three updates from 1 / K and 1."""
+    mean, variance = 1 / 3, 1.0
+    for logits, valid in UPDATES:
+        confidence = softmax(logits)[valid].max(-1)
+        mean = 0.2 * mean + 0.8 * confidence.mean()
+        variance = 0.2 * variance + 0.8 * confidence.var(ddof=1)
+    selection = pseudo_labels.Soft(0.2)
+    state = running(selection, UPDATES)
+    np.testing.assert_allclose([state["mean"], state["variance"]], [mean, variance], rtol=1e-5)
+    confidence = softmax(0.3 * LOGITS).max(-1)
+    below = np.exp(-((confidence - mean) ** 2) / (2 * variance / 4))
+    weight = selection(jnp.asarray(softmax(0.3 * LOGITS)), state)
+    np.testing.assert_allclose(weight, np.where(confidence >= mean, 1, below), rtol=1e-5)
+    assert weight.dtype == jnp.float32 and (weight == 1).any() and weight.min() < 0.9
+
+
+@pytest.mark.parametrize("selection", [pseudo_labels.Adaptive(0.0), pseudo_labels.Soft(0.0)])
+def test_odd_batches_leave_running_statistics_usable(selection):
+    """Without a valid pixel they stay; with one, or equal ones, weights are finite. Logits may be of 16 bits."""
+    logits, none = jnp.asarray(LOGITS, jnp.bfloat16), np.zeros((4, 6, 5), bool)
+    start = running(selection, UPDATES)
+    moved = selection.update(start, logits, none)
+    jax.tree.map(np.testing.assert_array_equal, moved, start)
+    one = none.copy()
+    one[1, 2, 3] = True
+    for state in (selection.update(start, logits, one), selection.update(start, 0 * logits, ~none)):
+        assert all(np.isfinite(leaf).all() and leaf.dtype == np.float32 for leaf in jax.tree.leaves(state))
+        weight = selection(jnp.asarray(softmax(LOGITS)), state)
+        assert np.isfinite(weight).all() and weight.max() == 1
+
+
+@pytest.mark.parametrize("selection", [pseudo_labels.Adaptive(0.9), pseudo_labels.Soft(0.9)])
+def test_running_statistics_are_those_of_all_devices(selection):
+    """With images, and valid pixels, shared out unevenly."""
+    mesh = sharding.make_mesh(jax.devices()[:4])
+    logits, valid = UPDATES[0][0], UPDATES[0][1] & (np.arange(4) != 2)[:, None, None]
+    update = jax.jit(selection.update, out_shardings=sharding.replicated(mesh))
+    shared = update(selection.init(3), *sharding.put_batch((logits, valid), mesh))
+    alone = selection.update(selection.init(3), logits, jnp.asarray(valid))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), shared, alone)
 
 
 def test_pseudo_labels_have_no_gradient():

@@ -97,7 +97,10 @@ def test_the_log_shows_the_labeled_images_per_step(tiny_config, tmp_path):
     assert "1 steps (4 per epoch) of 8 labeled (data.labeled_batch 4 x 2) images" in (tmp_path / "log.txt").read_text()
 
 
-LONG = {"train__steps": 12, "train__eval_every": 7, "train__checkpoint_every": 3, "train__pictures": 0}
+LONG = {
+    "train__steps": 12, "train__eval_every": 7, "train__checkpoint_every": 3, "train__pictures": 0,
+    "method__selection": "adaptive",  # Whose statistics are part of the state.
+}  # fmt: skip
 
 
 def command(config, workdir, *options):
@@ -330,9 +333,12 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_config, trained, options,
         loop.train(tiny_config(**options), trained)
 
 
-def test_another_optimizer_cannot_continue_but_evaluate(tiny_config, trained):
-    config = tiny_config(**LONG, optimizer__name="adamw")
-    with pytest.raises(checkpoint.CheckpointError, match="optimizer.name is 'sgd' there, 'adamw' in the config"):
+@pytest.mark.parametrize(
+    ("key", "before", "after"), [("optimizer.name", "sgd", "adamw"), ("method.selection", "adaptive", "soft")]
+)
+def test_another_state_cannot_continue_but_evaluate(tiny_config, trained, key, before, after):
+    config = tiny_config(**LONG | {key.replace(".", "__"): after}, train__resume="changed")
+    with pytest.raises(checkpoint.CheckpointError, match=f"{key} is '{before}' there, '{after}' in the config"):
         loop.train(config, trained)
     scores = evaluate.evaluate(trained, config=config, checkpoint="latest")
     summary = json.loads((trained / "summary.json").read_text())
