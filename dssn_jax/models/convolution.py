@@ -68,13 +68,13 @@ def _suits_products(sizes: tuple[int, int], kernel: tuple[int, int], options: Op
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
+def _differentiable_conv(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
     by_products, plain = (functools.partial(form, options=options) for form in (products, _plain))
     return lax.platform_dependent(x, kernel, cpu=by_products, default=plain)
 
 
 def _forward(x, kernel, options):
-    return _conv(x, kernel, options), (x, kernel)
+    return _differentiable_conv(x, kernel, options), (x, kernel)
 
 
 def _backward(options, saved, gradient):
@@ -85,7 +85,8 @@ def _backward(options, saved, gradient):
     return lax.platform_dependent(*saved, gradient, cpu=by_products, default=plain)
 
 
-_conv.defvjp(_forward, _backward)
+_differentiable_conv.defvjp(_forward, _backward)
+_conv = jax.jit(_differentiable_conv, static_argnums=2)  # Traced once for all layers of one size.
 
 
 def _plain(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:

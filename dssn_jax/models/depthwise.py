@@ -13,16 +13,20 @@ from jax import lax
 Padding = tuple[tuple[int, int], tuple[int, int]]  # Zeros above and below, left and right.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, padding: Padding) -> jax.Array:
     """Convolves each channel of `x` [B, H, W, C] with its own `kernel` [k, k, 1, C]."""
+    return _conv(x, kernel, stride, dilation, padding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _differentiable_conv(x, kernel, stride, dilation, padding):
     options = {"stride": stride, "dilation": dilation, "padding": padding}
     shifted, grouped = (functools.partial(form, **options) for form in (shifted_products, grouped_conv))
     return lax.platform_dependent(x, kernel, cpu=shifted, default=grouped)
 
 
 def _forward(x, kernel, stride, dilation, padding):
-    return depthwise_conv(x, kernel, stride, dilation, padding), (x, kernel)
+    return _differentiable_conv(x, kernel, stride, dilation, padding), (x, kernel)
 
 
 def _backward(stride, dilation, padding, saved, gradient):
@@ -35,7 +39,8 @@ def _backward(stride, dilation, padding, saved, gradient):
     return lax.platform_dependent(*saved, gradient, cpu=shifted, default=grouped)
 
 
-depthwise_conv.defvjp(_forward, _backward)
+_differentiable_conv.defvjp(_forward, _backward)
+_conv = jax.jit(_differentiable_conv, static_argnums=(2, 3, 4))  # Traced once for all layers of one size.
 
 
 def grouped_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, padding: Padding) -> jax.Array:
