@@ -322,6 +322,7 @@ def test_bfloat16_steps_over_float32_parameters(tiny_config):
     assert float(rounded["loss_x"]) == pytest.approx(float(exact["loss_x"]), rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_rematerialized_step_is_the_same(tiny_config):
     """In float64, where the order of operations leaves no trace."""
     with jax.enable_x64(True):

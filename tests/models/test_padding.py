@@ -53,7 +53,10 @@ def test_logits_of_padded_images_are_those_of_each_alone(tiny_config, monkeypatc
         np.testing.assert_allclose(logits[:height, :width], expected, atol=1e-9 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("encoder", "decoder", "patch"), [("dinov2_w64", "dpt", 14), ("dinov3_w64", "linear", 16)])
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "patch"),
+    [pytest.param("dinov2_w64", "dpt", 14, marks=pytest.mark.slow), ("dinov3_w64", "linear", 16)],
+)
 def test_transformers_give_padded_images_the_logits_of_each_alone(tiny_config, encoder, decoder, patch):
     sizes = patch * np.array([(3, 2), (1, 3)])
     with jax.enable_x64(True):
