@@ -50,7 +50,10 @@ class Variant(NamedTuple):
     overrides: dict[str, str] = {}
 
 
-# What can be compared. Variants with overrides are ablations of DSSN: without a part of it, or with another form of it.
+_CLASS_WEIGHTS = {"method.class_weight_power": "0.5"}
+_RARE_SAMPLING = {"data.labeled_sampling": "rare", "data.rare_temperature": "0.1"}
+# What can be compared. Variants with overrides are ablations of DSSN: without a part of it, or with another form of it;
+# those of the supervised baseline show what the same part is worth without unlabeled images.
 VARIANTS = {
     "supervised": Variant("supervised"),
     "fixmatch": Variant("fixmatch"),
@@ -63,6 +66,14 @@ VARIANTS = {
     "dssn-no-teacher": Variant("dssn", {"method.teacher": "student_eval"}),
     "dssn-partner-same": Variant("dssn", {"views.mix_partner": "same"}),
     "dssn-partner-other": Variant("dssn", {"views.mix_partner": "other"}),
+    "dssn-partner-labeled": Variant("dssn", {"views.mix_partner": "labeled"}),
+    "dssn-paste-classes": Variant("dssn", {"views.mix_partner": "labeled", "views.paste_classes": "2"}),
+    "dssn-adaptive": Variant("dssn", {"method.selection": "adaptive"}),
+    "dssn-soft": Variant("dssn", {"method.selection": "soft"}),
+    "dssn-class-weights": Variant("dssn", _CLASS_WEIGHTS),
+    "dssn-rare-sampling": Variant("dssn", _RARE_SAMPLING),
+    "supervised-class-weights": Variant("supervised", _CLASS_WEIGHTS),
+    "supervised-rare-sampling": Variant("supervised", _RARE_SAMPLING),
 }
 KEEP = ("best", "all", "none")
 START_SECONDS = 30.0  # No run is started with less time left than this: it would do little more than compile.
