@@ -53,7 +53,10 @@ class TrainStep:
         )
 
     def __call__(self, state: TrainState, views: Views) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Takes a step on `views`; returns the new state and scalar metrics: loss terms, mask ratios, grad_norm."""
+        """Takes a step on `views`; returns the new state and metrics.
+
+        These are scalars (loss terms, mask ratios, grad_norm), and pseudo_labels [K], the share of each class.
+        """
         grads, metrics, carry = self.loss_and_grads(state, _carry(state), views, self._keys(state, 0))
         return self._update(state, grads, metrics, carry)
 
@@ -78,12 +81,12 @@ class TrainStep:
         start = jax.tree.map(jnp.zeros_like, trainable), _carry(state)
         (total, carry), metrics = jax.lax.scan(body, start, (jnp.arange(count), micro_batches))
         grads = jax.tree.map(lambda grad: grad / count, total)
-        return self._update(state, grads, {name: values.mean() for name, values in metrics.items()}, carry)
+        return self._update(state, grads, {name: values.mean(0) for name, values in metrics.items()}, carry)
 
     def loss_and_grads(
         self, state: TrainState, carry: Carry, views: Views, keys: Keys
     ) -> tuple[dict, dict[str, jax.Array], Carry]:
-        """Returns the gradients of the loss by trainable parameter, scalar metrics and the new carry."""
+        """Returns the gradients of the loss by trainable parameter, metrics and the new carry."""
         method, params = self.objective.method, state.student["params"]
         student = {"params": params, **carry.student}
         teacher = None

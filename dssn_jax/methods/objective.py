@@ -204,7 +204,10 @@ def _split(maps: tuple[jax.Array, ...], sizes: list[int]) -> list[tuple[jax.Arra
 def loss_terms(
     student: StudentLogits, teacher: TeacherLogits, views: Views, method: Method, method_state: dict
 ) -> tuple[dict, dict, dict]:
-    """Returns the unweighted loss terms, the shares of valid pixels that are selected, and the new method state."""
+    """Returns the unweighted loss terms, the shares of valid pixels that are selected, and the new method state.
+
+    All are scalars but the shares "pseudo_labels" [K], by class.
+    """
     terms, ratios = {"loss_x": _labeled_term(student.labeled, views.label_x, method.labeled_loss)}, {}
     if not method.uses_unlabeled:
         return terms, ratios, method_state
@@ -216,6 +219,7 @@ def loss_terms(
     student_weak = weak if student.weak is None else student.weak
     student_target = Target(*select(_full_size(student_weak, views)), views.valid_u)
     ratios["mask_ratio"] = student_target.ratio()
+    ratios["pseudo_labels"] = class_shares(student_target, weak.shape[-1])
     targets = {stream.name: student_target for stream in method.streams}
     if method.of_view("strong"):
         mixed = _mixed_targets(_full_size(weak, views), teacher.partner, views, select)
@@ -255,6 +259,16 @@ class Target(NamedTuple):
     def ratio(self) -> jax.Array:
         """Returns the mean weight of the valid pixels, the share that is selected; 0 if none is valid."""
         return (self.weight * self.valid).sum() / jnp.maximum(self.valid.sum(), 1)
+
+
+def class_shares(target: Target, classes: int) -> jax.Array:
+    """Returns the weight of the pixels of each class, divided by the number of valid pixels: [K]; 0 if none is valid.
+
+    Every fourth pixel of every fourth row is looked at: shares are as good, and cost next to nothing.
+    """
+    labels, weight, valid = (each[:, ::4, ::4] for each in target)
+    is_class = jax.nn.one_hot(labels, classes, dtype=weight.dtype)
+    return (is_class * (weight * valid)[..., None]).sum((0, 1, 2)) / jnp.maximum(valid.sum(), 1)
 
 
 def _mixed_targets(

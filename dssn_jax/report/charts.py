@@ -11,6 +11,7 @@ import numpy as np
 from dssn_jax import visualize
 from dssn_jax.evaluation.metrics import METRICS, NETWORKS
 from dssn_jax.report.runs import Run, Series
+from dssn_jax.training.class_shares import SHARES
 from input_pipeline.errors import printable
 
 # Colors of runs: distinct on white and on black, the first ones also with common kinds of color blindness.
@@ -39,8 +40,8 @@ def curves(runs: list[Run]) -> dict[str, list[dict]]:
         lines = [_line(i, run, network, run.series[f"{name}_{network}"]) for i, run, network in _evaluated(runs)]
         if lines:
             sections[SCORES].append(_chart(f"{metric.title}, %", lines, {"rangemode": "tozero"}))
-    scores = {f"{name}_{network}" for name in (*METRICS, "iou") for network in NETWORKS}
-    others = dict.fromkeys(name for run in runs for name in run.series if name not in scores)
+    shown = {f"{name}_{network}" for name in (*METRICS, "iou") for network in NETWORKS} | {SHARES}
+    others = dict.fromkeys(name for run in runs for name in run.series if name not in shown)
     for name in sorted(others, key=lambda name: not name.startswith("loss")):  # The losses first.
         section = next(title for title, prefixes in SECTIONS.items() if name.startswith(prefixes))
         lines = [_line(i, run, None, run.series[name]) for i, run in enumerate(runs) if name in run.series]
@@ -71,14 +72,25 @@ def class_bars(runs: list[Run]) -> list[dict]:
 
 def class_curves(runs: list[Run]) -> list[dict]:
     """Returns a chart of the IoU over the run for each class, with a line per run and network."""
+    series = [(index, run, network, run.series[f"iou_{network}"]) for index, run, network in _evaluated(runs)]
+    return _by_class(series, {"range": [0, 100]})
+
+
+def share_curves(runs: list[Run]) -> list[dict]:
+    """Returns a chart of the share of pseudo-labeled pixels over the run for each class, with a line per run."""
+    series = [(index, run, None, run.series[SHARES]) for index, run in enumerate(runs) if SHARES in run.series]
+    return _by_class(series, {"rangemode": "tozero"})
+
+
+def _by_class(recorded: list[tuple[int, Run, str | None, Series]], yaxis: dict) -> list[dict]:
+    """Returns a chart per class with a line per (index of a run, run, network, its series with values [n, K])."""
     lines: dict[str, list[dict]] = {}
     swatches: dict[str, str] = {}
-    for index, run, network in _evaluated(runs):
-        series = run.series[f"iou_{network}"]
+    for index, run, network, series in recorded:
         for k, name in enumerate(run.classes):
             swatches.setdefault(name, _hex(visualize.palette(k + 1)[k]))
             lines.setdefault(name, []).append(_line(index, run, network, series._replace(values=series.values[:, k])))
-    return [_chart(name, traces, {"range": [0, 100]}) | {"swatch": swatches[name]} for name, traces in lines.items()]
+    return [_chart(name, traces, yaxis) | {"swatch": swatches[name]} for name, traces in lines.items()]
 
 
 def confusion(run: Run, network: str) -> dict:

@@ -62,6 +62,7 @@ def render(shown: list[Run], galleries: list[gallery.Gallery]) -> str:
         curves=charts.curves(shown),
         bars=charts.class_bars(shown),
         class_curves=charts.class_curves(shown),
+        share_curves=charts.share_curves(shown),
         confusions=[
             charts.confusion(run, network) | {"run": index}
             for index, run in enumerate(shown)

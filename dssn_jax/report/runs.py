@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from dssn_jax.evaluation import metrics
+from dssn_jax.training.class_shares import SHARES
 from dssn_jax.workdir import files, recorder, restore
 from dssn_jax.workdir.recorder import logger
 from dssn_jax.workdir.restore import WorkdirError
@@ -42,7 +43,7 @@ class Run:
     workdir: epath.Path
     config: Any
     info: dict  # `dssn_jax.training.run.run_info`; empty for a work directory of converted weights.
-    series: dict[str, Series]  # By name of the metric; "iou_NETWORK" has values [n, K].
+    series: dict[str, Series]  # By name of the metric; "iou_NETWORK" and SHARES have values [n, K].
     confusions: dict[str, np.ndarray]  # Confusion matrix int [K, K] of the last evaluation, by network.
     steps: int  # Recorded so far.
     seconds: float  # Training time so far.
@@ -121,14 +122,14 @@ def _read(workdir: epath.Path, label: str) -> Run:
 
 
 def _is_usable(line: dict, classes: int) -> bool:
-    """Whether a line of `metrics.jsonl` has numbers that can be drawn, and lists of one IoU per class."""
-    ious = {f"iou_{network}" for network in metrics.NETWORKS}
+    """Whether a line of `metrics.jsonl` has numbers that can be drawn, one per class where they are by class."""
+    lists = {SHARES, *(f"iou_{network}" for network in metrics.NETWORKS)}
     try:
         values = {name: np.array(value, float) for name, value in line.items()}
     except OverflowError:
         return False
     at = np.array([values["step"], values["seconds"]])
-    shapes = all(value.shape == ((classes,) if name in ious else ()) for name, value in values.items())
+    shapes = all(value.shape == ((classes,) if name in lists else ()) for name, value in values.items())
     return shapes and bool((np.abs(at) < 2**53).all())
 
 

@@ -26,6 +26,7 @@ from configs import checks
 from dssn_jax import distributed
 from dssn_jax.evaluation import metrics
 from dssn_jax.evaluation.evaluate import log_progress
+from dssn_jax.training.class_shares import SHARES, ClassShares
 from dssn_jax.training.image_summaries import ImageSummaries
 from dssn_jax.training.prefetch import DevicePrefetcher
 from dssn_jax.training.run import Run, batch_sizes, check_labels, describe, plan, run_info
@@ -89,6 +90,7 @@ class Trainer:
         self._workdir, mesh = workdir.path, run.learner.mesh
         self._evaluator = run.evaluator
         self._scores = checkpoint.new_scores(metrics.ranking(self._config))
+        self._shares = ClassShares(self._config, run.learner.method, run.length.steps_per_epoch)
         self._records = {name: digest(getattr(run.sources, name)) for name in ("labeled", "unlabeled")}
         self._checkpointer = checkpoint.Checkpointer(workdir.path)
         stack.callback(self._checkpointer.close)
@@ -125,6 +127,7 @@ class Trainer:
             if step and (self._is_finished(step) or self._config.train.resume == "exact"):
                 _check_continues(self._workdir, step, meta, self._meta())
             self._scores = metrics.continue_scores(meta["scores"], self._scores["metric"])
+            self._shares.restore(meta)
             logger.info("continuing from step %d of %s", step, self._workdir)
             for change in checks.differences(meta["config"], config):
                 logger.info("changed since that checkpoint: %s", change)
@@ -190,6 +193,7 @@ class Trainer:
             "steps": self._run.length.steps,
             "records": self._records,
             "scores": self._scores,
+            **self._shares.meta(),
         }
 
     def _is_due(self, key: str) -> bool:
@@ -231,7 +235,7 @@ class Trainer:
                 if not np.isfinite(values[key]):
                     advice = f"A lower config.optimizer.lr may help; {self._last_finite()}"
                     raise DivergedError(f"{name} is not finite at step {step} ({_terms(values)}). {advice}")
-        means = {name: float(np.mean([values[name] for values in fetched])) for name in fetched[0]}
+        means = {name: np.mean([values[name] for values in fetched], 0).tolist() for name in fetched[0]}
         means["lr"] = float(fetched[-1]["lr"])
         timing = self._timer.read(self._run.length.steps - self._step)
         images_per_second = sum(batch_sizes(self._config).values()) / timing.seconds_per_step
@@ -242,6 +246,11 @@ class Trainer:
             duration(timing.seconds_left),
         )  # fmt: skip
         values = {**means, "images_per_second": images_per_second, "waiting": timing.waiting}
+        if SHARES in means:
+            values[SHARES] = self._shares.percent(means[SHARES])
+            for step, each in enumerate(fetched, self._step - len(fetched) + 1):
+                for line in self._shares.count(step, each[SHARES]):
+                    logger.info(line)
         self._recorder.scalars(self._step, values)
 
     def _score_text(self, scores: dict[str, dict]) -> str:
@@ -307,6 +316,7 @@ def _check_continues(workdir: epath.Path, step: int, saved: dict, current: dict)
 
 
 def _terms(values: dict[str, float]) -> str:
-    """Formats all metrics of a step, the total loss first: "loss 1.234 loss_fp1 0.12 ..."."""
-    names = sorted(values, key=lambda name: ([not name.startswith(prefix) for prefix in _LOG_ORDER], name))
+    """Formats the scalar metrics of a step, the total loss first: "loss 1.234 loss_fp1 0.12 ..."."""
+    scalars = [name for name, value in values.items() if not np.ndim(value)]
+    names = sorted(scalars, key=lambda name: ([not name.startswith(prefix) for prefix in _LOG_ORDER], name))
     return " ".join(f"{name} {float(values[name]):.4g}" for name in names)

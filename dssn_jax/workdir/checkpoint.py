@@ -1,9 +1,10 @@
 """Checkpoints of training: WORKDIR/checkpoints/STEP/{state,meta}, written in the background.
 
 The latest and the best (by `eval.metric`, the larger of student and teacher) are kept. `meta` holds the configuration,
-the length of the run, digests of the lists of images and the scores so far, and for verification the step, a checksum
-of every array of the state and one of itself. The position in the data is the step: batches are a pure function of it
-(`input_pipeline.pipeline`), so a run can continue on other hosts and with other workers.
+the length of the run, digests of the lists of images, the scores so far and sums of `training.class_shares`, and for
+verification the step, a checksum of every array of the state and one of itself. The position in the data is the step:
+batches are a pure function of it (`input_pipeline.pipeline`), so a run can continue on other hosts and with other
+workers.
 """
 
 import contextlib

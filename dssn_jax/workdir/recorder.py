@@ -2,7 +2,8 @@
 
 `metrics.jsonl` has one line per log line and per evaluation: {"step", "seconds" (of training so far), ...}; those of
 evaluations hold, per network, each metric of the evaluation ("miou_student", ...) and the IoU of each class
-("iou_student", a list in the order of the classes), in percent. `confusion.json` has the confusion matrices of the last
+("iou_student", a list in the order of the classes), in percent. Log lines hold the share of pixels that are
+pseudo-labeled as each class ("pseudo_labels"), likewise. `confusion.json` has the confusion matrices of the last
 evaluation, rows true classes: {"step", NETWORK: [K][K]}.
 """
 
@@ -25,6 +26,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from dssn_jax import distributed
 from dssn_jax.workdir import files
+from input_pipeline.errors import printable
 
 LOG = "log.txt"
 DEBUG_LOG = "debug.txt"  # Warnings of libraries.
@@ -155,10 +157,13 @@ class Recorder:
         """Training time so far, including the time before the run was continued but not that of lost steps."""
         return time.monotonic() - self._started
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Records numbers by name."""
-        self._write(step, values)
-        self._show(step, values)
+    def scalars(self, step: int, values: dict[str, float | dict[str, float]]) -> None:
+        """Records numbers by name, and lists of numbers by class: {CLASS: number}, "NAME/CLASS" in TensorBoard."""
+        lists = {name: each for name, each in values.items() if isinstance(each, dict)}
+        numbers = {name: each for name, each in values.items() if name not in lists}
+        self._write(step, numbers | {name: list(each.values()) for name, each in lists.items()})
+        by_class = {f"{name}/{printable(key)}": n for name, each in lists.items() for key, n in each.items()}
+        self._show(step, numbers | by_class)
 
     def evaluation(self, step: int, scores: dict[str, dict], confusions: dict[str, np.ndarray]) -> None:
         """Records the scores (`metrics.scores_of`) and the confusion matrix of each network, by its name."""

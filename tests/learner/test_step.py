@@ -55,6 +55,7 @@ def test_each_method_has_its_terms_and_they_sum_up(tiny_config, method):
     state, (first, second) = run(config, 2)
     weights = config.method
     for metrics, strong in ((first, 0.0 if method == "dssn" else 1.0), (second, 1.0)):  # DSSN's teacher warms up.
+        shares = metrics.pop("pseudo_labels", None)
         metrics = {name: float(value) for name, value in metrics.items()}
         assert {name for name in metrics if name.startswith(("loss_", "contrast_"))} == TERMS[method]
         total = metrics["loss_x"]
@@ -63,8 +64,11 @@ def test_each_method_has_its_terms_and_they_sum_up(tiny_config, method):
         total += 0.01 * sum(v for k, v in metrics.items() if k.startswith("contrast_"))
         total *= 1.0 if method == "supervised" else 0.5
         assert metrics["loss"] == pytest.approx(total, rel=1e-5)
-        if method != "supervised":
+        if method == "supervised":
+            assert shares is None
+        else:
             assert metrics["mask_ratio"] == 1.0
+            assert shares.shape == (6,) and shares.sum() == pytest.approx(1.0, rel=1e-5)
     assert (state.teacher is None) == (method != "dssn")
 
 
@@ -169,7 +173,8 @@ def test_a_batch_without_a_valid_pixel_is_harmless(tiny_config, loss):
         batch = batch._replace(valid_u=jnp.zeros_like(batch.valid_u), valid_m=jnp.zeros_like(batch.valid_m))
     new_state, metrics = step(state, batch)
     for name, value in metrics.items():
-        assert np.isfinite(value), name
+        assert np.isfinite(value).all(), name
+    assert not np.any(metrics.get("pseudo_labels", 0.0))
     assert {float(value) for name, value in metrics.items() if name.startswith(("loss_", "mask_ratio"))} == {0.0}
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(new_state.student))
 

@@ -56,7 +56,8 @@ def test_the_training_step(name, encoder, dtype):
     before, after = ([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(each)] for each in (state, new_state))
     assert before == after
     assert {"loss", "loss_x", "loss_s2", "loss_fp2", "contrast_image", "grad_norm", "lr"} <= set(metrics)
-    assert all(metric.shape == () for metric in metrics.values())
+    shapes = {name: metric.shape for name, metric in metrics.items() if metric.shape}
+    assert shapes == {"pseudo_labels": (len(learner.config.data.classes),)}
 
 
 def test_the_training_step_with_labeled_partners():

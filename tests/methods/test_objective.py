@@ -144,6 +144,34 @@ def test_labeled_partners_bring_their_labels_to_the_target():
         assert float(ratios["mask_ratio_s1"]) == pytest.approx(weight[pseudo_labeled].mean(), rel=1e-6)
 
 
+def test_shares_of_the_classes_by_hand():
+    """The weights of the pixels of each class in the unmixed weak view, at every fourth pixel of every fourth row."""
+    rng = np.random.default_rng(5)
+    student, teacher = rng.normal(0, 3, (2, 2, 26, 23, 4)).astype(np.float32)
+    teacher[..., 3] = -9  # Never predicted.
+    box, valid = np.ones((2, 26, 23), bool), rng.random((2, 26, 23)) < 0.8
+    views = Views(None, np.zeros((2, 26, 23), np.uint8), valid_u=valid, valid_m=valid, boxes=(box,))
+    selection = pseudo_labels.Soft(0.5)
+    options = dict(streams=(method.Stream("s1", "strong", 1.0),), teacher="student_eval", selection=selection)
+    state = {"mean": np.float32(0.9), "variance": np.float32(0.05)}
+    _, ratios, state = loss_terms(
+        StudentLogits(student, None, {"s1": student}),
+        TeacherLogits(teacher, teacher),
+        views,
+        method.Method(**options),
+        state,
+    )
+    q = np.exp(teacher) / np.exp(teacher).sum(-1, keepdims=True)
+    weight, sums, count = np.asarray(selection(q, state)), np.zeros(4), 0
+    for image, row, column in np.ndindex(2, 7, 6):
+        at = image, 4 * row, 4 * column
+        if valid[at]:
+            sums[q[at].argmax()] += weight[at]
+            count += 1
+    np.testing.assert_allclose(ratios["pseudo_labels"], sums / count, rtol=1e-5)
+    assert (sums[:3] > 0).all() and sums[3] == 0 and sums.sum() < count
+
+
 def test_padding_has_no_part_in_running_statistics():
     """Low-resolution logits count if the pixel at their place is valid, however far they are from pixels."""
     rng = np.random.default_rng(4)
@@ -171,4 +199,4 @@ def test_a_branch_that_cannot_run_is_not_compiled(setup):
         str(jax.make_jaxpr(make(ema__batch_stats_epochs=epochs).teacher_logits)(None, variables, views, 0))
         for epochs in (1, 0)
     )
-    assert "cond" in with_branch and "cond" not in without
+    assert "scan" in with_branch and "scan" not in without  # Weak views and partners, one after the other.

@@ -44,7 +44,10 @@ def record(config, workdir, steps):
         if config.method.strong_views:
             names += ["loss_s1", "loss_s2", "loss_fp1", "loss_fp2", "contrast_image", "contrast_feature"]
             names += ["mask_ratio", "mask_ratio_s1", "mask_ratio_s2"]
-        record.scalars(step, {name: float(value) for name, value in zip(names, rng.random(len(names)), strict=True)})
+        values = {name: float(value) for name, value in zip(names, rng.random(len(names)), strict=True)}
+        if config.method.strong_views:
+            values["pseudo_labels"] = {name: 10.0 * step + k for k, name in enumerate(config.data.classes)}
+        record.scalars(step, values)
         if step % config.train.eval_every == 0:
             counts = {network: rng.integers(100, size=(6, 6)) for network in state.networks()}
             scored = {network: metrics.scores_of(count, config.data.classes) for network, count in counts.items()}
@@ -108,9 +111,9 @@ def test_the_page_in_a_browser(page, tmp_path):
     scripts = re.compile(r"<(script|style)\b.*?</\1>", re.DOTALL)
     dom = scripts.sub("", dom)  # Only what is visible.
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", dom)
-    # Charts: 3 scores, 8 losses, 3 selected shares, 4 of optimization and speed, 6 classes, bars, 3 matrices.
-    assert len(re.findall(r'class="plot js-plotly-plot"', dom)) == 3 + 8 + 3 + 4 + 6 + 1 + 3
-    assert len(re.findall(r'class="trace scatter', dom)) == 3 * 3 + (8 + 2) + 3 + 4 * 2 + 6 * 3
+    # Charts: 3 scores, 8 losses, 3 selected shares, 4 of optimization and speed, 6 classes twice, bars, 3 matrices.
+    assert len(re.findall(r'class="plot js-plotly-plot"', dom)) == 3 + 8 + 3 + 4 + 2 * 6 + 1 + 3
+    assert len(re.findall(r'class="trace scatter', dom)) == 3 * 3 + (8 + 2) + 3 + 4 * 2 + 6 * 3 + 6
     assert len(re.findall(r'class="trace bars"', dom)) == 3
     assert len(re.findall(r'class="hm"', dom)) == 3
     for text in (
@@ -159,6 +162,20 @@ def test_scores_are_those_of_the_summary(trained):
             np.testing.assert_allclose(100 * np.diag(counts) / np.maximum(union, 1), list(last["iou"].values()))
             percent = np.array(charts.confusion(run, network)["traces"][0]["z"])
             np.testing.assert_allclose(percent.sum(1)[counts.sum(1) > 0], 100, atol=0.05)
+
+
+def test_shares_of_pseudo_labels_have_a_chart_per_class(page, trained):
+    shown = runs.read([str(trained / "supervised"), str(trained / "dssn")])
+    curves = charts.share_curves(shown)
+    assert [curve["title"] for curve in curves] == list(shown[0].classes)
+    for k, curve in enumerate(curves):
+        (line,) = curve["traces"]  # The supervised run has none.
+        assert line["x"] == [1, 2, 3, 4, 5, 6] and line["y"] == [10 * step + k for step in line["x"]]
+        assert line["name"] == "dssn" and line["meta"]["run"] == 1
+    titles = [chart["title"] for section in charts.curves(shown).values() for chart in section]
+    assert "mask_ratio" in titles and "pseudo_labels" not in titles
+    assert charts.share_curves(shown[:1]) == []
+    assert "Pseudo-labeled pixels" in page.read_text()
 
 
 def test_unfinished_runs(trained, tmp_path):
@@ -252,6 +269,7 @@ def test_entries_of_other_types_are_left_out(trained, tmp_path):
     odd = [
         {"loss": 10**400},
         {"lr": [1, 2]},
+        {"pseudo_labels": 1.0},
         {"iou_student": [1.0]},
         {"seconds": float("nan")},
         {"step": 10**30},

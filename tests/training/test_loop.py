@@ -46,6 +46,25 @@ def losses(workdir):
     return {line["step"]: line["loss"] for line in recorder.read_metrics(workdir) if "loss" in line}
 
 
+def check_class_shares(workdir, config):
+    """The checkpoint has the sums of what each step recorded, but for the warm-up of one step."""
+    lines = [line for line in recorder.read_metrics(workdir) if "pseudo_labels" in line]
+    assert [line["step"] for line in lines] == list(losses(workdir))
+    percent = np.array([line["pseudo_labels"] for line in lines])
+    assert percent.shape == (6, 6) and (percent >= 0).all() and percent.sum(1).max() <= 100.001
+    np.testing.assert_allclose(percent[1:].sum(0), 100 * np.array(class_shares(workdir)["sums"]), rtol=1e-5)
+    assert class_shares(workdir)["steps"] == 5
+    board = b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
+    assert all(f"pseudo_labels/{name}".encode() in board for name in config.data.classes)
+    assert "pseudo_labels" not in (workdir / "log.txt").read_text()
+
+
+def class_shares(workdir):
+    """Returns what the latest checkpoint holds about the shares of the classes."""
+    with contextlib.closing(checkpoint.Checkpointer(workdir, read_only=True)) as saved:
+        return saved.meta(saved.latest_step())["pseudo_labels"]
+
+
 def test_a_run_leaves_its_scores_logs_and_checkpoints(tiny_config, tmp_path):
     config = tiny_config()
     summary = loop.train(config, tmp_path)
@@ -56,6 +75,7 @@ def test_a_run_leaves_its_scores_logs_and_checkpoints(tiny_config, tmp_path):
         assert list(last["iou"]) == list(config.data.classes)
         assert last["miou"] == pytest.approx(np.mean(list(last["iou"].values())))
     assert list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+    check_class_shares(tmp_path, config)
     evaluated = [line for line in recorder.read_metrics(tmp_path) if "iou_teacher" in line]
     confusion = json.loads((tmp_path / "confusion.json").read_text())
     assert [line["step"] for line in evaluated] == [3, 6] and confusion["step"] == 6
@@ -145,6 +165,7 @@ def test_stopped_and_continued_runs_end_with_the_same_parameters(tiny_config, tr
     assert int(uninterrupted.step) == int(stopped.step) == 12
     jax.tree.map(np.testing.assert_array_equal, uninterrupted, stopped)
     assert losses(trained) == losses(tmp_path)
+    assert class_shares(trained) == class_shares(tmp_path) and class_shares(trained)["steps"] == 11
     scores = [json.loads((workdir / "summary.json").read_text()) for workdir in (trained, tmp_path)]
     assert scores[0]["student"] == scores[1]["student"] and scores[0]["teacher"] == scores[1]["teacher"]
 

@@ -31,6 +31,15 @@ def test_recorder_drops_what_came_after_the_resumed_step(tmp_path):
     assert recorded(tmp_path) == [(1, 0.5), (2, 1.0), (3, 9.0)]
 
 
+def test_numbers_by_class(tmp_path):
+    with contextlib.closing(files.Folder(tmp_path)) as folder, contextlib.closing(recorder.Recorder(folder, 0)) as log:
+        log.scalars(1, {"loss": 0.5, "pseudo_labels": {"road": 25.0, "l\u2028ine": 0.0}})
+    (line,) = recorder.read_metrics(tmp_path)
+    assert line["loss"] == 0.5 and line["pseudo_labels"] == [25.0, 0.0]
+    (board,) = (tmp_path / "tensorboard").iterdir()
+    assert b"pseudo_labels/road" in board.read_bytes() and "\u2028".encode() not in board.read_bytes()
+
+
 def test_damaged_lines_are_skipped_and_counted(tmp_path, caplog):
     record(tmp_path, 0, step1=0.5, step2=1.0)
     first, second = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
