@@ -16,7 +16,7 @@ FOLDER = DATA / "golden"
 def cases():
     for folder in ("golden", "golden_v2"):
         for file in golden.files(DATA / folder):
-            slow = file.startswith("step") or "518" in file or (folder, file[:8]) == ("golden_v2", "evaluate")
+            slow = file.startswith(("step", "evaluate")) or "518" in file
             yield pytest.param(folder, file, marks=[pytest.mark.slow] * slow)
 
 

@@ -318,6 +318,7 @@ def test_labeled_partners_and_class_weights_accumulate(tiny_config):
     assert traced[0] == traced[1]
 
 
+@pytest.mark.slow
 def test_bfloat16_steps_over_float32_parameters(tiny_config):
     """The first loss is that of float32 up to rounding; parameters and statistics stay float32."""
     _, (exact,) = run(tiny_config(), 1)

@@ -224,7 +224,8 @@ def read_only(process, workdir):
 AS_USER = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override"]
 
 
-@pytest.mark.parametrize("trouble", [disk_full, pytest.param(read_only, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", [disk_full, read_only])
 def test_a_disk_that_takes_no_more_leaves_the_last_good_checkpoint(tiny_config, tmp_path, trouble):
     with subprocess.Popen(
         [*AS_USER, *command(tiny_config(**LONG | {"train__checkpoint_every": 1}), tmp_path)], cwd=ROOT, text=True,
