@@ -68,7 +68,8 @@ def _unknown_split(folders: list[str], split: str) -> str:
     known = sorted({name for f in present for name in os.listdir(f) if os.path.isfile(os.path.join(f, name, LABELED))})
     hint = did_you_mean(split, known, cutoff=0.4)
     problem = f"no split {split!r}" if split else "config.data.split is not set: no split"
-    return f"{problem} in {' or '.join(present)}{hint}; splits there: {', '.join(known) or 'none'}"
+    there = f"splits there: {', '.join(known) or 'none'} (config.data.splits, config.data.split)"
+    return f"{problem} in {' or '.join(present)}{hint}; {there}"
 
 
 def read_list(path: str, labeled: bool) -> list[Entry]:

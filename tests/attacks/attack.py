@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import re
+import signal
 import stat
 from collections.abc import Callable, Mapping
 
@@ -62,6 +63,8 @@ def judge(attack: Attack, result: Result) -> Outcome:
         return Outcome(False, f"changed the user's {', '.join(result.changed[:3])}")
     if result.code == 0:
         return _judge_result(attack, result.stdout)
+    if result.code == 128 + signal.SIGTERM and attack.mode == "train" and "the same command continues" in result.stderr:
+        return Outcome(True, "trained until the harness stopped it")
     # --mode=check lists all problems on standard output; its error counts them.
     listed = result.stdout if attack.mode == "check" else ""
     return judge_error(result.code, result.stderr, attack.culprits, listed)
