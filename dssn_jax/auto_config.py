@@ -184,7 +184,7 @@ def _choose_batches(config, unlabeled: int, devices: int, limit: int) -> list[st
     most = {"labeled_batch": (fit // 2 if uses_unlabeled else fit) // factor, "unlabeled_batch": fit // 2}
     factors = {"labeled_batch": factor, "unlabeled_batch": 1}
     reasons = []
-    pairs = uses_unlabeled and config.views.mix_partner == "reversed"  # Of unlabeled images, on each device.
+    pairs = uses_unlabeled and config.views.mix_partner == "reversed"  # Each device needs an even number.
     for key in (key for key in most if data[key] == 0):
         multiple = devices * micro_batches // math.gcd(devices * micro_batches, factors[key])
         paired = key == "unlabeled_batch" and pairs

@@ -69,8 +69,8 @@ def validate_training(config, device_count: int) -> None:
     check_choice("config.optimizer.name", config.optimizer.name, OPTIMIZERS)
     _check_cutmix(config.views)
     if config.views.paste_classes and config.views.mix_partner != "labeled":
-        found = f"config.views.paste_classes is {config.views.paste_classes}"
-        raise ConfigError(f"{found} and config.views.mix_partner {config.views.mix_partner!r}; expected 'labeled'")
+        classes = f"config.views.paste_classes is {config.views.paste_classes}"
+        raise ConfigError(f"{classes} and config.views.mix_partner {config.views.mix_partner!r}; expected 'labeled'")
     validate_crops(config)
     _check_batches(config, device_count)
 

@@ -28,13 +28,13 @@ def open_regular(path: str, most_bytes: int = _MOST_BYTES) -> BinaryIO:
       OSError: as `open` does.
     """
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except ValueError:
         raise DataError(f"{path}: a path with a NUL character, which no file has") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise DataError(f"{path}: {_kind(found)}; expected a file")
-    if found.st_size > most_bytes:
-        raise DataError(f"{path}: a file of {found.st_size} bytes; expected at most {most_bytes}")
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path}: {_kind(status)}; expected a file")
+    if status.st_size > most_bytes:
+        raise DataError(f"{path}: a file of {status.st_size} bytes; expected at most {most_bytes}")
     return open(path, "rb")
 
 

@@ -103,8 +103,8 @@ def images_below(folder: str) -> list[str]:
 
 
 def _identity(folder: str) -> tuple[int, int]:
-    found = os.stat(folder)
-    return found.st_dev, found.st_ino
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _refuse(error: OSError) -> None:

@@ -150,5 +150,5 @@ def _parse(line: str, where: str, labeled: bool) -> Entry:
     expected = "`image mask`" if labeled else "`image mask` or `image`"
     spaces = " (names with spaces need a tab between the columns)" if len(columns) > 2 else ""
     plural = "" if len(columns) == 1 else "s"
-    found = printable(line.strip(), 200)
-    raise DataError(f"{where}: found {len(columns)} column{plural}, '{found}'; expected {expected}{spaces}")
+    content = printable(line.strip(), 200)
+    raise DataError(f"{where}: found {len(columns)} column{plural}, '{content}'; expected {expected}{spaces}")

@@ -131,18 +131,18 @@ class Evaluator:
         """Yields `batch`, or batches of one row per device if it needs too much memory, or the indices of these."""
         rows = self._options.devices // self._options.process_count
         for size in dict.fromkeys((len(batch.images), rows)):
-            found = self._program(program, (size, *batch.images.shape[1:3]))
-            if found.needed <= found.free:
+            plan = self._program(program, (size, *batch.images.shape[1:3]))
+            if plan.needed <= plan.free:
                 yield from batch.split(size)
                 return
         yield batch.indices
 
     def _too_large(self, program: Callable, source: Source, index: int, batch: EvalBatch) -> MemoryLimitError:
         rows = self._options.devices // self._options.process_count
-        found, (height, width) = self._program(program, (rows, *batch.images.shape[1:3])), source.size(index)
+        plan, (height, width) = self._program(program, (rows, *batch.images.shape[1:3])), source.size(index)
         return MemoryLimitError(
-            f"{printable(source.name(index))}: {width}x{height} pixels need {found.needed / 1e6:.0f} MB of memory, and "
-            f"{found.free / 1e6:.0f} MB are free"
+            f"{printable(source.name(index))}: {width}x{height} pixels need {plan.needed / 1e6:.0f} MB of memory, and "
+            f"{plan.free / 1e6:.0f} MB are free"
         )
 
     def _program(self, program: Callable, shape: tuple[int, int, int]) -> Program:
@@ -157,10 +157,10 @@ class Evaluator:
             }
             batch["sizes"] = jax.ShapeDtypeStruct((rows, 2), np.int32)
             self._programs[key] = self._compile(program, batch)
-            found = self._programs[key]
+            plan = self._programs[key]
             logger.info(
                 "evaluating %d images of %dx%d pixels at a time: %.0f MB of memory per device, %.0f MB free",
-                rows, width, height, found.needed / 1e6, found.free / 1e6,
+                rows, width, height, plan.needed / 1e6, plan.free / 1e6,
             )  # fmt: skip
         return self._programs[key]
 

@@ -1,1 +1,1 @@
-"""What a method is: views, pseudo-labels and losses, as data and as functions."""
+"""Methods: their description as data, and the views, pseudo-labels and losses of which they consist."""

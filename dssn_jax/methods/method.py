@@ -170,8 +170,8 @@ def check(config) -> None:
         raise ConfigError("config.method.teacher is 'none', but config.method.strong_views > 0 needs pseudo-labels")
     for kind in ("strong", "feature"):
         if method[f"{kind}_perturb"] == "complementary" and method[f"{kind}_views"] % 2:
-            found = f"config.method.{kind}_views is {method[f'{kind}_views']}"
-            raise ConfigError(f"{found}; {kind}_perturb='complementary' needs an even number")
+            views = f"config.method.{kind}_views is {method[f'{kind}_views']}"
+            raise ConfigError(f"{views}; {kind}_perturb='complementary' needs an even number")
     for key, views in (("image_contrast_weight", "strong_views"), ("feature_contrast_weight", "feature_views")):
         if method[key] and method[views] != 2:
             raise ConfigError(f"config.method.{key} is {method[key]}, which needs config.method.{views}=2")

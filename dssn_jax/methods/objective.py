@@ -69,9 +69,9 @@ class Objective:
         images = {"labeled": views.image_x, "weak": views.image_u, "partner": views.image_m}
         images = {name: image for name, image in images.items() if image is not None}
         maps = encode(sharding.concat_sharded(*images.values()))
-        parts = dict(zip(images, _split(maps, [len(image) for image in images.values()]), strict=True))
+        features = dict(zip(images, _split(maps, [len(image) for image in images.values()]), strict=True))
         strong = encode(sharding.concat_sharded(*views.strong)) if views.strong else None
-        return Features(**parts, strong=strong)
+        return Features(**features, strong=strong)
 
     def teacher_logits(
         self, student: dict, teacher: dict | None, views: Views, step: jax.Array, features: Features | None = None
@@ -165,8 +165,8 @@ class Objective:
         """Decodes the joined feature maps of the strong views; returns the logits by stream, and the variables."""
         sizes = [len(maps[0]) // len(streams)] * len(streams)
         if any(stream.perturb for stream in streams):
-            parts = zip(streams, _split(maps, sizes), strict=True)
-            logits, variables = self._decode(variables, [self._perturb(stream, x, key) for stream, x in parts])
+            pairs = zip(streams, _split(maps, sizes), strict=True)
+            logits, variables = self._decode(variables, [self._perturb(stream, x, key) for stream, x in pairs])
         else:
             logits, variables = self._train_apply(variables, maps, "decode")
             logits = sharding.split_sharded(logits, sizes)

@@ -60,7 +60,7 @@ class Threshold(_Stateless):
 class _Running:
     """Selections whose state is a tree of running means, float32."""
 
-    momentum: float = 0.999  # Of the means: the weight of the old ones in each update.
+    momentum: float = 0.999  # Weight of the old means in each update.
 
     def _move(self, means: dict, batch: dict, valid: jax.Array) -> dict:
         """Returns `means` after a batch with the means `batch`; unchanged if no pixel is valid."""

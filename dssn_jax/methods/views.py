@@ -18,7 +18,7 @@ class Views(NamedTuple):
     # (`swap_pairs`), or if partners are labeled.
     image_m: jax.Array | None = None
     valid_u: jax.Array | None = None  # bool [U, H, W], False where padded.
-    valid_m: jax.Array | None = None  # That of the partners; False where their labels are ignored, too.
+    valid_m: jax.Array | None = None  # bool [U, H, W], False where partners are padded or their labels ignored.
     strong: tuple[jax.Array, ...] = ()  # Strong views, mixed.
     boxes: tuple[jax.Array, ...] = ()  # Where partners are pasted in the strong views, as masks bool [U, H, W].
     label_m: jax.Array | None = None  # Class ids of labeled partners, integers [U, H, W].

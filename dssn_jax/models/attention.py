@@ -23,14 +23,14 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array 
     if fused and valid is None:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     images, tokens, heads, dim = query.shape
-    parts = -(-tokens * tokens * heads // _MOST_SCORES)
-    if parts == 1:
+    chunks = -(-tokens * tokens * heads // _MOST_SCORES)
+    if chunks == 1:
         return _attend(query, key, value, valid)
-    size = -(-tokens // parts)
-    query = jnp.pad(query, ((0, 0), (0, parts * size - tokens), (0, 0), (0, 0)))
-    query = jnp.moveaxis(query.reshape(images, parts, size, heads, dim), 1, 0)
+    size = -(-tokens // chunks)
+    query = jnp.pad(query, ((0, 0), (0, chunks * size - tokens), (0, 0), (0, 0)))
+    query = jnp.moveaxis(query.reshape(images, chunks, size, heads, dim), 1, 0)
     result = jax.lax.map(functools.partial(_attend, key=key, value=value, valid=valid), query)
-    return jnp.moveaxis(result, 0, 1).reshape(images, parts * size, heads, dim)[:, :tokens]
+    return jnp.moveaxis(result, 0, 1).reshape(images, chunks * size, heads, dim)[:, :tokens]
 
 
 @jax.checkpoint

@@ -22,7 +22,7 @@ from dssn_jax.models.resize import resize
 class Size(NamedTuple):
     """Channels of the decoder."""
 
-    features: int  # Of the fused maps.
+    features: int  # Channels of the fused maps.
     channels: tuple[int, int, int, int]  # Of the four maps before they are fused.
 
 

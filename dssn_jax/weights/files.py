@@ -186,13 +186,13 @@ def _unwrap(content) -> tuple[dict[str, Mapping], dict]:
     """Returns the state dicts of the networks in the content of a file, and the metadata beside them."""
     if not isinstance(content, Mapping):
         return {"student": {}}, {}
-    found = {}
+    networks = {}
     for key, network in _NETWORKS.items():
         if isinstance(content.get(key), Mapping):
-            found.setdefault(network, content[key])
-    if "student" not in found:
+            networks.setdefault(network, content[key])
+    if "student" not in networks:
         return {"student": content}, {}
-    return found, {name: _number(content[name]) for name in NUMBERS if _is_number(content.get(name))}
+    return networks, {name: _number(content[name]) for name in NUMBERS if _is_number(content.get(name))}
 
 
 def _number(value: float | np.number) -> float:

@@ -74,7 +74,7 @@ def from_original(tensors: Tensors, form: str, head_size: int) -> dict[str, np.n
     return next(each for each in FORMS if (each.name, each.family) == (form, kind)).write(tensors)
 
 
-# What Meta's files of DINOv3 hold beside weights.
+# Tensors in Meta's DINOv3 files that are computed, not trained.
 
 
 def periods(count: int) -> np.ndarray:
@@ -121,8 +121,8 @@ def _renamed(tensors: Tensors, table: Table) -> dict[str, np.ndarray]:
     patterns = [(re.compile(_pattern(source)), target) for source, target in table]
 
     def rename(name: str) -> str:
-        found = ((pattern.fullmatch(name), target) for pattern, target in patterns)
-        match, target = next(((match, target) for match, target in found if match), (None, ""))
+        matches = ((pattern.fullmatch(name), target) for pattern, target in patterns)
+        match, target = next(((match, target) for match, target in matches if match), (None, ""))
         return name if match is None else _filled(target, match.groups())
 
     return {rename(name): value for name, value in tensors.items()}
@@ -271,7 +271,7 @@ def _reshaped(tensors: Tensors, name: str, ndim: int) -> dict[str, np.ndarray]:
     return {**tensors, name: value.reshape((1,) * (ndim - 1) + value.shape[-1:])}
 
 
-_BASE = r"(?:\w+\.)?"  # What a model with a head puts before the names of its encoder, such as `dinov2.`.
+_BASE = r"(?:\w+\.)?"  # Prefix of the encoder's names in a model with a head, such as `dinov2.`.
 
 
 def _bare(tensors: Tensors) -> dict[str, np.ndarray]:

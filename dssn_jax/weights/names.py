@@ -126,8 +126,8 @@ def defect(value: np.ndarray, is_variance: bool = False) -> str:
 
 def defects(state_dict: Mapping[str, np.ndarray]) -> list[str]:
     """Returns NAME and `defect` of each tensor that cannot be weights."""
-    found = {name: defect(value, name.endswith(".running_var")) for name, value in state_dict.items()}
-    return [f"{name} {reason}" for name, reason in found.items() if reason]
+    reasons = {name: defect(value, name.endswith(".running_var")) for name, value in state_dict.items()}
+    return [f"{name} {reason}" for name, reason in reasons.items() if reason]
 
 
 class Comparison(NamedTuple):

@@ -204,10 +204,10 @@ def _has_patches_of(keys: dict, tensors: Mapping[str, np.ndarray]) -> bool:
     """
     network = models.build(_model(keys), 2)
     patch, width = (getattr(network.encoder, name, None) for name in ("patch", "width"))
-    found = tensors.get(f"{names.ENCODER_PREFIX}patch_embed.proj.weight")
-    if found is None or patch is None:
-        return found is None and patch is None
-    return found.shape == (width, 3, patch, patch)
+    kernel = tensors.get(f"{names.ENCODER_PREFIX}patch_embed.proj.weight")
+    if kernel is None or patch is None:
+        return kernel is None and patch is None
+    return kernel.shape == (width, 3, patch, patch)
 
 
 def _normalization(metadata: dict, tensors: Mapping[str, np.ndarray]) -> Normalization:
@@ -222,8 +222,8 @@ def _normalization(metadata: dict, tensors: Mapping[str, np.ndarray]) -> Normali
 
 
 def _read_file(path: epath.Path) -> dict[str, Weights]:
-    found, metadata = files.read_networks(path)
-    named = {network: _standardized(path, tensors) for network, tensors in found.items()}
+    networks, metadata = files.read_networks(path)
+    named = {network: _standardized(path, tensors) for network, tensors in networks.items()}
     return {
         network: Weights(path, tensors, _normalization(metadata, tensors), metadata)
         for network, tensors in named.items()
