@@ -105,5 +105,5 @@ def _kernel_gradient(padded, kernel, gradient, stride, dilation):
         return total + window[:, ::dilation, ::dilation].astype(wide) * pixel.astype(wide)
 
     total = jnp.zeros((batch, *kernel.shape[:2], channels), wide)
-    total = lax.fori_loop(0, rows * columns, add_pixel, total)
+    total = lax.fori_loop(0, rows * columns, add_pixel, total, unroll=4)
     return total.sum(0).reshape(kernel.shape).astype(kernel.dtype)

@@ -50,6 +50,10 @@ def test_products_are_a_convolution(x64, kernel, stride, dilation, padding, size
         ({"kernel": 1}, 9),
         ({"kernel": 1, "stride": 2}, 9),
         ({"kernel": 3}, 9),
+        ({"kernel": 3, "features": 8}, 9),  # Enough channels to sum the gradient of the kernel image by image.
+        ({"kernel": 3, "stride": 2, "features": 8}, 9),
+        ({"kernel": 3, "stride": 2, "features": 8}, 10),
+        ({"kernel": 3, "dilation": 2, "features": 8}, 10),
         ({"kernel": 3, "dilation": 12}, 9),
         ({"kernel": 3, "stride": 2, "groups": 4}, 9),
         ({"kernel": 3, "dilation": 2, "groups": 4}, 8),
@@ -57,7 +61,9 @@ def test_products_are_a_convolution(x64, kernel, stride, dilation, padding, size
 )
 def test_layers_convolve_as_pytorch(x64, options, size):
     torch = pytest.importorskip("torch")
-    x = np.random.default_rng(0).normal(size=(2, size, size, 4))
+    options = options.copy()
+    channels = options.pop("features", 4)
+    x = np.random.default_rng(0).normal(size=(2, size, size, channels))
     layer = layers.conv(4, dtype=jnp.float64, param_dtype=jnp.float64, **options)
     variables = layer.init(jax.random.PRNGKey(0), x)
     ours, backward = jax.vjp(layer.apply, variables, x)
@@ -74,10 +80,18 @@ def test_layers_convolve_as_pytorch(x64, options, size):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
-@pytest.mark.parametrize("options", [{"kernel": 1}, {"kernel": 3, "dilation": 12}, {"kernel": 3, "groups": 4}])
-def test_only_accelerators_get_convolutions(platform, options):
+@pytest.mark.parametrize(
+    ("options", "on_cpu"),
+    [
+        ({"kernel": 1}, 0),
+        ({"kernel": 3, "dilation": 12}, 0),
+        ({"kernel": 3, "groups": 8}, 0),
+        ({"kernel": 3}, 2),  # All but the gradient of the kernel.
+    ],
+)
+def test_only_accelerators_get_all_convolutions(platform, options, on_cpu):
     """Forward, and backward for both arguments."""
-    layer, x = layers.conv(4, **options), jnp.zeros((1, 9, 9, 4))
+    layer, x = layers.conv(8, **options), jnp.zeros((1, 9, 9, 8))
     variables = jax.eval_shape(layer.init, jax.random.PRNGKey(0), x)
 
     def step(variables, x):
@@ -85,7 +99,7 @@ def test_only_accelerators_get_convolutions(platform, options):
         return y, backward(y)
 
     lowered = jax.jit(step).trace(variables, x).lower(lowering_platforms=(platform,))
-    assert lowered.as_text().count("stablehlo.convolution") == (0 if platform == "cpu" else 3)
+    assert lowered.as_text().count("stablehlo.convolution") == (on_cpu if platform == "cpu" else 3)
 
 
 @pytest.mark.parametrize(
