@@ -94,7 +94,8 @@ def _backward(options, saved, gradient):
     if _suits_products(x.shape[1:3], kernel.shape[:2], options):
         on_cpu = functools.partial(gradients, form=products)
     else:
-        on_cpu = image_by_image if x.shape[-1] >= _FEW_CHANNELS else plain
+        # A loop over images would gather a batch that is spread over devices.
+        on_cpu = image_by_image if x.shape[-1] >= _FEW_CHANNELS and jax.device_count() == 1 else plain
     return lax.platform_dependent(*saved, gradient, cpu=on_cpu, default=plain)
 
 

@@ -14,6 +14,16 @@ def x64():
         yield
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """Gives convolutions what they choose where there is one device."""
+    jax.clear_caches()
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        yield
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize(
     ("kernel", "stride", "dilation", "padding", "size"),
     [
@@ -59,7 +69,7 @@ def test_products_are_a_convolution(x64, kernel, stride, dilation, padding, size
         ({"kernel": 3, "dilation": 2, "groups": 4}, 8),
     ],
 )
-def test_layers_convolve_as_pytorch(x64, options, size):
+def test_layers_convolve_as_pytorch(x64, one_device, options, size):
     torch = pytest.importorskip("torch")
     options = options.copy()
     channels = options.pop("features", 4)
@@ -89,7 +99,7 @@ def test_layers_convolve_as_pytorch(x64, options, size):
         ({"kernel": 3}, 2),  # All but the gradient of the kernel.
     ],
 )
-def test_only_accelerators_get_all_convolutions(platform, options, on_cpu):
+def test_only_accelerators_get_all_convolutions(one_device, platform, options, on_cpu):
     """Forward, and backward for both arguments."""
     layer, x = layers.conv(8, **options), jnp.zeros((1, 9, 9, 8))
     variables = jax.eval_shape(layer.init, jax.random.PRNGKey(0), x)
