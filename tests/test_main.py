@@ -280,6 +280,7 @@ def test_eval_needs_only_the_list_of_validation_images(workdir, folder):
     assert evaluate(workdir, *source)["teacher"] == expected["teacher"]
 
 
+@pytest.mark.slow
 def test_eval_and_predict_on_a_number_of_devices_that_divides_no_batch(workdir, folder, tmp_path, monkeypatch):
     """A run of batch 4 on 4 devices, used on 3."""
     expected, make_mesh = evaluate(workdir), sharding.make_mesh

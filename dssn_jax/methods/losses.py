@@ -1,22 +1,49 @@
 """Loss terms (docs/method.md, "Loss"). Logits [B, H, W, K] are in at least float32."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.ad_checkpoint import checkpoint_name
 
-_SELECTION = "selection"
-# Policy for `jax.checkpoint` of a loss: saves the selected pixels for the backward pass.
-KEEP_SELECTIONS = jax.checkpoint_policies.save_only_these_names(_SELECTION)
+_SELECTION, _PIXELS = "selection", "pixels"
+# Policy for `jax.checkpoint` of a loss: saves, for the backward pass, the selected pixels and what was summed over the
+# classes of a pixel.
+KEEP_PIXELS = jax.checkpoint_policies.save_only_these_names(_SELECTION, _PIXELS)
 
 
+@jax.custom_vjp
 def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> jax.Array:
-    """Returns the cross-entropy per pixel [B, H, W]; 0 where `valid` bool [B, H, W] is False, whatever the label."""
-    labels = jnp.where(valid, labels, 0).astype(jnp.int32)
-    return jnp.where(valid, optax.softmax_cross_entropy_with_integer_labels(logits, labels), 0)
+    """Returns the cross-entropy per pixel [B, H, W]; 0 where `valid` bool [B, H, W] is False, whatever the label.
+
+    The backward pass is one pass over the logits: automatic differentiation would scatter into a map of its own.
+    """
+    return _cross_entropy_forward(logits, labels, valid)[0]
+
+
+def _cross_entropy_forward(logits, labels, valid):
+    largest = logits.max(-1)
+    log_sum = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(-1))
+    of_label = jnp.where(_is_class(labels, logits), logits, 0).sum(-1)
+    log_sum = checkpoint_name(log_sum, _PIXELS)
+    return jnp.where(valid, log_sum - of_label, 0), (logits, labels, valid, log_sum)
+
+
+def _cross_entropy_backward(saved, gradient):
+    logits, labels, valid, log_sum = saved
+    probabilities = jnp.exp(logits - log_sum[..., None])
+    gradient = jnp.where(valid, gradient, 0)
+    return (probabilities - _is_class(labels, logits)) * gradient[..., None], None, None
+
+
+pixel_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _is_class(labels: jax.Array, logits: jax.Array) -> jax.Array:
+    """Returns whether a class is the label: bool [B, H, W, K]."""
+    return labels[..., None].astype(jnp.int32) == jnp.arange(logits.shape[-1])
 
 
 def class_weights(frequencies: np.ndarray, power: float) -> tuple[float, ...]:
@@ -115,13 +142,47 @@ def consistency(logits: jax.Array, labels: jax.Array, weight: jax.Array, valid: 
     return (losses * weight).sum() / jnp.maximum(valid.sum(), 1)
 
 
+@jax.custom_vjp
 def contrast(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns the mean squared difference of two logit maps [B, H, W, K] standardized over the classes (Eq. 5)."""
-    return jnp.square(_standardize(a) - _standardize(b)).mean()
+    """Returns the mean squared difference of two logit maps [B, H, W, K] standardized over the classes (Eq. 5).
+
+    Standardized logits have zero mean and unit (unbiased) variance over the classes. Those of a pixel whose logits are
+    all equal are 0, and so is their gradient, which is otherwise that of Eq. 5a.
+    """
+    return _contrast_forward(a, b)[0]
 
 
-def _standardize(logits: jax.Array) -> jax.Array:
-    """Scales to zero mean and unit (unbiased) variance over the classes; equal logits give 0 and a finite gradient."""
-    centered = logits - logits.mean(-1, keepdims=True)
-    variance = jnp.square(centered).sum(-1, keepdims=True) / max(logits.shape[-1] - 1, 1)
-    return jnp.where(variance > 0, centered * jax.lax.rsqrt(jnp.where(variance > 0, variance, 1)), 0)
+class _Standard(NamedTuple):
+    """What standardizes the logits of a pixel, [B, H, W, 1] each."""
+
+    mean: jax.Array
+    scale: jax.Array  # The inverse of the standard deviation; 0 if the logits are equal.
+
+
+def _standard(logits: jax.Array) -> _Standard:
+    mean = logits.mean(-1, keepdims=True)
+    variance = jnp.square(logits - mean).sum(-1, keepdims=True) / max(logits.shape[-1] - 1, 1)
+    scale = jnp.where(variance > 0, jax.lax.rsqrt(jnp.where(variance > 0, variance, 1)), 0)
+    return _Standard(*(checkpoint_name(each, _PIXELS) for each in (mean, scale)))
+
+
+def _contrast_forward(a, b):
+    by_a, by_b = _standard(a), _standard(b)
+    product = ((a - by_a.mean) * (b - by_b.mean)).sum(-1, keepdims=True) * (by_a.scale * by_b.scale)
+    product = checkpoint_name(product, _PIXELS)
+    squares = (a.shape[-1] - 1) * ((by_a.scale > 0).astype(a.dtype) + (by_b.scale > 0))
+    return jnp.maximum(squares - 2 * product, 0).sum() / a.size, (a, b, by_a, by_b, product)
+
+
+def _contrast_backward(saved, gradient):
+    a, b, by_a, by_b, product = saved
+    share = product / max(a.shape[-1] - 1, 1)
+    standard_a, standard_b = (a - by_a.mean) * by_a.scale, (b - by_b.mean) * by_b.scale
+    factor = 2 * gradient / a.size
+    return (
+        factor * by_a.scale * (share * standard_a - standard_b),
+        factor * by_b.scale * (share * standard_b - standard_a),
+    )
+
+
+contrast.defvjp(_contrast_forward, _contrast_backward)

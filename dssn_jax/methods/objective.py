@@ -298,12 +298,12 @@ def _full_size(logits: jax.Array, views: Views) -> jax.Array:
 
 # The terms save low-resolution logits for the backward pass and upsample them again there: everything else is as large
 # as the images times the number of classes.
-@functools.partial(jax.checkpoint, static_argnums=2, policy=losses.KEEP_SELECTIONS)
+@functools.partial(jax.checkpoint, static_argnums=2, policy=losses.KEEP_PIXELS)
 def _labeled_term(logits: jax.Array, labels: jax.Array, loss: Callable) -> jax.Array:
     return loss(upsample(logits, *labels.shape[1:]), labels)
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)
+@functools.partial(jax.checkpoint, static_argnums=2, policy=losses.KEEP_PIXELS)
 def _stream_terms(
     streams: tuple[jax.Array, ...], targets: tuple[Target, ...], pairs: tuple[tuple[int, int], ...]
 ) -> tuple[list[jax.Array], list[jax.Array]]:

@@ -133,4 +133,4 @@ class Block(nn.Module):
         elif self.project:
             x = conv(channels, stride=self.stride, name="downsample_0")(x)
             x = norm(name="downsample_1")(x, train)
-        return nn.relu(x + y)
+        return layers.relu_of_sum(x + y)

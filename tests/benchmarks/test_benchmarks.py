@@ -43,6 +43,7 @@ def test_views_are_timed():
         assert row["ratio"] == pytest.approx(row["pillow_ms"] / row["device_ms"]) and row["device_ms"] > 0
 
 
+@pytest.mark.slow
 def test_padding_and_single_images_count_the_same_pixels(monkeypatch, capsys):
     arguments = "--images=5 --sizes=3 --smallest=32 --largest=36 --encoder=resnet10w16 --batch=4"
     monkeypatch.setattr("sys.argv", ["eval_sizes", *arguments.split()])
@@ -85,12 +86,14 @@ def test_batches_have_the_form_of_the_pipeline(partner, classes, tiny_config):
     assert forms[0] == forms[1]
 
 
+@pytest.mark.slow
 def test_our_step_is_timed(tiny_config):
     row = step.measure_jax(tiny_config("supervised"), 0.01)
     assert row["ms"] > 0 and row["first_s"] > row["ms"] / 1000
     assert row["flop"] > 1e8 and row["ceiling"] > 0 and row["bytes"] > row["argument_bytes"]
 
 
+@pytest.mark.slow
 def test_the_step_of_pytorch_is_timed(tiny_config, monkeypatch):
     pytest.importorskip("torch")
     tensors.register_bottleneck(monkeypatch)
@@ -98,6 +101,7 @@ def test_the_step_of_pytorch_is_timed(tiny_config, monkeypatch):
     assert step.measure_torch(config, "published", 0.01)["ms"] > 0
 
 
+@pytest.mark.slow
 def test_gradients_are_reduced_once_per_step_in_the_compiled_program(tiny_config):
     config = tiny_config("dssn")
     compiled = train_step.lower(config, jax.devices()).compile()

@@ -185,6 +185,7 @@ def test_progress_counts_the_images_of_all_processes(tiny_config):
     assert progress == [6, 12]
 
 
+@pytest.mark.slow
 def test_neither_training_data_nor_the_batch_of_training_matter(tiny_config, tmp_path):
     """A run with batches of 3 on 3 devices is evaluated on 4, and needs the list of validation images alone."""
     options = {"data__labeled_batch": 3, "data__unlabeled_batch": 3}
@@ -225,6 +226,7 @@ def test_the_table_has_a_row_for_each_class_and_metric():
     assert {metric.title for metric in metrics.METRICS.values()} <= cells.keys()
 
 
+@pytest.mark.slow
 def test_fewer_rows_at_a_time_give_the_same_scores(tiny_config, monkeypatch):
     """One image at a time by the bound of pixels, and by that of memory."""
     learner, variables, _ = start(tiny_config("supervised", eval__batch=4, eval__buckets=2), devices=1)
@@ -255,6 +257,7 @@ def _programs(learner, source):
     return evaluator._programs
 
 
+@pytest.mark.slow
 def test_validation_images_that_are_too_large_are_left_out_and_named(tiny_config, monkeypatch, caplog):
     learner, variables, _ = start(tiny_config("supervised", eval__batch=2, eval__buckets=7), devices=1)
     source, evaluator = Images(), Evaluator(learner)

@@ -45,6 +45,7 @@ def trained(tiny_config, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_the_example_of_the_guide(trained, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3)).astype(np.uint8)
     np.save(tmp_path / "images.npy", images)
@@ -74,6 +75,7 @@ def test_the_example_of_the_guide(trained, tmp_path):
     assert (outputs["class_ids"] != student).mean() > 0.1
 
 
+@pytest.mark.slow
 def test_a_network_of_patches_is_exported_for_any_size(tiny_config):
     """The artifact resizes images to the nearest multiples of the patch, and logits back, as evaluation does."""
     learner = learners.build(

@@ -33,6 +33,7 @@ def alone(images, row):
     return images[row : row + 1, :height, :width]
 
 
+@pytest.mark.slow
 def test_padded_logits_are_those_of_the_image_alone(setting):
     network, variables, images, extent = setting
     together = jax.jit(lambda x: network.apply(variables, x, extent=extent))(images)
@@ -61,6 +62,7 @@ def test_sliding_windows_are_those_of_the_original(setting):
     np.testing.assert_allclose(scores[row, :height, :width], expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_flips_and_scales_add_up(setting):
     network, variables, images, extent = setting
     augmented = Inference(network, flip=True, scales=(1.0, 0.5))

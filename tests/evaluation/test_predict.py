@@ -47,6 +47,7 @@ def opened(path):
         return picture.copy()
 
 
+@pytest.mark.slow
 def test_predictions_on_disk_score_as_evaluation_says(run, root, tmp_path):
     config, workdir = run
     expected = evaluate(workdir, config=config)["teacher"]
@@ -103,6 +104,7 @@ def test_the_configuration_is_read_from_the_work_directory(run, root, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_an_image_that_is_too_large_is_skipped_and_named(run, root, tmp_path, monkeypatch):
     """The others, one of which would share its batch, have the predictions that they have without it."""
     config, workdir = run
@@ -118,6 +120,7 @@ def test_an_image_that_is_too_large_is_skipped_and_named(run, root, tmp_path, mo
         np.testing.assert_array_equal(opened(tmp_path / "out" / picture), opened(tmp_path / "expected" / picture))
 
 
+@pytest.mark.slow
 def test_a_device_that_runs_out_of_memory_ends_no_prediction(run, root, tmp_path, monkeypatch):
     config, workdir = run
     original, calls = Evaluator._run, []

@@ -301,6 +301,7 @@ def cache_settings():
         jax.config.update(name, value)
 
 
+@pytest.mark.slow
 def test_a_real_run_is_trained_tabled_and_pictured(cache_settings, keep_programs, monkeypatch, tmp_path):
     settings = (
         "data.shapes.size=48 data.shapes.unlabeled=8 data.shapes.val=4 data.labeled_batch=4 data.unlabeled_batch=8 "

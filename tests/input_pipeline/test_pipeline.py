@@ -325,6 +325,7 @@ def test_batches_do_not_depend_on_threads_and_workers(folder, config, workers, t
         _assert_equal(batch, expected[step])
 
 
+@pytest.mark.slow
 def test_workers_keep_fields_that_are_none(config):
     methods.apply(config, "supervised")
     config.data.workers = 2

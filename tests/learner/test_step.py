@@ -49,7 +49,9 @@ def run(config, count, devices=1):
     return jax.device_get(state), history
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("fixmatch", "unimatch"))) for name in METHODS]
+)
 def test_each_method_has_its_terms_and_they_sum_up(tiny_config, method):
     config = tiny_config(method, method__threshold=0.0, method__selection="threshold")
     state, (first, second) = run(config, 2)
@@ -81,6 +83,7 @@ def exact_config(tiny_config):
         )
 
 
+@pytest.mark.slow
 def test_one_and_four_devices_agree(exact_config):
     alone, alone_metrics = run(exact_config, 3, devices=1)
     shared, shared_metrics = run(exact_config, 3, devices=4)
@@ -127,6 +130,7 @@ def test_labeled_partners_stay_on_their_device(exact_config):
         np.testing.assert_allclose(alone[name], metrics[name], rtol=1e-8, atol=1e-12, err_msg=name)
 
 
+@pytest.mark.slow
 def test_no_all_to_all_with_unequal_batches(tiny_config):
     """The labeled batch is twice the unlabeled one: rows are joined in groups."""
     options = {"method__strong_views": 0, "method__image_contrast_weight": 0.0}
@@ -135,6 +139,7 @@ def test_no_all_to_all_with_unequal_batches(tiny_config):
     assert "all-reduce" in text and "all-to-all" not in text
 
 
+@pytest.mark.slow
 def test_same_seed_same_run(tiny_config):
     learner, _, step = start(tiny_config())
     given = batches(learner, 3)
@@ -164,6 +169,7 @@ def test_keys_of_a_step_are_all_different():
     assert len({np.asarray(key).tobytes() for key in [rng, *keys]}) == len(keys) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["ce", "ohem"])
 def test_a_batch_without_a_valid_pixel_is_harmless(tiny_config, loss):
     learner, state, step = start(tiny_config("dssn" if loss == "ce" else "supervised", method__labeled_loss=loss))
@@ -179,6 +185,7 @@ def test_a_batch_without_a_valid_pixel_is_harmless(tiny_config, loss):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(new_state.student))
 
 
+@pytest.mark.slow
 def test_teacher_is_a_copy_after_warm_up_and_an_average_later(tiny_config):
     learner, state, step = start(tiny_config(ema__decay=0.9))
     first, second = batches(learner, 2)
@@ -191,6 +198,7 @@ def test_teacher_is_a_copy_after_warm_up_and_an_average_later(tiny_config):
     jax.tree.map(close, state.teacher["params"], averages)
 
 
+@pytest.mark.slow
 def test_frozen_encoder_has_no_gradient_no_momentum_and_no_second_copy(tiny_config):
     learner, state, step = start(tiny_config(optimizer__freeze="encoder/"))
     before = jax.device_get(state.student["params"])
@@ -218,6 +226,7 @@ def test_loss_falls_on_a_repeated_batch(tiny_config):
     assert optax.tree_utils.tree_get(state.opt_state, "count") == 6
 
 
+@pytest.mark.slow
 def test_adamw_trains(tiny_config):
     config = tiny_config("supervised", optimizer__name="adamw", optimizer__lr=0.003)
     learner, state, step = start(config)
@@ -298,6 +307,7 @@ def test_running_selections_agree_on_one_and_four_devices(exact_config, selectio
     assert 0 < alone_metrics[-1]["mask_ratio_s1"] < 1
 
 
+@pytest.mark.slow
 def test_dssn_accumulates_with_the_same_state_and_metrics(tiny_config):
     """Traced, not run: the scan over micro-batches demands that every statistic keeps its shape and dtype."""
     traced = []

@@ -130,6 +130,29 @@ def test_contrast_compares_standardized_logits():
     assert losses.contrast(3 * a + 5, b) == pytest.approx(float(losses.contrast(a, b)), rel=1e-4)
 
 
+def test_gradients_are_those_of_the_formulas():
+    """Automatic differentiation of what the docstrings say, in float64."""
+
+    def standardize(logits):
+        return (logits - logits.mean(-1, keepdims=True)) / logits.std(-1, ddof=1, keepdims=True)
+
+    def formula(a, b):
+        return jnp.square(standardize(a) - standardize(b)).mean()
+
+    def cross_entropy(logits, weight, valid):
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), np.where(valid, LABELS, 0)[..., None], -1)[..., 0]
+        return -(weight * picked)[valid].sum()
+
+    with jax.enable_x64(True):
+        a, b = (jnp.asarray(RNG.normal(0, 2, LOGITS.shape)) for _ in range(2))
+        weight, valid = RNG.random(LABELS.shape), LABELS != 255
+        ours = jax.grad(lambda *maps: 3 * losses.contrast(*maps), (0, 1))(a, b)
+        for each, expected in zip(ours, jax.grad(lambda *maps: 3 * formula(*maps), (0, 1))(a, b), strict=True):
+            np.testing.assert_allclose(each, expected, rtol=0, atol=1e-15)
+        ours = jax.grad(lambda logits: (weight * losses.pixel_cross_entropy(logits, LABELS, valid)).sum())(a)
+        np.testing.assert_allclose(ours, jax.grad(cross_entropy)(a, weight, valid), rtol=0, atol=1e-14)
+
+
 def test_contrast_of_equal_logits_has_a_finite_gradient():
     value, gradient = jax.value_and_grad(losses.contrast)(jnp.zeros_like(LOGITS), jnp.asarray(LOGITS))
     assert np.isfinite(value) and np.all(np.isfinite(gradient))

@@ -79,6 +79,7 @@ def test_views_of_labeled_images_matter_to_the_statistics_alone(setup):
     assert not np.allclose(mean("dssn", method__perturb_labeled=False), none, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_complementary_streams_sum_to_twice_the_features(setup):
     """The classifier's input is not linear in the features, so the sum is checked where the objective perturbs."""
     make, variables, views = setup

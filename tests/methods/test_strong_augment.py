@@ -122,6 +122,7 @@ def test_operations_are_drawn_from_their_ranges(drawn):
             assert_uniform(values, *span)
 
 
+@pytest.mark.slow
 def test_views_have_the_statistics_of_pillows(images):
     """Mean and spread, over views, of the mean level, of its contrast and of the distance of neighbors."""
     views, rng = pascal.get_config().views, np.random.default_rng(0)
@@ -174,6 +175,7 @@ def test_views_keep_their_place():
         np.testing.assert_array_equal(views[:, i, 1], batch.image_m)
 
 
+@pytest.mark.slow
 def test_reversed_partners_are_not_augmented():
     """One view an image and box; those of the images are no others than the batch's."""
     images = np.random.default_rng(0).integers(256, size=(4, 8, 8, 3), dtype=np.uint8)

@@ -111,6 +111,7 @@ def initialized():
     return jax.jit(functools.partial(module.init, train=False))(jax.random.PRNGKey(0), maps)
 
 
+@pytest.mark.slow
 def test_initial_weights_are_distributed_as_pytorchs(twin, initialized):
     ours = names.to_state_dict({collection: {"decoder": tree} for collection, tree in initialized.items()})
     for name, value in twin.state_dict().items():

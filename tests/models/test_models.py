@@ -61,6 +61,7 @@ def test_resolution_of_decoders(tiny_config, encoder, decoder, low_res):
     assert jax.eval_shape(network.apply, variables, image).shape == (*image.shape[:3], 6)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing(tiny_config):
     """In float64, where the order of operations leaves no trace."""
     with jax.enable_x64(True):

@@ -114,6 +114,7 @@ def test_positions_of_the_pretraining_grid_are_used_as_they_are(antialias):
     assert np.isfinite(resized).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_padded_images_get_the_features_of_each_alone(form):
     network = tiny(form)

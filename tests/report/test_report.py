@@ -105,6 +105,7 @@ def test_requests_of_a_page_are_recorded(tmp_path):
     assert "http://example.invalid/a.png" in browse(page, tmp_path)[2]
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(page, tmp_path):
     dom, screenshot, requests = browse(page, tmp_path)
     assert requests == []

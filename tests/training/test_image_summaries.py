@@ -1,6 +1,7 @@
 """What the pictures show is what the step saw."""
 
 import numpy as np
+import pytest
 
 from dssn_jax.learner.step import VIEWS, stream_key
 from dssn_jax.methods import strong_augment
@@ -20,6 +21,7 @@ def draw(program):
     return ImageSummaries(learner, ROWS).views(state, batch), batch, learner, before
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_the_step(program):
     views, batch, learner, before = draw(program("dssn"))
     key = stream_key(before.rng, before.step, VIEWS)

@@ -111,6 +111,7 @@ def test_a_run_leaves_its_scores_logs_and_checkpoints(tiny_config, tmp_path):
     assert json.loads((tmp_path / "eval_6.json").read_text())["teacher"] == scores["teacher"]
 
 
+@pytest.mark.slow
 def test_the_log_shows_the_labeled_images_per_step(tiny_config, tmp_path):
     """Supervised training gives the place of the unlabeled images to labeled ones."""
     loop.train(tiny_config("supervised", train__steps=1, train__pictures=0), tmp_path)
@@ -174,6 +175,7 @@ def saved_steps(log):
     return [int(line.split("continuing from step ")[1].split()[0]) for line in log.splitlines() if "continuing" in line]
 
 
+@pytest.mark.slow
 def test_a_run_is_not_continued_with_what_would_change_it(tiny_config, trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     changes = {**LONG, "train__steps": 14, "optimizer__lr": 0.01}
@@ -317,6 +319,7 @@ def test_a_bad_validation_mask_is_named_before_the_first_step(tiny_config, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_masks_without_a_class_are_in_the_log(tiny_config, tmp_path):
     write_images(tmp_path / "data")
     Image.fromarray(np.full((40, 50), 255, np.uint8)).save(tmp_path / "data/masks/2.png")
@@ -324,6 +327,7 @@ def test_masks_without_a_class_are_in_the_log(tiny_config, tmp_path):
     assert "WARNING: " in (log := (tmp_path / "run/log.txt").read_text()) and "images/2.png" in log
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_loses_no_step(tiny_config, tmp_path, monkeypatch):
     """A file that is removed while training."""
     write_images(tmp_path / "data")
@@ -367,6 +371,7 @@ def test_another_state_cannot_continue_but_evaluate(tiny_config, trained, key, b
     assert scores["teacher"]["miou"] == pytest.approx(summary["teacher"]["last"]["miou"])
 
 
+@pytest.mark.slow
 def test_checkpoints_are_ranked_by_the_configured_metric(tiny_config, tmp_path):
     summary = loop.train(tiny_config("supervised", eval__metric="pixel_accuracy", train__pictures=0), tmp_path)
     assert summary["metric"] == "pixel_accuracy"

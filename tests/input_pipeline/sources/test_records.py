@@ -99,6 +99,7 @@ def test_each_image_once_with_its_bytes(folder, packed):
         assert (row["image_bytes"], row["mask_bytes"]) == (len(image), len(mask))
 
 
+@pytest.mark.slow
 def test_interrupted_packing_gives_the_same_files(folder, config, packed, tmp_path):
     undisturbed, target = pathlib.Path(packed.data.root), tmp_path / "target"
     config.data.threads = 1  # So that some shards are complete when the process ends.
