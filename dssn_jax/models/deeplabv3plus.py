@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from configs.checks import ConfigError
 from dssn_jax.models import layers
 from dssn_jax.models.extent import Extent, mean_inside, strided, zero_outside
+from dssn_jax.models.layers import normalized
 from dssn_jax.models.resize import resize
 
 LOW_LEVEL_CHANNELS = 48
@@ -54,11 +55,11 @@ class DeepLabV3Plus(nn.Module):
         c1, c4 = features[0], features[-1]
         c4 = ASPP(self.channels, self.aspp_dilations, name="head", **types)(c4, train, high)
         c4 = resize(c4, *c1.shape[1:3], high, low)
-        c1 = nn.relu(norm(name="reduce_1")(conv(LOW_LEVEL_CHANNELS, name="reduce_0")(c1), train))
+        c1 = nn.relu(normalized(conv(LOW_LEVEL_CHANNELS, name="reduce_0"), norm(name="reduce_1"), c1, train))
         x = zero_outside(jnp.concatenate([c1, c4], -1), low)
-        x = nn.relu(norm(name="fuse_1")(conv(self.channels, 3, name="fuse_0")(x), train))
-        x = conv(self.channels, 3, name="fuse_3")(zero_outside(x, low))
-        x = nn.relu(norm(name="fuse_4")(x, train))
+        x = nn.relu(normalized(conv(self.channels, 3, name="fuse_0"), norm(name="fuse_1"), x, train))
+        x = zero_outside(x, low)
+        x = nn.relu(normalized(conv(self.channels, 3, name="fuse_3"), norm(name="fuse_4"), x, train))
         bias_init = layers.bias_init(self.channels)
         return conv(self.num_classes, use_bias=True, bias_init=bias_init, name="classifier")(x)
 
@@ -77,14 +78,14 @@ class ASPP(nn.Module):
         conv = functools.partial(layers.conv, self.channels, **types)
         norm = functools.partial(layers.BatchNorm, **types)
         x = zero_outside(x, extent)
-        branches = [nn.relu(norm(name="b0_1")(conv(name="b0_0")(x), train))]
+        branches = [nn.relu(normalized(conv(name="b0_0"), norm(name="b0_1"), x, train))]
         for i, dilation in enumerate(self.dilations, start=1):
-            y = conv(kernel=3, dilation=dilation, name=f"b{i}_0")(x)
-            branches.append(nn.relu(norm(name=f"b{i}_1")(y, train)))
+            branch = conv(kernel=3, dilation=dilation, name=f"b{i}_0")
+            branches.append(nn.relu(normalized(branch, norm(name=f"b{i}_1"), x, train)))
         pooled = ImagePooling(self.channels, name=f"b{len(self.dilations) + 1}", **types)(x, train, extent)
         branches.append(jnp.broadcast_to(pooled, branches[0].shape))
-        x = conv(name="project_0")(jnp.concatenate(branches, -1))
-        return nn.relu(norm(name="project_1")(x, train))
+        x = jnp.concatenate(branches, -1)
+        return nn.relu(normalized(conv(name="project_0"), norm(name="project_1"), x, train))
 
 
 class ImagePooling(nn.Module):
@@ -98,5 +99,5 @@ class ImagePooling(nn.Module):
     def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> jax.Array:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = mean_inside(x, extent).astype(self.dtype)
-        x = layers.conv(self.channels, name="gap_1", **types)(x)
-        return nn.relu(layers.BatchNorm(name="gap_2", **types)(x, train))
+        conv, norm = layers.conv(self.channels, name="gap_1", **types), layers.BatchNorm(name="gap_2", **types)
+        return nn.relu(normalized(conv, norm, x, train))

@@ -18,6 +18,7 @@ from dssn_jax.models import layers
 from dssn_jax.models.convolution import conv_general_dilated
 from dssn_jax.models.depthwise import Padding
 from dssn_jax.models.extent import Extent, strided, zero_outside
+from dssn_jax.models.layers import normalized
 
 BATCH_NORM = {"momentum": 0.01, "epsilon": 1e-3}  # Momentum in PyTorch's sense; 0.99 in TensorFlow's.
 STEM_CHANNELS = 32
@@ -79,8 +80,8 @@ class EfficientNetLite(nn.Module):
         """Maps images [B, H, W, 3] to c1 [B, H/4, W/4, C1], c6 [B, H/stride, W/stride, C6], sizes rounded up."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x, padding = same_padding(zero_outside(x, extent), 3, 2, 1, extent)
-        x = _conv(STEM_CHANNELS, 3, strides=2, padding=padding, name="conv_stem", **types)(x)
-        x = nn.relu6(layers.BatchNorm(name="bn1", **BATCH_NORM, **types)(x, train))
+        stem = _conv(STEM_CHANNELS, 3, strides=2, padding=padding, name="conv_stem", **types)
+        x = nn.relu6(normalized(stem, layers.BatchNorm(name="bn1", **BATCH_NORM, **types), x, train))
         extent, current_stride, dilation, features = strided(extent, 2), 2, 1, []
         for stage, spec in enumerate(self.stages()):
             first_dilation = dilation  # Where dilation replaces a stride, the first block keeps the previous dilation.
@@ -137,12 +138,12 @@ class Block(nn.Module):
         norms = iter(("bn1", "bn2", "bn3"))
         y = x
         if expands:
-            y = _conv(x.shape[-1] * self.spec.expansion, name=expansion, **types)(y)
-            y = nn.relu6(norm(name=next(norms))(y, train))
+            wide = _conv(x.shape[-1] * self.spec.expansion, name=expansion, **types)
+            y = nn.relu6(normalized(wide, norm(name=next(norms)), y, train))
         y, padding = same_padding(zero_outside(y, extent), kernel, stride, self.dilation, extent)
-        y = _depthwise(y.shape[-1], kernel, stride, self.dilation, padding=padding, name="conv_dw", **types)(y)
-        y = nn.relu6(norm(name=next(norms))(y, train))
-        y = norm(name=next(norms))(_conv(self.spec.channels, name=reduction, **types)(y), train)
+        depthwise = _depthwise(y.shape[-1], kernel, stride, self.dilation, padding=padding, name="conv_dw", **types)
+        y = nn.relu6(normalized(depthwise, norm(name=next(norms)), y, train))
+        y = normalized(_conv(self.spec.channels, name=reduction, **types), norm(name=next(norms)), y, train)
         return x + y if self.residual else y
 
 

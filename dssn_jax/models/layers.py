@@ -69,6 +69,25 @@ class BatchNorm(nn.Module):
         factor = jax.lax.rsqrt(running_var.value + self.epsilon) * scale
         return ((x.astype(self.param_dtype) - running_mean.value) * factor + bias).astype(self.dtype)
 
+    def folded(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the factor and the offset of each channel, [C] each, with running statistics."""
+        params, stats = self.variables["params"], self.variables["batch_stats"]
+        factor = jax.lax.rsqrt(stats["var"] + self.epsilon) * params["scale"]
+        return factor, params["bias"] - stats["mean"] * factor
+
+
+def normalized(conv: nn.Conv, norm: BatchNorm, x: jax.Array, train: bool) -> jax.Array:
+    """Returns `norm(conv(x), train)` for a convolution without bias.
+
+    With running statistics the norm is part of the convolution: its factors are in the kernel and its offsets are the
+    bias, so that no pass over the feature map follows. The result is the same but for rounding.
+    """
+    if train or conv.is_initializing():
+        return norm(conv(x), train)
+    factor, offset = norm.folded()
+    params = {"kernel": conv.variables["params"]["kernel"] * factor, "bias": offset}
+    return conv.clone(parent=None, name=None, use_bias=True).apply({"params": params}, x)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _normalize_by_batch(

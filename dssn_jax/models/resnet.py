@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dssn_jax.models import layers
 from dssn_jax.models.extent import Extent, strided, zero_outside
+from dssn_jax.models.layers import normalized
 
 # deep: three 3x3 convolutions with 64, 64 and 128 channels (the original; timm's resnet50s). 7x7: one convolution
 # (torchvision). deep_narrow: three with 32, 32 and 64 channels (timm's resnet50c and resnet50d).
@@ -86,15 +87,15 @@ class ResNet(nn.Module):
         half, quarter = strided(extent, 2), strided(extent, 4)
         x = zero_outside(x, extent)
         if self.stem == "7x7":
-            x = conv(self.width, 7, stride=2, name="conv1")(x)
+            last = conv(self.width, 7, stride=2, name="conv1")
         else:
             width = self.width // 2 if self.stem == "deep_narrow" else self.width
-            x = conv(width, 3, stride=2, name="conv1_0")(x)
-            x = zero_outside(nn.relu(norm(name="conv1_1")(x, train)), half)
-            x = conv(width, 3, name="conv1_3")(x)
-            x = zero_outside(nn.relu(norm(name="conv1_4")(x, train)), half)
-            x = conv(2 * width, 3, name="conv1_6")(x)
-        x = nn.relu(norm(name="bn1")(x, train))
+            x = normalized(conv(width, 3, stride=2, name="conv1_0"), norm(name="conv1_1"), x, train)
+            x = zero_outside(nn.relu(x), half)
+            x = normalized(conv(width, 3, name="conv1_3"), norm(name="conv1_4"), x, train)
+            x = zero_outside(nn.relu(x), half)
+            last = conv(2 * width, 3, name="conv1_6")
+        x = nn.relu(normalized(last, norm(name="bn1"), x, train))
         return layers.max_pool(zero_outside(x, half)), quarter
 
 
@@ -119,18 +120,20 @@ class Block(nn.Module):
         spatial = {"stride": self.stride, "dilation": self.dilation}
         if self.bottleneck:
             channels = self.width * self.expansion
-            y = nn.relu(norm(name="bn1")(conv(self.width, name="conv1")(x), train))
-            y = nn.relu(norm(name="bn2")(conv(self.width, 3, **spatial, name="conv2")(zero_outside(y, extent)), train))
-            y = norm(name="bn3")(conv(channels, name="conv3")(y), train)
+            y = nn.relu(normalized(conv(self.width, name="conv1"), norm(name="bn1"), x, train))
+            middle = conv(self.width, 3, **spatial, name="conv2")
+            y = nn.relu(normalized(middle, norm(name="bn2"), zero_outside(y, extent), train))
+            y = normalized(conv(channels, name="conv3"), norm(name="bn3"), y, train)
         else:
             channels = self.width
-            y = conv(self.width, 3, **spatial, name="conv1")(zero_outside(x, extent))
-            y = zero_outside(nn.relu(norm(name="bn1")(y, train)), strided(extent, self.stride))
-            y = norm(name="bn2")(conv(channels, 3, dilation=self.dilation, name="conv2")(y), train)
+            first = conv(self.width, 3, **spatial, name="conv1")
+            y = nn.relu(normalized(first, norm(name="bn1"), zero_outside(x, extent), train))
+            y = zero_outside(y, strided(extent, self.stride))
+            y = normalized(conv(channels, 3, dilation=self.dilation, name="conv2"), norm(name="bn2"), y, train)
         if self.project and self.average:
             x = layers.average_pool(x, self.average, self.stride, extent)
-            x = norm(name="downsample_2")(conv(channels, name="downsample_1")(x), train)
+            x = normalized(conv(channels, name="downsample_1"), norm(name="downsample_2"), x, train)
         elif self.project:
-            x = conv(channels, stride=self.stride, name="downsample_0")(x)
-            x = norm(name="downsample_1")(x, train)
+            shortcut = conv(channels, stride=self.stride, name="downsample_0")
+            x = normalized(shortcut, norm(name="downsample_1"), x, train)
         return layers.relu_of_sum(x + y)

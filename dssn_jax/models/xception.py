@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dssn_jax.models import layers
 from dssn_jax.models.extent import Extent, strided, zero_outside
+from dssn_jax.models.layers import normalized
 
 BATCH_NORM_MOMENTUM = 3e-4  # In PyTorch's sense: the weight of the new statistics.
 
@@ -50,8 +51,10 @@ class Xception(nn.Module):
 
         at = functools.partial(strided, extent)
         stride = 2 if self.output_stride == 16 else 1  # For block 3.
-        x = nn.relu(norm(name="bn1")(conv(32, 3, stride=2, name="conv1")(zero_outside(x, extent)), train))
-        x = nn.relu(norm(name="bn2")(conv(64, 3, name="conv2")(zero_outside(x, at(2))), train))
+        x = zero_outside(x, extent)
+        x = nn.relu(normalized(conv(32, 3, stride=2, name="conv1"), norm(name="bn1"), x, train))
+        x = zero_outside(x, at(2))
+        x = nn.relu(normalized(conv(64, 3, name="conv2"), norm(name="bn2"), x, train))
         x, _ = block(128, stride=2, name="block1")(x, train, at(2))
         x, c1 = block(256, stride=2, name="block2")(x, train, at(4))
         x, _ = block(728, stride=stride, name="block3")(x, train, at(8))
@@ -81,8 +84,9 @@ class Block(nn.Module):
         separable = functools.partial(SeparableConv, dilation=self.dilation, **types)
         first = self.features if self.grow_first else x.shape[-1]
         if x.shape[-1] != self.features or self.stride != 1:
-            shortcut = layers.conv(self.features, stride=self.stride, name="skip", **types)(x)
-            shortcut = layers.BatchNorm(BATCH_NORM_MOMENTUM, name="skipbn", **types)(shortcut, train)
+            skip = layers.conv(self.features, stride=self.stride, name="skip", **types)
+            norm = layers.BatchNorm(BATCH_NORM_MOMENTUM, name="skipbn", **types)
+            shortcut = normalized(skip, norm, x, train)
         else:
             shortcut = nn.relu(x)  # The original's first ReLU works in place.
         x = separable(first, name="sepconv1")(x, train, extent)
@@ -112,5 +116,6 @@ class SeparableConv(nn.Module):
         depthwise = layers.conv(
             channels, 3, stride=self.stride, dilation=self.dilation, groups=channels, name="depthwise", **types
         )
-        x = after(norm(name="bn1")(depthwise(zero_outside(x, extent)), train))
-        return after(norm(name="bn2")(layers.conv(self.features, name="pointwise", **types)(x), train))
+        x = after(normalized(depthwise, norm(name="bn1"), zero_outside(x, extent), train))
+        pointwise = layers.conv(self.features, name="pointwise", **types)
+        return after(normalized(pointwise, norm(name="bn2"), x, train))

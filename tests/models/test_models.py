@@ -1,5 +1,6 @@
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +127,31 @@ def test_batch_norm_by_hand():
     np.testing.assert_allclose(updated["batch_stats"]["mean"], 0.1 * mean, rtol=1e-5)
     np.testing.assert_allclose(updated["batch_stats"]["var"], 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-5)
     np.testing.assert_allclose(norm.apply(variables, x, False), x / np.sqrt(1 + 1e-5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_running_statistics_are_folded_into_the_convolution(groups):
+    """With the same values; batch statistics still normalize."""
+
+    class Unit(nn.Module):
+        fold: bool
+
+        @nn.compact
+        def __call__(self, x, train=False):
+            types = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+            conv = layers.conv(8, 3, stride=2, groups=groups, name="conv", **types)
+            norm = layers.BatchNorm(name="norm", **types)
+            return layers.normalized(conv, norm, x, train) if self.fold else norm(conv(x), train)
+
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(rng.normal(size=(2, 9, 9, 8)))
+        variables = Unit(True).init(jax.random.PRNGKey(0), x)
+        variables = jax.tree.map(lambda leaf: leaf + 0.1 + rng.random(leaf.shape), variables)
+        plain = Unit(False).apply(variables, x)
+        np.testing.assert_allclose(Unit(True).apply(variables, x), plain, rtol=0, atol=1e-12 * np.abs(plain).max())
+        trained, _ = Unit(True).apply(variables, x, train=True, mutable=["batch_stats"])
+        np.testing.assert_allclose(trained.mean((0, 1, 2)), variables["params"]["norm"]["bias"], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
