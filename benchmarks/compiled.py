@@ -57,6 +57,7 @@ PARTS = (
     ("views", ("Learner._strong_views", "Learner._to_views", "strong_views")),
 )
 VIEW_FILES = ("strong_augment.py", "views.py")  # Bodies of loops have shorter stacks.
+SHARED_FILES = ("convolution.py", "depthwise.py")  # Layers of all networks call these: their own lines say more.
 TOTALS = (
     "arguments_gib", "output_gib", "alias_gib", "temp_gib", "peak_gib", "gigabytes_moved", "launches", "tflop",
     "roofline_ms", "optimal_ms", "accessed_gb", "compiler_tflop", "compile_s",
@@ -201,10 +202,10 @@ def part(op_name: str, frames: list[hlo.Frame]) -> str:
 
 
 def source(frames: list[hlo.Frame]) -> str:
-    """Returns the innermost line of this project, "" if there is none."""
+    """Returns the innermost line of this project that says which layer it is, "" if there is none."""
     for frame in frames:
         path = pathlib.Path(frame.file)
-        if path.is_relative_to(ROOT) and "site-packages" not in frame.file:
+        if path.is_relative_to(ROOT) and "site-packages" not in frame.file and path.name not in SHARED_FILES:
             return f"{path.relative_to(ROOT)}:{frame.line} {frame.function}"
     return ""
 

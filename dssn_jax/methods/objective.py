@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import flatten_util
 
 from dssn_jax import sharding
 from dssn_jax.methods import losses
@@ -100,7 +101,7 @@ class Objective:
         """Predicts with batch statistics in the first `batch_stats_steps` steps, then with running statistics."""
 
         def with_running_stats(teacher: dict):
-            return TeacherLogits(*self._predict(teacher, function, inputs)), teacher
+            return TeacherLogits(*self._predict(teacher, function, inputs)), jnp.zeros_like(before)
 
         def with_batch_stats(teacher: dict):
             # The partner first, then the weak view, as the original does; a scan, so that its body is compiled once.
@@ -114,12 +115,16 @@ class Objective:
 
             stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *reversed(inputs))
             teacher, logits = jax.lax.scan(body, teacher, stacked)
-            return TeacherLogits(*reversed(list(logits))), teacher
+            return TeacherLogits(*reversed(list(logits))), flatten_util.ravel_pytree(teacher["batch_stats"])[0]
 
         if self.method.ema.batch_stats_steps == 0 or "batch_stats" not in teacher:
-            return with_running_stats(teacher)
+            return TeacherLogits(*self._predict(teacher, function, inputs)), teacher
+        # The branches return one vector: each array that passed through them would be copied by a kernel of its own.
+        before, restore = flatten_util.ravel_pytree(teacher["batch_stats"])
         early = step < self.method.ema.batch_stats_steps
-        return jax.lax.cond(early, with_batch_stats, with_running_stats, teacher)
+        logits, after = jax.lax.cond(early, with_batch_stats, with_running_stats, teacher)
+        moved = jax.tree.map(functools.partial(jnp.where, early), restore(after), teacher["batch_stats"])
+        return logits, {**teacher, "batch_stats": moved}
 
     def _predict(self, variables: dict, function: str, inputs: list) -> list[jax.Array]:
         """Applies a function of the network in evaluation mode to inputs of one size, joined; returns their logits."""
