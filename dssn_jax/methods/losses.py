@@ -168,20 +168,21 @@ def _standard(logits: jax.Array) -> _Standard:
 
 def _contrast_forward(a, b):
     by_a, by_b = _standard(a), _standard(b)
-    product = ((a - by_a.mean) * (b - by_b.mean)).sum(-1, keepdims=True) * (by_a.scale * by_b.scale)
-    product = checkpoint_name(product, _PIXELS)
-    squares = (a.shape[-1] - 1) * ((by_a.scale > 0).astype(a.dtype) + (by_b.scale > 0))
-    return jnp.maximum(squares - 2 * product, 0).sum() / a.size, (a, b, by_a, by_b, product)
+    difference = (a - by_a.mean) * by_a.scale - (b - by_b.mean) * by_b.scale
+    # Not from the product of both: of nearly equal logits, nothing but rounding would be left.
+    distance = checkpoint_name(jnp.square(difference).sum(-1, keepdims=True), _PIXELS)
+    return distance.sum() / a.size, (a, b, by_a, by_b, distance)
 
 
 def _contrast_backward(saved, gradient):
-    a, b, by_a, by_b, product = saved
-    share = product / max(a.shape[-1] - 1, 1)
+    a, b, by_a, by_b, distance = saved
+    varied = (by_a.scale > 0) & (by_b.scale > 0)
+    excess = jnp.where(varied, distance / (2 * max(a.shape[-1] - 1, 1)), 1)  # 1 - rho
     standard_a, standard_b = (a - by_a.mean) * by_a.scale, (b - by_b.mean) * by_b.scale
-    factor = 2 * gradient / a.size
+    difference, factor = standard_a - standard_b, 2 * gradient / a.size
     return (
-        factor * by_a.scale * (share * standard_a - standard_b),
-        factor * by_b.scale * (share * standard_b - standard_a),
+        factor * by_a.scale * (difference - excess * standard_a),
+        factor * by_b.scale * (-difference - excess * standard_b),
     )
 
 

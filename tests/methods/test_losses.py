@@ -153,6 +153,14 @@ def test_gradients_are_those_of_the_formulas():
         np.testing.assert_allclose(ours, jax.grad(cross_entropy)(a, weight, valid), rtol=0, atol=1e-14)
 
 
+def test_contrast_of_nearly_equal_logits_is_not_rounding():
+    with jax.enable_x64(True):
+        a = RNG.normal(size=LOGITS.shape)
+        b = a + 1e-6 * RNG.normal(size=a.shape)
+        z = [(x - x.mean(-1, keepdims=True)) / x.std(-1, ddof=1, keepdims=True) for x in (a, b)]
+        assert float(losses.contrast(a, b)) == pytest.approx(np.square(z[0] - z[1]).mean(), rel=1e-8)
+
+
 def test_contrast_of_equal_logits_has_a_finite_gradient():
     value, gradient = jax.value_and_grad(losses.contrast)(jnp.zeros_like(LOGITS), jnp.asarray(LOGITS))
     assert np.isfinite(value) and np.all(np.isfinite(gradient))
