@@ -89,7 +89,7 @@ def images_below(folder: str) -> list[str]:
     Raises:
       DataError: a folder that cannot be read.
     """
-    names, inside = [], {folder: {_identity(folder)}}  # Of each folder: itself and those that it is in.
+    names, inside = [], {folder: {_identity(folder)}}  # Maps a folder to the identities of it and its parents.
     for where, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         above = inside.pop(where)
         for name in list(folders):

@@ -24,10 +24,8 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, valid: jax.Array) 
 
 
 def _cross_entropy_forward(logits, labels, valid):
-    largest = logits.max(-1)
-    log_sum = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(-1))
-    of_label = jnp.where(_is_class(labels, logits), logits, 0).sum(-1)
-    log_sum = checkpoint_name(log_sum, _PIXELS)
+    log_sum = checkpoint_name(jax.nn.logsumexp(logits, -1), _PIXELS)
+    of_label = jnp.where(_one_hot(labels, logits), logits, 0).sum(-1)
     return jnp.where(valid, log_sum - of_label, 0), (logits, labels, valid, log_sum)
 
 
@@ -35,15 +33,15 @@ def _cross_entropy_backward(saved, gradient):
     logits, labels, valid, log_sum = saved
     probabilities = jnp.exp(logits - log_sum[..., None])
     gradient = jnp.where(valid, gradient, 0)
-    return (probabilities - _is_class(labels, logits)) * gradient[..., None], None, None
+    return (probabilities - _one_hot(labels, logits)) * gradient[..., None], None, None
 
 
 pixel_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _is_class(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """Returns whether a class is the label: bool [B, H, W, K]."""
-    return labels[..., None].astype(jnp.int32) == jnp.arange(logits.shape[-1])
+def _one_hot(labels: jax.Array, logits: jax.Array) -> jax.Array:
+    """Returns the labels as bool [B, H, W, K]; no class is True for labels beyond the last one."""
+    return jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
 
 
 def class_weights(frequencies: np.ndarray, power: float) -> tuple[float, ...]:
@@ -153,10 +151,14 @@ def contrast(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 class _Standard(NamedTuple):
-    """What standardizes the logits of a pixel, [B, H, W, 1] each."""
+    """Mean and scale over the classes, [B, H, W, 1] each, with which the logits of each pixel are standardized."""
 
     mean: jax.Array
     scale: jax.Array  # The inverse of the standard deviation; 0 if the logits are equal.
+
+    def apply(self, logits: jax.Array) -> jax.Array:
+        """Returns the standardized logits [B, H, W, K]."""
+        return (logits - self.mean) * self.scale
 
 
 def _standard(logits: jax.Array) -> _Standard:
@@ -168,17 +170,17 @@ def _standard(logits: jax.Array) -> _Standard:
 
 def _contrast_forward(a, b):
     by_a, by_b = _standard(a), _standard(b)
-    difference = (a - by_a.mean) * by_a.scale - (b - by_b.mean) * by_b.scale
-    # Not from the product of both: of nearly equal logits, nothing but rounding would be left.
-    distance = checkpoint_name(jnp.square(difference).sum(-1, keepdims=True), _PIXELS)
-    return distance.sum() / a.size, (a, b, by_a, by_b, distance)
+    # The sum of squared differences, not 2 (K - 1) (1 - rho): for nearly equal logits that would be rounding alone.
+    distance = jnp.square(by_a.apply(a) - by_b.apply(b)).sum(-1, keepdims=True)
+    return distance.sum() / a.size, (a, b, by_a, by_b, checkpoint_name(distance, _PIXELS))
 
 
 def _contrast_backward(saved, gradient):
+    """Eq. 5a as a_bar - b_bar - (1 - rho) a_bar, which keeps the digits of nearly equal logits too."""
     a, b, by_a, by_b, distance = saved
     varied = (by_a.scale > 0) & (by_b.scale > 0)
     excess = jnp.where(varied, distance / (2 * max(a.shape[-1] - 1, 1)), 1)  # 1 - rho
-    standard_a, standard_b = (a - by_a.mean) * by_a.scale, (b - by_b.mean) * by_b.scale
+    standard_a, standard_b = by_a.apply(a), by_b.apply(b)
     difference, factor = standard_a - standard_b, 2 * gradient / a.size
     return (
         factor * by_a.scale * (difference - excess * standard_a),

@@ -101,7 +101,7 @@ class Objective:
         """Predicts with batch statistics in the first `batch_stats_steps` steps, then with running statistics."""
 
         def with_running_stats(teacher: dict):
-            return TeacherLogits(*self._predict(teacher, function, inputs)), jnp.zeros_like(before)
+            return TeacherLogits(*self._predict(teacher, function, inputs)), before
 
         def with_batch_stats(teacher: dict):
             # The partner first, then the weak view, as the original does; a scan, so that its body is compiled once.
@@ -123,8 +123,7 @@ class Objective:
         before, restore = flatten_util.ravel_pytree(teacher["batch_stats"])
         early = step < self.method.ema.batch_stats_steps
         logits, after = jax.lax.cond(early, with_batch_stats, with_running_stats, teacher)
-        moved = jax.tree.map(functools.partial(jnp.where, early), restore(after), teacher["batch_stats"])
-        return logits, {**teacher, "batch_stats": moved}
+        return logits, {**teacher, "batch_stats": restore(after)}
 
     def _predict(self, variables: dict, function: str, inputs: list) -> list[jax.Array]:
         """Applies a function of the network in evaluation mode to inputs of one size, joined; returns their logits."""

@@ -264,7 +264,7 @@ def histogram(levels: jax.Array) -> jax.Array:
 
 
 def _histogram_by_increments(channels: jax.Array) -> jax.Array:
-    """Counts by increments: fast on a CPU, and one read on a GPU, whose increments of integers do not wait."""
+    """Counts by increments: fast on a CPU, and a single read of the levels on a GPU."""
     bins = channels.astype(jnp.int32) + 256 * jnp.arange(3)
     counts = jax.vmap(lambda bins: jnp.zeros(3 * 256, jnp.int32).at[bins.ravel()].add(1))(bins)
     return counts.reshape(-1, 3, 256)

@@ -87,7 +87,7 @@ def _backward(options, saved, gradient):
 
     def image_by_image(x, kernel, gradient):
         by_x = jax.vjp(lambda x: _plain(x, kernel, options), x)[1](gradient)[0]
-        return by_x, kernel_gradient(x, kernel, gradient, options)
+        return by_x, _kernel_gradient(x, kernel, gradient, options)
 
     x, kernel = saved
     plain = functools.partial(gradients, form=_plain)
@@ -132,7 +132,7 @@ def products(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
     return total.astype(x.dtype)
 
 
-def kernel_gradient(x: jax.Array, kernel: jax.Array, gradient: jax.Array, options: Options) -> jax.Array:
+def _kernel_gradient(x: jax.Array, kernel: jax.Array, gradient: jax.Array, options: Options) -> jax.Array:
     """Returns the gradient of `kernel`, given that of the result of the convolution [B, h, w, D].
 
     An image at a time, which stays in the cache: a matrix product per element of the kernel, of the gradient and the
@@ -141,15 +141,15 @@ def kernel_gradient(x: jax.Array, kernel: jax.Array, gradient: jax.Array, option
     (rows, columns), (down, right) = kernel.shape[:2], options.dilation
     (height, width), wide = gradient.shape[1:3], jnp.promote_types(x.dtype, jnp.float32)
 
-    def part(image: jax.Array, i: int, j: int) -> jax.Array:
+    def reached(image: jax.Array, i: int, j: int) -> jax.Array:
         vertical = _inputs(Tap(i * down, 0, height), options.strides[0])
         horizontal = _inputs(Tap(j * right, 0, width), options.strides[1])
         return image[vertical, horizontal].reshape(-1, image.shape[-1])
 
     def add_image(total: jax.Array, image: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         padded, by_result = image[0], image[1].reshape(height * width, -1).T
-        parts = (part(padded, i, j) for i in range(rows) for j in range(columns))
-        return total + jnp.stack([jnp.matmul(by_result, each, preferred_element_type=wide) for each in parts]), None
+        pixels = (reached(padded, i, j) for i in range(rows) for j in range(columns))
+        return total + jnp.stack([jnp.matmul(by_result, each, preferred_element_type=wide) for each in pixels]), None
 
     padded = jnp.pad(x, ((0, 0), *options.padding, (0, 0)))
     total = jnp.zeros((rows * columns, gradient.shape[-1], x.shape[-1]), wide)

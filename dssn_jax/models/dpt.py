@@ -23,7 +23,7 @@ class Size(NamedTuple):
     """Channels of the decoder."""
 
     features: int  # Channels of the fused maps.
-    channels: tuple[int, int, int, int]  # Of the four maps before they are fused.
+    channels: tuple[int, int, int, int]  # Channels of the four maps before they are fused.
 
 
 # Largest width of the encoder -> size of the decoder: that of the tests' encoders, Small, Base and Large.

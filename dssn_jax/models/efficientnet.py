@@ -174,7 +174,7 @@ def same_padding(
         above, left = (total // 2 for total in missing)
         return x, ((above, missing[0] - above), (left, missing[1] - left))
     for axis, length, sizes in ((1, lengths[0], extent.height), (2, lengths[1], extent.width)):
-        before = reach // 2  # Of odd sizes.
+        before = reach // 2  # Padding above, or to the left of, an image of odd size.
         widths = [(before, length + 1 - before - x.shape[axis]) if i == axis else (0, 0) for i in range(4)]
         odd, even = (jax.lax.slice_in_dim(jnp.pad(x, widths), i, i + length, axis=axis) for i in (0, 1))
         x = jnp.where((sizes % 2 == 0)[:, None, None, None], even, odd)

@@ -66,14 +66,17 @@ class BatchNorm(nn.Module):
                 running_mean.value += self.momentum * (mean - running_mean.value)
                 running_var.value += self.momentum * (unbiased - running_var.value)
             return result.astype(self.dtype)
-        factor = jax.lax.rsqrt(running_var.value + self.epsilon) * scale
+        factor = self._factor(running_var.value, scale)
         return ((x.astype(self.param_dtype) - running_mean.value) * factor + bias).astype(self.dtype)
 
     def folded(self) -> tuple[jax.Array, jax.Array]:
         """Returns the factor and the offset of each channel, [C] each, with running statistics."""
         params, stats = self.variables["params"], self.variables["batch_stats"]
-        factor = jax.lax.rsqrt(stats["var"] + self.epsilon) * params["scale"]
+        factor = self._factor(stats["var"], params["scale"])
         return factor, params["bias"] - stats["mean"] * factor
+
+    def _factor(self, var: jax.Array, scale: jax.Array) -> jax.Array:
+        return jax.lax.rsqrt(var + self.epsilon) * scale
 
 
 def normalized(conv: nn.Conv, norm: BatchNorm, x: jax.Array, train: bool) -> jax.Array:

@@ -25,7 +25,7 @@ class Linear(nn.Module):
     """Batch norm and a linear classifier of each position of the last feature map."""
 
     num_classes: int
-    stride: int  # Of the last feature map.
+    stride: int  # Stride of the last feature map.
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

@@ -158,7 +158,7 @@ class ViT(nn.Module):
             return self.param(name, _normal, (1, count, self.width), self.param_dtype).astype(self.dtype)
 
         first = param("cls_token", 1)
-        if self.is_initializing():  # Of the pretraining. Kept so that files can be written completely.
+        if self.is_initializing():  # Only pretraining uses the mask token; files of weights have it.
             self.variable("unused", "mask_token", jnp.zeros, (1, self.width), self.param_dtype)
         if self.position == "learned":
             of_first, of_patches = self._position_embedding(x.shape[1:3], extent)

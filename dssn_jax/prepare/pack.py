@@ -178,7 +178,7 @@ def _open_folder(folder: pathlib.Path, plan: dict) -> dict[int, ShardResult]:
             f"{folder}: holds a packed data set, complete or not, of other files or lists; expected a new folder"
         )
     progress.mkdir(parents=True, exist_ok=True)
-    for part in folder.glob(f".{'[0-9a-f]' * 32}.part"):  # What `atomic_write` leaves when it is killed.
+    for part in folder.glob(f".{'[0-9a-f]' * 32}.part"):  # Left by an `atomic_write` that was killed.
         part.unlink()
     _write_json(progress / _PLAN, plan)
     return done

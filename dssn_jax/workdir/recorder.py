@@ -60,7 +60,7 @@ class _DebugFile(logging.FileHandler):
         pass
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # What could not be written before cannot be now.
+        with contextlib.suppress(OSError):  # Closing writes buffered lines, and fails again on a full disk.
             super().close()
 
 

@@ -123,21 +123,20 @@ def test_consistency_weighs_pixels_and_divides_by_the_valid_ones():
     assert losses.consistency(LOGITS, LABELS, weight, valid) == pytest.approx(expected, rel=1e-5)
 
 
+def contrast(a, b):
+    """Eq. 5 as it is written."""
+    a, b = ((x - x.mean(-1, keepdims=True)) / x.std(-1, ddof=1, keepdims=True) for x in (a, b))
+    return ((a - b) ** 2).mean()
+
+
 def test_contrast_compares_standardized_logits():
     a, b = LOGITS, RNG.normal(0, 1, LOGITS.shape).astype(np.float32)
-    z = [(x - x.mean(-1, keepdims=True)) / x.std(-1, ddof=1, keepdims=True) for x in (a, b)]
-    assert losses.contrast(a, b) == pytest.approx(np.square(z[0] - z[1]).mean(), rel=1e-5)
+    assert losses.contrast(a, b) == pytest.approx(contrast(a, b), rel=1e-5)
     assert losses.contrast(3 * a + 5, b) == pytest.approx(float(losses.contrast(a, b)), rel=1e-4)
 
 
 def test_gradients_are_those_of_the_formulas():
     """Automatic differentiation of what the docstrings say, in float64."""
-
-    def standardize(logits):
-        return (logits - logits.mean(-1, keepdims=True)) / logits.std(-1, ddof=1, keepdims=True)
-
-    def formula(a, b):
-        return jnp.square(standardize(a) - standardize(b)).mean()
 
     def cross_entropy(logits, weight, valid):
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), np.where(valid, LABELS, 0)[..., None], -1)[..., 0]
@@ -147,7 +146,7 @@ def test_gradients_are_those_of_the_formulas():
         a, b = (jnp.asarray(RNG.normal(0, 2, LOGITS.shape)) for _ in range(2))
         weight, valid = RNG.random(LABELS.shape), LABELS != 255
         ours = jax.grad(lambda *maps: 3 * losses.contrast(*maps), (0, 1))(a, b)
-        for each, expected in zip(ours, jax.grad(lambda *maps: 3 * formula(*maps), (0, 1))(a, b), strict=True):
+        for each, expected in zip(ours, jax.grad(lambda *maps: 3 * contrast(*maps), (0, 1))(a, b), strict=True):
             np.testing.assert_allclose(each, expected, rtol=0, atol=1e-15)
         ours = jax.grad(lambda logits: (weight * losses.pixel_cross_entropy(logits, LABELS, valid)).sum())(a)
         np.testing.assert_allclose(ours, jax.grad(cross_entropy)(a, weight, valid), rtol=0, atol=1e-14)
@@ -157,8 +156,7 @@ def test_contrast_of_nearly_equal_logits_is_not_rounding():
     with jax.enable_x64(True):
         a = RNG.normal(size=LOGITS.shape)
         b = a + 1e-6 * RNG.normal(size=a.shape)
-        z = [(x - x.mean(-1, keepdims=True)) / x.std(-1, ddof=1, keepdims=True) for x in (a, b)]
-        assert float(losses.contrast(a, b)) == pytest.approx(np.square(z[0] - z[1]).mean(), rel=1e-8)
+        assert float(losses.contrast(a, b)) == pytest.approx(contrast(a, b), rel=1e-8)
 
 
 def test_contrast_of_equal_logits_has_a_finite_gradient():

@@ -60,10 +60,10 @@ def test_products_are_a_convolution(x64, kernel, stride, dilation, padding, size
         ({"kernel": 1}, 9),
         ({"kernel": 1, "stride": 2}, 9),
         ({"kernel": 3}, 9),
-        ({"kernel": 3, "features": 8}, 9),  # Enough channels to sum the gradient of the kernel image by image.
-        ({"kernel": 3, "stride": 2, "features": 8}, 9),
-        ({"kernel": 3, "stride": 2, "features": 8}, 10),
-        ({"kernel": 3, "dilation": 2, "features": 8}, 10),
+        ({"kernel": 3, "channels": 8}, 9),  # Enough channels to sum the gradient of the kernel image by image.
+        ({"kernel": 3, "stride": 2, "channels": 8}, 9),
+        ({"kernel": 3, "stride": 2, "channels": 8}, 10),
+        ({"kernel": 3, "dilation": 2, "channels": 8}, 10),
         ({"kernel": 3, "dilation": 12}, 9),
         ({"kernel": 3, "stride": 2, "groups": 4}, 9),
         ({"kernel": 3, "dilation": 2, "groups": 4}, 8),
@@ -72,7 +72,7 @@ def test_products_are_a_convolution(x64, kernel, stride, dilation, padding, size
 def test_layers_convolve_as_pytorch(x64, one_device, options, size):
     torch = pytest.importorskip("torch")
     options = options.copy()
-    channels = options.pop("features", 4)
+    channels = options.pop("channels", 4)
     x = np.random.default_rng(0).normal(size=(2, size, size, channels))
     layer = layers.conv(4, dtype=jnp.float64, param_dtype=jnp.float64, **options)
     variables = layer.init(jax.random.PRNGKey(0), x)
