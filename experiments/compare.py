@@ -50,10 +50,13 @@ class Variant(NamedTuple):
     overrides: dict[str, str] = {}
 
 
-_CLASS_WEIGHTS = {"method.class_weight_power": "0.5"}
-_RARE_SAMPLING = {"data.labeled_sampling": "rare", "data.rare_temperature": "0.1"}
-# What can be compared. Variants with overrides are ablations of DSSN: without a part of it, or with another form of it;
-# those of the supervised baseline show what the same part is worth without unlabeled images.
+_BALANCED = {
+    "method.class_weight_power": "0.5",
+    "data.labeled_sampling": "rare",
+    "data.rare_temperature": "0.1",
+}
+# What can be compared. Variants with overrides are ablations: a method without a part of it, or with another form of it;
+# that of the supervised baseline shows what the same parts are worth without unlabeled images.
 VARIANTS = {
     "supervised": Variant("supervised"),
     "fixmatch": Variant("fixmatch"),
@@ -66,14 +69,16 @@ VARIANTS = {
     "dssn-no-teacher": Variant("dssn", {"method.teacher": "student_eval"}),
     "dssn-partner-same": Variant("dssn", {"views.mix_partner": "same"}),
     "dssn-partner-other": Variant("dssn", {"views.mix_partner": "other"}),
-    "dssn-partner-labeled": Variant("dssn", {"views.mix_partner": "labeled"}),
-    "dssn-paste-classes": Variant("dssn", {"views.mix_partner": "labeled", "views.paste_classes": "2"}),
-    "dssn-adaptive": Variant("dssn", {"method.selection": "adaptive"}),
-    "dssn-soft": Variant("dssn", {"method.selection": "soft"}),
-    "dssn-class-weights": Variant("dssn", _CLASS_WEIGHTS),
-    "dssn-rare-sampling": Variant("dssn", _RARE_SAMPLING),
-    "supervised-class-weights": Variant("supervised", _CLASS_WEIGHTS),
-    "supervised-rare-sampling": Variant("supervised", _RARE_SAMPLING),
+    "fixmatch_balanced": Variant("fixmatch_balanced"),
+    "fixmatch_balanced-no-class-weights": Variant("fixmatch_balanced", {"method.class_weight_power": "0.0"}),
+    "fixmatch_balanced-no-rare-sampling": Variant("fixmatch_balanced", {"data.labeled_sampling": "uniform"}),
+    "fixmatch_balanced-half-labeled": Variant("fixmatch_balanced", {"method.labeled_batch_factor": "1"}),
+    "fixmatch_balanced-partner-other": Variant("fixmatch_balanced", {"views.mix_partner": "other"}),
+    "fixmatch_balanced-paste-classes": Variant("fixmatch_balanced", {"views.paste_classes": "2"}),
+    "fixmatch_balanced-class-aware": Variant("fixmatch_balanced", {"method.selection": "class_aware"}),
+    "fixmatch_balanced-adaptive": Variant("fixmatch_balanced", {"method.selection": "adaptive"}),
+    "fixmatch_balanced-soft": Variant("fixmatch_balanced", {"method.selection": "soft"}),
+    "supervised-balanced": Variant("supervised", _BALANCED),
 }
 KEEP = ("best", "all", "none")
 START_SECONDS = 30.0  # No run is started with less time left than this: it would do little more than compile.
