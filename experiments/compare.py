@@ -55,7 +55,7 @@ _BALANCED = {
     "data.labeled_sampling": "rare",
     "data.rare_temperature": "0.1",
 }
-# What can be compared. Variants with overrides are ablations: a method without a part of it, or with another form of it;
+# What can be compared. Variants with overrides are ablations: a method without a part, or with another form of it;
 # that of the supervised baseline shows what the same parts are worth without unlabeled images.
 VARIANTS = {
     "supervised": Variant("supervised"),
