@@ -31,7 +31,8 @@ def parse(argument: str | None, **default_values) -> dict:
             kind = type(default_values[key]).__name__
             raise ConfigError(f"config argument {key}={show(text)} is not of type {kind}") from None
         given.add(key)
-    check_choice("method", values["method"], methods.METHODS)
+    if values["method"] != default_values["method"]:
+        check_choice("method", values["method"], methods.METHODS)
     if "crop" in values.keys() - given and "encoder" in values:
         values["crop"] = encoders.nearest_crop(values["encoder"], values["crop"])
     return values

@@ -139,7 +139,7 @@ def differences(old: dict, new: dict, ignore: Collection[str] = (), section: str
 # Keys that say where the data are, how fast they are read and what is logged or saved. No score depends on them.
 _WITHOUT_EFFECT = (
     "name", "data.root", "data.val_overlap", "data.tfds.data_dir", "data.workers", "data.threads", "data.buffer",
-    "model.remat", "train.resume", "train.log_every", "train.checkpoint_every", "train.pictures",
+    "method.reason", "model.remat", "train.resume", "train.log_every", "train.checkpoint_every", "train.pictures",
 )  # fmt: skip
 # Keys, or sections of keys, that may also change between a stop and the next start of the same run: no training step
 # depends on them, or they name the data, whose lists are compared.

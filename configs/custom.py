@@ -17,13 +17,14 @@ Arguments and their defaults; paths are relative to root:
     label_map   a file that maps mask values to classes
     ignore      mask values to ignore besides 255, such as 0+254
 
-and encoder, decoder, method, pretrained, crop, steps. Crop, batch, number of steps, evaluation interval and learning
-rate are chosen from the images, the memory and the weights (dssn_jax/auto_config.py); the log says why.
+and encoder, decoder, method, pretrained, crop, steps. The method is chosen by the encoder, and crop, batch, number of
+steps, evaluation interval and learning rate from the images, the memory and the weights (dssn_jax/auto_config.py); the
+log says why.
 """
 
 import os
 
-from configs import arguments
+from configs import arguments, encoders
 from configs.checks import ConfigError, check_choice
 from configs.defaults import KEYS
 from configs.kinds import show
@@ -31,14 +32,22 @@ from input_pipeline.class_names import read_class_names
 from input_pipeline.errors import DataError
 
 _SPLITS = "splits"
+_FEW_LABELS = (
+    "fixmatch_balanced",
+    "the best on CamVid with 23 and 46 labels, and none of its classes is lost (docs/results/camvid.md)",
+)
+_TRANSFORMERS = ("unimatch_v2", "published with vision transformers (docs/encoders.md)")
 
 
 def get_config(argument: str | None = None):
     values = arguments.parse(
         argument, root="", names="classes.txt", labeled="", masks="masks", mask_suffix="", unlabeled="",
         unmasked="refuse", val="0.2", val_masks="", split="", label_map="", ignore="", encoder="resnet50",
-        decoder="", method="dssn", pretrained="", crop=0, steps=0,
+        decoder="", method="", pretrained="", crop=0, steps=0,
     )  # fmt: skip
+    reason = ""
+    if not values["method"]:
+        values["method"], reason = _FEW_LABELS if encoders.find_family(values["encoder"]) is None else _TRANSFORMERS
     root = os.path.expanduser(values["root"])
     if not root:
         raise ConfigError("configs/custom.py needs the folder of your images: configs/custom.py:root=FOLDER")
@@ -49,6 +58,7 @@ def get_config(argument: str | None = None):
     config = arguments.recipe("custom", values, _class_names(os.path.join(root, values["names"])))
     shown = {"root": values["root"], "split": values["split"] or "-"}
     config.name = arguments.describe("custom", shown | {key: values[key] for key in ("encoder", "method")})
+    config.method.reason = reason
     config.data.root = values["root"]
     config.data.label_map = values["label_map"]
     config.data.ignore_values = _ignored(values["ignore"])
@@ -64,8 +74,9 @@ def get_config(argument: str | None = None):
     config.optimizer.lr = 0.0
     config.train.epochs = 0
     config.train.steps = values["steps"]
-    if values["steps"]:  # The teacher must follow the student within a quarter of a short run.
+    if values["steps"]:  # The teacher must follow the student within a quarter of a short run, and label before long.
         config.ema.decay = 1 - 1 / min(250, max(1, values["steps"] / 4))
+        config.ema.warmup_steps = min(config.ema.warmup_steps, values["steps"] // 3)
     return arguments.finish(config)
 
 

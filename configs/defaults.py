@@ -214,6 +214,7 @@ _METHOD = Section(
     "Streams and terms of the loss (docs/method.md, Eq. 1); `configs/methods.py` names the combinations. Without "
     "unlabeled streams (strong_views = feature_views = 0) the labeled loss remains.",
     name=Key("dssn", Text(), "The entry of configs/methods.py that filled this section."),
+    reason=Key("", Text(), 'Why the config file chose this entry, for the log; "" if the user did.'),
     labeled_batch_factor=Key(
         1, Int(1, 16), "Labeled images per step are `data.labeled_batch` times this. 2 for the supervised baseline, "
         "which gives the place of the unlabeled images to labeled ones.",

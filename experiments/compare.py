@@ -7,7 +7,8 @@
 A run is OUT/runs/NAME, a work directory of main.py. The same command resumes a comparison that was stopped: finished
 runs are skipped and an unfinished one continues from its checkpoint. Methods, splits, seeds and values of a grid may be
 added to OUT later; what all runs share (config file, --set) may not change. Every method takes the same number of steps
-with the same number of images per step: supervised learning has labeled images in place of the unlabeled ones.
+with the same number of images per step: supervised learning has labeled images in place of the unlabeled ones. But
+fixmatch_balanced has half as many images again: the labeled ones of supervised learning, and the unlabeled ones.
 
 A finished run keeps its best checkpoint (--keep): three times the size of the parameters with a teacher, twice without.
 An unfinished run has two. Compiled programs are kept in OUT/compiled, so that a program is compiled once for all seeds

@@ -38,6 +38,8 @@ def plan(config) -> Run:
         progress = log_progress(len(sources.labeled), "counting the pixels of each class")
         class_statistics.count_pixels(sources.labeled, config.data, progress)
     config, chosen = auto_config.fill_in(config, sources, devices)
+    if config.method.reason:
+        chosen.insert(0, f"method={config.method.name}: {config.method.reason}")
     validate_training(config, len(devices))  # Given and chosen values together.
     length = run_length(sources, config)
     learner = learner_lib.build(config, length=length)

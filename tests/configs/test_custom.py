@@ -20,6 +20,17 @@ def test_valid_for_every_method(tmp_path, method):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "method"),
+    [("", "fixmatch_balanced"), (",encoder=dinov2_small", "unimatch_v2"), (",encoder=dinov2_small,method=dssn", "dssn")],
+)
+def test_the_method_is_chosen_with_a_reason_unless_it_is_given(tmp_path, arguments, method):
+    config = custom.get_config(f"root={make_root(tmp_path, {'a': (0,)})}{arguments}")
+    assert (config.method.name, bool(config.method.reason)) == (method, "method=" not in arguments)
+    assert config.name.endswith(f"method={method}")
+    assert config.views.mix_partner == {"fixmatch_balanced": "labeled"}.get(method, "reversed")
+
+
+@pytest.mark.parametrize(
     ("names", "message"),
     [
         ("a\n\nb\n", r"classes\.txt:2: an empty line"),

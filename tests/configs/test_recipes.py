@@ -25,7 +25,7 @@ def test_every_recipe_is_valid(name, method):
     # One unlabeled image per device has no partner on it.
     validate_training(config, device_count=4 if config.views.mix_partner == "reversed" else 8)
     assert config.method.name == method
-    assert labeled_rows(config) == (16 if method == "supervised" else 8)
+    assert labeled_rows(config) == (16 if method in ("supervised", "fixmatch_balanced") else 8)
     assert set(config.to_dict()) == set(defaults.get_config().to_dict())
 
 

@@ -111,6 +111,11 @@ def test_a_run_leaves_its_scores_logs_and_checkpoints(tiny_config, tmp_path):
     assert json.loads((tmp_path / "eval_6.json").read_text())["teacher"] == scores["teacher"]
 
 
+def test_the_log_says_why_a_method_was_chosen(tiny_config):
+    assert plan(tiny_config()).notes == []
+    assert plan(tiny_config(method__reason="few labels")).notes == ["chosen: method=dssn: few labels"]
+
+
 @pytest.mark.slow
 def test_the_log_shows_the_labeled_images_per_step(tiny_config, tmp_path):
     """Supervised training gives the place of the unlabeled images to labeled ones."""
