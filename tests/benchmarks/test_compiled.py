@@ -11,6 +11,9 @@ from dssn_jax.learner.step import TrainStep
 from dssn_jax.methods import objective, strong_augment
 from tests.benchmarks.test_hlo import GPU
 
+# Of the step that the last test compiles for four simulated devices, with jax 0.10.2; a change that needs more says why.
+BOUNDS = {"gigabytes_moved": 3.95, "launches": 44500, "all-reduces": 70, "reduced megabytes": 3.04}
+GROWTH = 1.05  # For other releases of the compiler.
 TARGETS = sorted(file.stem for file in compiled.TARGETS.glob("*.json"))
 
 
@@ -89,7 +92,10 @@ def test_the_step_is_described_and_compared(tmp_path, monkeypatch, capsys):
     assert parts.get("other", {"gigabytes": 0})["gigabytes"] < 0.1 * result["gigabytes_moved"]
     # XLA's count before optimization has the loops' bodies once and elementwise work too.
     assert result["tflop"] == pytest.approx(result["compiler_tflop"], rel=0.5)
-    assert {row["kind"] for row in result["collectives"]} >= {"all-reduce"}
+    assert {row["kind"] for row in result["collectives"]} == {"all-reduce"}
+    reduced = {"all-reduces": "count", "reduced megabytes": "MB"}
+    sizes = result | {name: sum(row[key] for row in result["collectives"]) for name, key in reduced.items()}
+    assert {name: sizes[name] for name, bound in BOUNDS.items() if sizes[name] > GROWTH * bound} == {}
     assert any(row["source"].startswith("dssn_jax/models/") for row in result["sources"])
     monkeypatch.setattr("sys.argv", [*command, f"--compare={file}"])
     capsys.readouterr()

@@ -21,7 +21,7 @@ def test_valid_for_every_method(tmp_path, method):
 
 @pytest.mark.parametrize(
     ("arguments", "method"),
-    [("", "fixmatch_balanced"), (",encoder=dinov2_small", "unimatch_v2"), (",encoder=dinov2_small,method=dssn", "dssn")],
+    [("", "fixmatch_balanced"), (",encoder=dinov2_w64", "unimatch_v2"), (",encoder=dinov2_w64,method=dssn", "dssn")],
 )
 def test_the_method_is_chosen_with_a_reason_unless_it_is_given(tmp_path, arguments, method):
     config = custom.get_config(f"root={make_root(tmp_path, {'a': (0,)})}{arguments}")
