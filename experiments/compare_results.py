@@ -19,6 +19,7 @@ RESULT = "result.json"  # In the work directory of a finished run: which run it 
 COMPARISON = "comparison.json"  # What all runs share.
 BASELINE = "supervised"
 _ORDER = (BASELINE, "fixmatch", "unimatch", "dssn")  # Of the rows; other variants follow.
+MOST_CLASSES = 40  # With more, the table by class is too wide to read; results.json has it.
 RARE = 0.25  # Share of the classes, the rarest of the validation images, whose IoU is tabled.
 # best: the largest mean IoU of all evaluations, of student or teacher, as the paper reports it; selected on the
 # validation images | last: that of the last evaluation, of the deployed network; nothing is selected.
@@ -220,6 +221,8 @@ def _markdown(rows: list[dict], rare: dict[str, float], content: dict, runs: int
         of_split = [row for row in rows if row["split"] == split]
         first = of_split[0]
         sections += [f"## Split {split}: {first['labels']} labels, {first['steps']} steps", _details(of_split, rare)]
+        if by_class := _by_class(of_split):
+            sections += [f"IoU by class, last, and points over {BASELINE}:", by_class]
     if rare:
         listed = ", ".join(f"{name} {100 * share:.2g}%" for name, share in rare.items())
         sections.append(f"Rarest classes and their share of the validation pixels: {listed}.")
@@ -256,6 +259,27 @@ def _details(rows: list[dict], rare: dict[str, float]) -> str:
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
         lines.append([row["variant"] + mark, changes, count, *scores, seconds])
     return _table(titles, lines)
+
+
+def _by_class(rows: list[dict]) -> str:
+    """Returns a table of methods x classes: mean IoU over seeds and, in brackets, its difference to the baseline's.
+
+    It is empty without classes, or if there are too many.
+    """
+    rows = [row for row in rows if row["chosen"] and row["iou"]]
+    baseline = next((row["iou"] for row in rows if row["variant"] == BASELINE), {})
+    classes = rows[0]["iou"] if rows else {}
+    if not 0 < len(classes) <= MOST_CLASSES:
+        return ""
+
+    def cell(row: dict, name: str) -> str:
+        mean = row["iou"][name].mean
+        if row["variant"] == BASELINE or name not in baseline:
+            return f"{mean:.1f}"
+        return f"{mean:.1f} ({mean - baseline[name].mean:+.1f})"
+
+    lines = [[row["variant"], *(cell(row, name) for name in classes)] for row in rows]
+    return _table(["method", *classes], lines)
 
 
 def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -266,6 +266,11 @@ def test_tables_are_made_from_the_runs_alone(comparison, keep_programs, tmp_path
     row = next(row for row in rows if row["variant"] == "dssn")
     text = f"{row['last'].mean:.2f} ± {row['last'].std:.2f}"
     assert text in first["results.md"] and "`method.teacher=student_eval`" in first["results.md"]
+    supervised, dssn = (
+        next(each for each in rows if (each["variant"], each["split"]) == (name, row["split"]))["iou"]["ring"].mean
+        for name in ("supervised", "dssn")
+    )
+    assert f" {dssn:.1f} ({dssn - supervised:+.1f}) " in first["results.md"]
 
     path = tmp_path / "runs" / "dssn_4_seed0" / "summary.json"
     summary = json.loads(path.read_text())
