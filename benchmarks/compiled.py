@@ -189,16 +189,16 @@ def part(op_name: str, frames: list[hlo.Frame]) -> str:
     """Returns the part of the step that an operation belongs to; "other" if neither stack nor name tells."""
     functions, files = {frame.function for frame in frames}, {pathlib.Path(frame.file).name for frame in frames}
     backward = "transpose(" in op_name
-    found = next((name for name, owners in PARTS if functions & {*owners}), "")
-    if not found and files & {*VIEW_FILES}:
-        found = "views"
-    if not found and "Network." in op_name:
-        found = "forward" if "jvp(" in op_name else "teacher"
-    if not found:
-        found = "loss" if "jvp(" in op_name else "other"
+    name_of_part = next((name for name, owners in PARTS if functions & {*owners}), "")
+    if not name_of_part and files & {*VIEW_FILES}:
+        name_of_part = "views"
+    if not name_of_part and "Network." in op_name:
+        name_of_part = "forward" if "jvp(" in op_name else "teacher"
+    if not name_of_part:
+        name_of_part = "loss" if "jvp(" in op_name else "other"
     if backward:
-        return {"forward": "backward", "loss": "loss, backward"}.get(found, found)
-    return found
+        return {"forward": "backward", "loss": "loss, backward"}.get(name_of_part, name_of_part)
+    return name_of_part
 
 
 def source(frames: list[hlo.Frame]) -> str:

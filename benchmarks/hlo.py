@@ -89,17 +89,17 @@ class Instruction:
 
     def integers(self, key: str) -> tuple[int, ...]:
         """Returns the numbers of KEY={1,2} or, in the configuration of a library call, of "KEY":["1","2"]."""
-        found = re.search(rf'\b{key}"?[=:][\[{{]([^\]}}]*)[\]}}]', self.attributes)
-        return tuple(map(int, re.findall(r"\d+", found[1]))) if found else ()
+        match = re.search(rf'\b{key}"?[=:][\[{{]([^\]}}]*)[\]}}]', self.attributes)
+        return tuple(map(int, re.findall(r"\d+", match[1]))) if match else ()
 
     def text(self, key: str) -> str:
         """Returns the word after KEY=, "" if there is none."""
-        found = re.search(rf"\b{key}=%?([\w.$>-]+)", self.attributes)
-        return found[1] if found else ""
+        match = re.search(rf"\b{key}=%?([\w.$>-]+)", self.attributes)
+        return match[1] if match else ""
 
     def _string(self, key: str) -> str:
-        found = re.search(rf'\b{key}="((?:[^"\\]|\\.)*)"', self.attributes)
-        return found[1] if found else ""
+        match = re.search(rf'\b{key}="((?:[^"\\]|\\.)*)"', self.attributes)
+        return match[1] if match else ""
 
 
 class Step(NamedTuple):
@@ -154,12 +154,12 @@ class Program:
         named = [each for each in fused if each.op_name and each.opcode not in _FREE]
         if named:
             return named[-1]
-        seen, waiting = {instruction.name}, list(instruction.operands)
+        reached, waiting = {instruction.name}, list(instruction.operands)
         while waiting:
             name = waiting.pop(0)
-            if name in seen or name not in defined:
+            if name in reached or name not in defined:
                 continue
-            seen.add(name)
+            reached.add(name)
             if defined[name].op_name and defined[name].opcode not in _FREE:
                 return defined[name]
             waiting += defined[name].operands
@@ -167,15 +167,15 @@ class Program:
 
     def frames(self, instruction: Instruction) -> list[Frame]:
         """Returns the stack of Python frames that made an instruction, the innermost first; [] if not recorded."""
-        number, found = int(instruction.text("stack_frame_id") or 0), []
+        number, frames = int(instruction.text("stack_frame_id") or 0), []
         while number and number in self._tables["StackFrames"]:
             frame = _fields(self._tables["StackFrames"][number])
             location = _fields(self._tables["FileLocations"][frame["file_location_id"]])
             file = self._tables["FileNames"][location["file_name_id"]].strip('"')
             function = self._tables["FunctionNames"][location["function_name_id"]].strip('"')
-            found.append(Frame(file, location["line"], function))
+            frames.append(Frame(file, location["line"], function))
             number = frame["parent_frame_id"] - 1  # Written one too high: a frame without a parent has 1.
-        return found
+        return frames
 
     def steps(self) -> Iterator[Step]:
         """Yields what a run launches, in the order of the schedule; all branches of conditionals."""
@@ -197,10 +197,10 @@ class Program:
                 yield Step(instruction, computation, times, rare, start or (computation, instruction.name))
 
     def _turns(self, loop: Instruction) -> int:
-        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-        if not found:
+        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if not trips:
             self.unbounded.add(loop.name)
-        return int(found[1]) if found else 1
+        return int(trips[1]) if trips else 1
 
     def overlaps(self, step: Step) -> bool:
         """Returns whether other work is scheduled between the start of an asynchronous instruction and its end."""
@@ -231,15 +231,15 @@ class Program:
         return self._products(step.instruction, step.computation)
 
     def _products(self, instruction: Instruction, computation: str) -> list[tuple[float, str]]:
-        defined, found = self.computations[computation], []
+        defined, counted = self.computations[computation], []
         arrays = [defined[name].arrays[0] for name in instruction.operands if name in defined and defined[name].arrays]
         if flop := _flop(instruction, arrays):
-            found.append((flop, _precision(instruction, arrays[0].dtype)))
+            counted.append((flop, _precision(instruction, arrays[0].dtype)))
         if instruction.opcode in ("fusion", "call", "map"):
             for called in instruction.calls:
                 for inner in self.computations[called].values():
-                    found += self._products(inner, called)
-        return found
+                    counted += self._products(inner, called)
+        return counted
 
 
 def _instruction(name: str, rest: str) -> Instruction:

@@ -90,7 +90,7 @@ class Collective(NamedTuple):
 
 def collectives(text: str, devices: int) -> list[Collective]:
     """Returns the collectives of a program that was compiled for `devices` CPUs, from `compiled.as_text()`."""
-    found = []
+    listed = []
     for step in hlo.Program(text).steps():
         instruction = step.instruction
         if instruction.opcode in hlo.COLLECTIVES:
@@ -98,8 +98,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
             # float32 may be combined with them.)
             size = instruction.bytes // (2 if "_promoted" in instruction.text("to_apply") else 1)
             group = _group(instruction.attributes, devices)
-            found.append(Collective(instruction.opcode, size, group, step.times, step.rare, instruction.op_name))
-    return found
+            listed.append(Collective(instruction.opcode, size, group, step.times, step.rare, instruction.op_name))
+    return listed
 
 
 def _group(code: str, devices: int) -> int:
