@@ -257,8 +257,13 @@ _METHOD = Section(
     ),
     class_aware_floor=Key(0.92, _PROBABILITY, "... if that largest probability exceeds the floor, else none."),
     selection_momentum=Key(
-        0.999, Float(0, 0.999999), "Of the running statistics of the selections adaptive and soft, which forget what "
-        "is older than about 1 / (1 - x) steps; at first nearly all pixels count fully.",
+        0.999, Float(0, 0.999999), "Of the running statistics of `align_classes` and of the selections adaptive and "
+        "soft, which forget what is older than about 1 / (1 - x) steps; at first nearly all pixels count fully.",
+    ),
+    align_classes=Key(
+        False, Bool(), "Distribution alignment: before pixels are labeled and selected, the probability of a class is "
+        "multiplied by its share of the labeled pixels and divided by the running mean of its probabilities, so that "
+        "classes are pseudo-labeled about as often as they are labeled (docs/method.md, Eq. 25).",
     ),
     labeled_loss=Key(
         "ce", Registered("dssn_jax.methods.method:LABELED_LOSSES"),

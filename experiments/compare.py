@@ -73,6 +73,7 @@ VARIANTS = {
     "fixmatch_balanced": Variant("fixmatch_balanced"),
     "fixmatch_balanced-no-class-weights": Variant("fixmatch_balanced", {"method.class_weight_power": "0.0"}),
     "fixmatch_balanced-no-rare-sampling": Variant("fixmatch_balanced", {"data.labeled_sampling": "uniform"}),
+    "fixmatch_balanced-no-alignment": Variant("fixmatch_balanced", {"method.align_classes": "False"}),
     "fixmatch_balanced-half-labeled": Variant("fixmatch_balanced", {"method.labeled_batch_factor": "1"}),
     "fixmatch_balanced-partner-other": Variant("fixmatch_balanced", {"views.mix_partner": "other"}),
     "fixmatch_balanced-paste-classes": Variant("fixmatch_balanced", {"views.paste_classes": "2"}),

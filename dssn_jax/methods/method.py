@@ -20,6 +20,16 @@ def class_weights(config) -> tuple[float, ...]:
     return losses.class_weights(class_statistics.frequencies(pixels), power) if power and pixels else ()
 
 
+def _selection(config) -> Callable:
+    """Returns the selection; while `data.class_pixels` is unset, in a network that is only applied, not aligned."""
+    method, pixels = config.method, config.data.class_pixels
+    selection = pseudo_labels.SELECTIONS[method.selection](method)
+    if not (method.align_classes and pixels):
+        return selection
+    frequencies = tuple(class_statistics.frequencies(pixels).tolist())
+    return pseudo_labels.Aligned(selection, frequencies, method.selection_momentum)
+
+
 # Sources of the pseudo-labels of strong views; configs/defaults.py explains them.
 TEACHERS = ("ema", "student_eval", "student", "none")
 # Name in config.method.labeled_loss -> constructor from the configuration.
@@ -126,7 +136,7 @@ def from_config(config, steps_per_epoch: int) -> Method:
         contrasts=tuple(contrasts),
         teacher=method.teacher,
         ema=_ema(ema, steps_per_epoch) if method.teacher == "ema" else None,
-        selection=pseudo_labels.SELECTIONS[method.selection](method),
+        selection=_selection(config),
         labeled_loss=LABELED_LOSSES[method.labeled_loss](config),
         perturb_labeled=method.perturb_labeled,
     )

@@ -2,18 +2,29 @@
 
 A selection is a frozen dataclass with `init(num_classes)`, which returns its state (a pytree, {} if it has none),
 `update(state, logits, valid)`, which takes the logits [U, h, w, K] of the unmixed weak views, as large as the decoder
-gives them, once per step (or micro-batch) and returns the new state, and `__call__(probabilities, state)`, which maps
-[B, H, W, K] to a weight per pixel: float [B, H, W]. `valid` bool [U, h, w] is False on padding. The arrays are those of
-the global batch, so means over them are the same on any number of devices.
+gives them, once per step (or micro-batch) and returns the new state, `align(logits, state)`, which returns the logits
+[B, H, W, K] that pseudo-labels are taken from (most return those that are given), and `__call__(probabilities, state)`,
+which maps [B, H, W, K] to a weight per pixel: float [B, H, W]. `valid` bool [U, h, w] is False on padding. The arrays
+are those of the global batch, so means over them are the same on any number of devices.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+_LEAST = 1e-5  # Shares of classes below this count as this.
 
-class _Stateless:
+
+class _Unaligned:
+    def align(self, logits: jax.Array, state: dict) -> jax.Array:
+        """Returns the logits unchanged."""
+        del state
+        return logits
+
+
+class _Stateless(_Unaligned):
     def init(self, num_classes: int) -> dict:
         """Returns the empty state."""
         del num_classes
@@ -57,15 +68,13 @@ class Threshold(_Stateless):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Running:
+class _Running(_Unaligned):
     """Selections whose state is a tree of running means, float32."""
 
     momentum: float = 0.999  # Weight of the old means in each update.
 
     def _move(self, means: dict, batch: dict, valid: jax.Array) -> dict:
-        """Returns `means` after a batch with the means `batch`; unchanged if no pixel is valid."""
-        rate = jnp.where(valid.any(), 1 - self.momentum, 0)
-        return jax.tree.map(lambda old, new: (old + rate * (new - old)).astype(old.dtype), means, batch)
+        return _move(means, batch, valid, self.momentum)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +129,52 @@ class Soft(_Running):
         return jnp.exp(-jnp.square(below) / (2 * variance)).astype(probabilities.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Aligned:
+    """A selection after distribution alignment: classes are predicted as often as they are labeled.
+
+    The probability of a class is multiplied by its share of the labeled pixels and divided by the running mean of its
+    probabilities (docs/method.md, Eq. 25). ReMixMatch, Berthelot et al., ICLR 2020.
+    """
+
+    selection: Callable
+    frequencies: tuple[float, ...]  # Share of each class of the labeled pixels.
+    momentum: float = 0.999  # Weight of the old means in each update.
+
+    def init(self, num_classes: int) -> dict:
+        """Returns the running mean of the probability of each class, [K], at first `frequencies`, and the inner state.
+
+        Raises ValueError for another number of classes.
+        """
+        if len(self.frequencies) != num_classes:
+            raise ValueError(f"{len(self.frequencies)} frequencies for {num_classes} classes")
+        return {"classes": self._target(), "selection": self.selection.init(num_classes)}
+
+    def update(self, state: dict, logits: jax.Array, valid: jax.Array) -> dict:
+        """Returns the state after logits [U, h, w, K]; the inner selection gets aligned ones."""
+        classes = _move(state["classes"], _mean(_probabilities(logits), valid), valid, self.momentum)
+        moved = {**state, "classes": classes}
+        return {**moved, "selection": self.selection.update(state["selection"], self.align(logits, moved), valid)}
+
+    def align(self, logits: jax.Array, state: dict) -> jax.Array:
+        """Returns logits [..., K] plus the logarithm of the quotient of Eq. 25."""
+        ratio = jnp.log(self._target()) - jnp.log(jnp.maximum(state["classes"], _LEAST))
+        return logits + ratio.astype(logits.dtype)
+
+    def __call__(self, probabilities: jax.Array, state: dict) -> jax.Array:
+        """Maps aligned probabilities [B, H, W, K] to the weights of the inner selection, [B, H, W]."""
+        return self.selection(probabilities, state["selection"])
+
+    def _target(self) -> jax.Array:
+        return jnp.maximum(jnp.array(self.frequencies, jnp.float32), _LEAST)
+
+
+def _move(means, batch, valid: jax.Array, momentum: float):
+    """Returns the running `means` after a batch with the means `batch`; unchanged if no pixel is valid."""
+    rate = jnp.where(valid.any(), 1 - momentum, 0)
+    return jax.tree.map(lambda old, new: (old + rate * (new - old)).astype(old.dtype), means, batch)
+
+
 def _probabilities(logits: jax.Array) -> jax.Array:
     """Returns the probabilities of logits, in at least float32."""
     return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
@@ -142,5 +197,5 @@ SELECTIONS = {
 
 def pseudo_label(logits: jax.Array, selection, state: dict) -> tuple[jax.Array, jax.Array]:
     """Maps logits [B, H, W, K] to labels int32 [B, H, W] and weights float [B, H, W], without a gradient."""
-    logits = jax.lax.stop_gradient(logits)
+    logits = selection.align(jax.lax.stop_gradient(logits), state)
     return logits.argmax(-1).astype(jnp.int32), selection(jax.nn.softmax(logits), state)
