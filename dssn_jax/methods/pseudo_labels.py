@@ -2,10 +2,9 @@
 
 A selection is a frozen dataclass with `init(num_classes)`, which returns its state (a pytree, {} if it has none),
 `update(state, logits, valid)`, which takes the logits [U, h, w, K] of the unmixed weak views, as large as the decoder
-gives them, once per step (or micro-batch) and returns the new state, `align(logits, state)`, which returns the logits
-[B, H, W, K] that pseudo-labels are taken from (most return those that are given), and `__call__(probabilities, state)`,
-which maps [B, H, W, K] to a weight per pixel: float [B, H, W]. `valid` bool [U, h, w] is False on padding. The arrays
-are those of the global batch, so means over them are the same on any number of devices.
+gives them, once per step (or micro-batch) and returns the new state, and `__call__(probabilities, state)`, which maps
+[B, H, W, K] to a weight per pixel: float [B, H, W]. `valid` bool [U, h, w] is False on padding. The arrays are those of
+the global batch, so means over them are the same on any number of devices.
 """
 
 import dataclasses
@@ -17,14 +16,7 @@ import jax.numpy as jnp
 _LEAST = 1e-5  # Shares of classes below this count as this.
 
 
-class _Unaligned:
-    def align(self, logits: jax.Array, state: dict) -> jax.Array:
-        """Returns the logits unchanged."""
-        del state
-        return logits
-
-
-class _Stateless(_Unaligned):
+class _Stateless:
     def init(self, num_classes: int) -> dict:
         """Returns the empty state."""
         del num_classes
@@ -68,7 +60,7 @@ class Threshold(_Stateless):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Running(_Unaligned):
+class _Running:
     """Selections whose state is a tree of running means, float32."""
 
     momentum: float = 0.999  # Weight of the old means in each update.
@@ -131,10 +123,11 @@ class Soft(_Running):
 
 @dataclasses.dataclass(frozen=True)
 class Aligned:
-    """A selection after distribution alignment: classes are predicted as often as they are labeled.
+    """A selection after distribution alignment: classes are pseudo-labeled about as often as they are labeled.
 
-    The probability of a class is multiplied by its share of the labeled pixels and divided by the running mean of its
-    probabilities (docs/method.md, Eq. 25). ReMixMatch, Berthelot et al., ICLR 2020.
+    `pseudo_label` takes labels and weights from aligned logits: the probability of a class is multiplied by its share
+    of the labeled pixels and divided by the running mean of its probabilities (docs/method.md, Eq. 25). ReMixMatch,
+    Berthelot et al., ICLR 2020.
     """
 
     selection: Callable
@@ -197,5 +190,7 @@ SELECTIONS = {
 
 def pseudo_label(logits: jax.Array, selection, state: dict) -> tuple[jax.Array, jax.Array]:
     """Maps logits [B, H, W, K] to labels int32 [B, H, W] and weights float [B, H, W], without a gradient."""
-    logits = selection.align(jax.lax.stop_gradient(logits), state)
+    logits = jax.lax.stop_gradient(logits)
+    if isinstance(selection, Aligned):
+        logits = selection.align(logits, state)
     return logits.argmax(-1).astype(jnp.int32), selection(jax.nn.softmax(logits), state)

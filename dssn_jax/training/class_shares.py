@@ -71,6 +71,8 @@ class ClassShares:
         advice = [f"config.method.{lower} below {method[lower]:g}"] if lower and method[lower] else []
         if method.selection != "adaptive":
             advice.append("config.method.selection=adaptive")
+        if not method.align_classes:
+            advice.append("config.method.align_classes=True")
         if not method.class_weight_power:
             advice.append("config.method.class_weight_power=0.5")
         if data.labeled_sampling != "rare":

@@ -117,7 +117,7 @@ def test_labeled_partners_stay_on_their_device(exact_config):
     config = exact_config
     methods.apply(config, "fixmatch")
     config.views.update({"mix_partner": "labeled", "paste_classes": 1})
-    config.method.update({"threshold": 0.3, "class_weight_power": 0.5})
+    config.method.update({"threshold": 0.3, "class_weight_power": 0.5, "align_classes": True})
     config.data.class_pixels = (60, 10, 10, 10, 9, 1)
     learner, state, step = start(config, devices=4)
     given = batches(learner, 1)[0]

@@ -6,6 +6,7 @@ from configs.checks import ConfigError
 from dssn_jax.methods import method
 from dssn_jax.methods.losses import CrossEntropy, Ohem
 from dssn_jax.methods.perturbations import ChannelDropout, ComplementaryDropout
+from dssn_jax.methods.pseudo_labels import Aligned, Threshold
 
 
 def config_of(name="dssn", **options):
@@ -24,6 +25,7 @@ CONTRASTS = [("image", ("s1", "s2"), 0.01), ("feature", ("fp1", "fp2"), 0.01)]
     [
         ("supervised", [], []),
         ("fixmatch", [("s1", "strong", 1.0, "teacher")], []),
+        ("fixmatch_balanced", [("s1", "strong", 1.0, "teacher")], []),
         ("unimatch", [*STRONG, ("fp1", "feature", 0.5, "student")], []),
         ("unimatch_v2", [("s1", "strong", 0.5, "teacher"), ("s2", "strong", 0.5, "teacher")], []),
         ("dssn", [*STRONG, ("fp1", "feature", 0.25, "student"), ("fp2", "feature", 0.25, "student")], CONTRASTS),
@@ -35,8 +37,18 @@ def test_named_methods_are_these_streams(name, streams, contrasts):
     assert [(c.name, c.streams, c.weight) for c in built.contrasts] == contrasts
     assert {s.perturb for s in built.of_view("feature")} <= {ChannelDropout(0.5)}
     assert {s.perturb for s in built.of_view("strong")} <= {ComplementaryDropout() if name == "unimatch_v2" else None}
-    assert built.has_ema == (name in ("dssn", "unimatch_v2")) and built.uses_unlabeled == (name != "supervised")
+    assert built.has_ema == (name in ("dssn", "unimatch_v2", "fixmatch_balanced"))
+    assert built.uses_unlabeled == (name != "supervised")
     assert built.labeled_loss == CrossEntropy(255)
+
+
+def test_selections_are_aligned_where_classes_are_counted():
+    """A network that is only applied has no counts."""
+    config = config_of("fixmatch_balanced")
+    config.data.classes = ("a", "b")
+    assert method.from_config(config, 10).selection == Threshold(0.95)
+    config.data.class_pixels = (1, 3)
+    assert method.from_config(config, 10).selection == Aligned(Threshold(0.95), (0.25, 0.75), 0.98)
 
 
 def test_complementary_pairs_ohem_and_epochs_become_steps():

@@ -92,6 +92,52 @@ def test_soft_selection_by_hand():
     assert weight.dtype == jnp.float32 and (weight == 1).any() and weight.min() < 0.9
 
 
+SHARES = (0.7, 0.28, 0.02)  # Of the classes among labeled pixels.
+
+
+def test_alignment_by_hand():
+    """Eq. 25, after three updates from the shares of the labels; the inner selection sees aligned predictions."""
+    classes, tau, f = np.array(SHARES), 1 / 3, np.array(SHARES)
+    for logits, valid in UPDATES:
+        q = softmax(logits)[valid]
+        classes = 0.9 * classes + 0.1 * q.mean(0)
+        aligned = q * f / classes
+        tau = 0.8 * tau + 0.2 * (aligned / aligned.sum(-1, keepdims=True)).max(-1).mean()
+    selection = pseudo_labels.Aligned(pseudo_labels.Adaptive(0.8), SHARES, 0.9)
+    state = running(selection, UPDATES)
+    np.testing.assert_allclose(state["classes"], classes, rtol=1e-5)
+    np.testing.assert_allclose(state["selection"]["confidence"], tau, rtol=1e-5)
+    p = softmax(0.3 * LOGITS) * f / classes
+    p /= p.sum(-1, keepdims=True)
+    plain = pseudo_labels.Aligned(pseudo_labels.Threshold(0.6), SHARES, 0.9)
+    labels, weight = pseudo_labels.pseudo_label(jnp.asarray(0.3 * LOGITS), plain, {**state, "selection": {}})
+    np.testing.assert_array_equal(labels, p.argmax(-1))
+    np.testing.assert_array_equal(weight, p.max(-1) >= 0.6)
+    assert (labels != LOGITS.argmax(-1)).any() and 0 < weight.mean() < 1
+
+
+def test_alignment_gives_classes_the_shares_of_the_labels():
+    """Predictions that are biased by a factor of each class lose it: with the mean of the batch, all of it."""
+    logits = jnp.asarray(LOGITS)
+    selection = pseudo_labels.Aligned(pseudo_labels.Threshold(0.0), SHARES, 0.0)
+    valid = jnp.ones(LOGITS.shape[:3], bool)
+    even = selection.align(logits, selection.update(selection.init(3), logits, valid))
+    biased = logits + jnp.array([1.0, -2.0, 3.0])
+    other = selection.align(biased, selection.update(selection.init(3), biased, valid))
+    shares = [np.asarray(softmax(np.asarray(each))).mean((0, 1, 2)) for each in (even, other)]
+    for share in shares:  # One step of a fixed point iteration, not its end.
+        assert np.abs(np.log(share / SHARES)).max() < np.abs(np.log(softmax(LOGITS).mean((0, 1, 2)) / SHARES)).max()
+    with pytest.raises(ValueError, match="3 frequencies for 4 classes"):
+        selection.init(4)
+
+
+def test_alignment_of_classes_without_a_label_or_a_prediction_is_finite():
+    selection = pseudo_labels.Aligned(pseudo_labels.Threshold(0.0), (0.5, 0.5, 0.0), 0.0)
+    logits = jnp.asarray(LOGITS + np.array([0, -1000, 0], np.float32))
+    state = selection.update(selection.init(3), logits, jnp.ones(LOGITS.shape[:3], bool))
+    assert np.isfinite(selection.align(logits, state)).all()
+
+
 @pytest.mark.parametrize("selection", [pseudo_labels.Adaptive(0.0), pseudo_labels.Soft(0.0)])
 def test_odd_batches_leave_running_statistics_usable(selection):
     """Without a valid pixel they stay; with one, or equal ones, weights are finite. Logits may be of 16 bits."""
@@ -107,7 +153,10 @@ def test_odd_batches_leave_running_statistics_usable(selection):
         assert np.isfinite(weight).all() and weight.max() == 1
 
 
-@pytest.mark.parametrize("selection", [pseudo_labels.Adaptive(0.9), pseudo_labels.Soft(0.9)])
+@pytest.mark.parametrize(
+    "selection",
+    [pseudo_labels.Adaptive(0.9), pseudo_labels.Soft(0.9), pseudo_labels.Aligned(pseudo_labels.Soft(0.9), SHARES, 0.9)],
+)
 def test_running_statistics_are_those_of_all_devices(selection):
     """With images, and valid pixels, shared out unevenly."""
     mesh = sharding.make_mesh(jax.devices()[:4])

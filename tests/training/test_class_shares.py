@@ -91,18 +91,18 @@ def test_many_classes_are_counted_and_names_escaped(watch):
         (
             {},
             "config.method.class_aware_floor below 0.92; config.method.selection=adaptive; "
-            "config.method.class_weight_power=0.5; config.data.labeled_sampling=rare; "
-            "config.views.mix_partner=labeled with config.views.paste_classes=1",
+            "config.method.align_classes=True; config.method.class_weight_power=0.5; "
+            "config.data.labeled_sampling=rare; config.views.mix_partner=labeled with config.views.paste_classes=1",
         ),
         (
             {"method__selection": "threshold", "data__labeled_sampling": "rare", "views__mix_partner": "labeled"},
             "config.method.threshold below 0.95; config.method.selection=adaptive; "
-            "config.method.class_weight_power=0.5; config.views.paste_classes=1",
+            "config.method.align_classes=True; config.method.class_weight_power=0.5; config.views.paste_classes=1",
         ),
         (
             {
                 "method__selection": "adaptive", "method__class_weight_power": 1.0, "data__labeled_sampling": "rare",
-                "views__mix_partner": "labeled", "views__paste_classes": 2,
+                "views__mix_partner": "labeled", "views__paste_classes": 2, "method__align_classes": True,
             },
             "more labeled images of the class",
         ),
