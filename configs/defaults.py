@@ -249,7 +249,11 @@ _METHOD = Section(
         "Which pseudo-labeled pixels are trained on, or with what weight. class_aware: those near the largest "
         "probability of a class in the image, as in DSSN; threshold: those of a confidence; adaptive: the same with a "
         "threshold for each class that follows the predictions, as in FreeMatch; soft: all, with less weight below the "
-        "running mean of the confidence, as in SoftMatch (docs/method.md, Eq. 6, 7, 19, 20).",
+        "running mean of the confidence, as in SoftMatch; class_balanced: the most confident pixels of each class, the "
+        "same share of each, as in class-balanced self-training (docs/method.md, Eq. 6, 7, 19, 20, 26).",
+    ),
+    balanced_share=Key(
+        0.5, Float(0.01, 1), "Share of the pixels of each class that selection = class_balanced selects."
     ),
     threshold=Key(0.95, _PROBABILITY, "Least confidence, for selection = threshold; 0 selects every pixel."),
     class_aware_ratio=Key(
@@ -257,8 +261,9 @@ _METHOD = Section(
     ),
     class_aware_floor=Key(0.92, _PROBABILITY, "... if that largest probability exceeds the floor, else none."),
     selection_momentum=Key(
-        0.999, Float(0, 0.999999), "Of the running statistics of `align_classes` and of the selections adaptive and "
-        "soft, which forget what is older than about 1 / (1 - x) steps; at first nearly all pixels count fully.",
+        0.999, Float(0, 0.999999), "Of the running statistics of `align_classes` and of the selections adaptive, soft "
+        "and class_balanced, which forget what is older than about 1 / (1 - x) steps; at first nearly all pixels count "
+        "fully.",
     ),
     align_classes=Key(
         False, Bool(), "Distribution alignment: before pixels are labeled and selected, the probability of a class is "

@@ -79,6 +79,7 @@ VARIANTS = {
     "fixmatch_balanced-paste-classes": Variant("fixmatch_balanced", {"views.paste_classes": "2"}),
     "fixmatch_balanced-class-aware": Variant("fixmatch_balanced", {"method.selection": "class_aware"}),
     "fixmatch_balanced-adaptive": Variant("fixmatch_balanced", {"method.selection": "adaptive"}),
+    "fixmatch_balanced-class-balanced": Variant("fixmatch_balanced", {"method.selection": "class_balanced"}),
     "fixmatch_balanced-soft": Variant("fixmatch_balanced", {"method.selection": "soft"}),
     "supervised-balanced": Variant("supervised", _BALANCED),
 }

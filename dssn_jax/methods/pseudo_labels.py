@@ -122,6 +122,38 @@ class Soft(_Running):
 
 
 @dataclasses.dataclass(frozen=True)
+class ClassBalanced(_Running):
+    """The most confident pixels of each class, the same share of every class (docs/method.md, Eq. 26).
+
+    Class-balanced self-training, Zou et al., ECCV 2018, with running thresholds.
+    """
+
+    share: float = 0.5  # Of the pixels that are predicted as a class.
+
+    def init(self, num_classes: int) -> dict:
+        """Returns the running threshold of each class, [K]: at first 0, which selects all."""
+        return {"thresholds": jnp.zeros(num_classes, jnp.float32)}
+
+    def update(self, state: dict, logits: jax.Array, valid: jax.Array) -> dict:
+        """Returns the running thresholds after logits [U, h, w, K]; that of a class without a pixel stays."""
+        probabilities, valid = _probabilities(logits[:, ::2, ::2]), valid[:, ::2, ::2]
+        confidence, labels = probabilities.max(-1), probabilities.argmax(-1)
+
+        def quantile(label: jax.Array) -> jax.Array:
+            return jnp.nanquantile(jnp.where((labels == label) & valid, confidence, jnp.nan), 1 - self.share)
+
+        thresholds = state["thresholds"]
+        quantiles = jax.vmap(quantile)(jnp.arange(len(thresholds)))
+        moved = self.momentum * thresholds + (1 - self.momentum) * quantiles
+        return {"thresholds": jnp.where(jnp.isnan(quantiles), thresholds, moved).astype(jnp.float32)}
+
+    def __call__(self, probabilities: jax.Array, state: dict) -> jax.Array:
+        """Maps probabilities [B, H, W, K] to weights 0 or 1, [B, H, W]."""
+        selected = probabilities.max(-1) >= state["thresholds"][probabilities.argmax(-1)]
+        return selected.astype(probabilities.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class Aligned:
     """A selection after distribution alignment: classes are pseudo-labeled about as often as they are labeled.
 
@@ -185,6 +217,7 @@ SELECTIONS = {
     "threshold": lambda method: Threshold(method.threshold),
     "adaptive": lambda method: Adaptive(method.selection_momentum),
     "soft": lambda method: Soft(method.selection_momentum),
+    "class_balanced": lambda method: ClassBalanced(method.selection_momentum, method.balanced_share),
 }
 
 
