@@ -92,6 +92,40 @@ def test_soft_selection_by_hand():
     assert weight.dtype == jnp.float32 and (weight == 1).any() and weight.min() < 0.9
 
 
+def test_class_balanced_selection_by_hand():
+    """Eq. 26, after three updates from 0, on every second pixel of every second row."""
+    thresholds = np.zeros(3)
+    for logits, valid in UPDATES:
+        q = softmax(logits[:, ::2, ::2])[valid[:, ::2, ::2]]
+        for c in range(3):
+            thresholds[c] = 0.4 * thresholds[c] + 0.6 * np.quantile(q.max(-1)[q.argmax(-1) == c], 0.7)
+    selection = pseudo_labels.ClassBalanced(0.4, 0.3)
+    state = running(selection, UPDATES)
+    np.testing.assert_allclose(state["thresholds"], thresholds, rtol=1e-5)
+    p = softmax(LOGITS)
+    weight = np.asarray(selection(jnp.asarray(p), state))
+    np.testing.assert_array_equal(weight, p.max(-1) >= thresholds[p.argmax(-1)])
+    assert selection(jnp.asarray(p), selection.init(3)).all()
+
+
+def test_class_balanced_selection_takes_the_same_share_of_each_class():
+    """Of classes that are predicted with very different confidence."""
+    logits = np.random.default_rng(2).normal(0, 1, (8, 40, 40, 3)).astype(np.float32) * np.array(
+        [8, 2, 0.5], np.float32
+    )
+    selection, valid = pseudo_labels.ClassBalanced(0.0, 0.3), jnp.ones(logits.shape[:3], bool)
+    state = selection.update(selection.init(3), jnp.asarray(logits), valid)
+    labels, weight = map(np.asarray, pseudo_labels.pseudo_label(jnp.asarray(logits), selection, state))
+    assert [weight[labels == c].mean() for c in range(3)] == pytest.approx([0.3] * 3, abs=0.03)
+
+
+def test_thresholds_of_classes_without_a_pixel_stay():
+    selection, state = pseudo_labels.ClassBalanced(0.5), {"thresholds": jnp.array([0.5, 0.6, 0.7])}
+    logits = jnp.asarray(LOGITS + np.array([1000, 0, 0], np.float32))
+    moved = selection.update(state, logits, jnp.ones(LOGITS.shape[:3], bool))
+    np.testing.assert_allclose(moved["thresholds"], [0.75, 0.6, 0.7], rtol=1e-6)
+
+
 SHARES = (0.7, 0.28, 0.02)  # Of the classes among labeled pixels.
 
 
@@ -138,7 +172,9 @@ def test_alignment_of_classes_without_a_label_or_a_prediction_is_finite():
     assert np.isfinite(selection.align(logits, state)).all()
 
 
-@pytest.mark.parametrize("selection", [pseudo_labels.Adaptive(0.0), pseudo_labels.Soft(0.0)])
+@pytest.mark.parametrize(
+    "selection", [pseudo_labels.Adaptive(0.0), pseudo_labels.Soft(0.0), pseudo_labels.ClassBalanced(0.0)]
+)
 def test_odd_batches_leave_running_statistics_usable(selection):
     """Without a valid pixel they stay; with one, or equal ones, weights are finite. Logits may be of 16 bits."""
     logits, none = jnp.asarray(LOGITS, jnp.bfloat16), np.zeros((4, 6, 5), bool)
@@ -155,8 +191,11 @@ def test_odd_batches_leave_running_statistics_usable(selection):
 
 @pytest.mark.parametrize(
     "selection",
-    [pseudo_labels.Adaptive(0.9), pseudo_labels.Soft(0.9), pseudo_labels.Aligned(pseudo_labels.Soft(0.9), SHARES, 0.9)],
-)
+    [
+        pseudo_labels.Adaptive(0.9), pseudo_labels.Soft(0.9), pseudo_labels.ClassBalanced(0.9),
+        pseudo_labels.Aligned(pseudo_labels.Soft(0.9), SHARES, 0.9),
+    ],
+)  # fmt: skip
 def test_running_statistics_are_those_of_all_devices(selection):
     """With images, and valid pixels, shared out unevenly."""
     mesh = sharding.make_mesh(jax.devices()[:4])
