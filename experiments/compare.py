@@ -56,6 +56,7 @@ _BALANCED = {
     "data.labeled_sampling": "rare",
     "data.rare_temperature": "0.1",
 }
+_MOMENTUM = {"method.selection_momentum": "0.98"}  # Runs of a comparison are short.
 # What can be compared. Variants with overrides are ablations: a method without a part, or with another form of it;
 # that of the supervised baseline shows what the same parts are worth without unlabeled images.
 VARIANTS = {
@@ -73,14 +74,17 @@ VARIANTS = {
     "fixmatch_balanced": Variant("fixmatch_balanced"),
     "fixmatch_balanced-no-class-weights": Variant("fixmatch_balanced", {"method.class_weight_power": "0.0"}),
     "fixmatch_balanced-no-rare-sampling": Variant("fixmatch_balanced", {"data.labeled_sampling": "uniform"}),
-    "fixmatch_balanced-no-alignment": Variant("fixmatch_balanced", {"method.align_classes": "False"}),
     "fixmatch_balanced-half-labeled": Variant("fixmatch_balanced", {"method.labeled_batch_factor": "1"}),
     "fixmatch_balanced-partner-other": Variant("fixmatch_balanced", {"views.mix_partner": "other"}),
     "fixmatch_balanced-paste-classes": Variant("fixmatch_balanced", {"views.paste_classes": "2"}),
+    "fixmatch_balanced-aligned": Variant("fixmatch_balanced", {"method.align_classes": "True", **_MOMENTUM}),
     "fixmatch_balanced-class-aware": Variant("fixmatch_balanced", {"method.selection": "class_aware"}),
-    "fixmatch_balanced-adaptive": Variant("fixmatch_balanced", {"method.selection": "adaptive"}),
-    "fixmatch_balanced-class-balanced": Variant("fixmatch_balanced", {"method.selection": "class_balanced"}),
-    "fixmatch_balanced-soft": Variant("fixmatch_balanced", {"method.selection": "soft"}),
+    **{
+        f"fixmatch_balanced-{name.replace('_', '-')}": Variant(
+            "fixmatch_balanced", {"method.selection": name, **_MOMENTUM}
+        )
+        for name in ("adaptive", "soft", "class_balanced")
+    },
     "supervised-balanced": Variant("supervised", _BALANCED),
 }
 KEEP = ("best", "all", "none")

@@ -44,7 +44,7 @@ def test_named_methods_are_these_streams(name, streams, contrasts):
 
 def test_selections_are_aligned_where_classes_are_counted():
     """A network that is only applied has no counts."""
-    config = config_of("fixmatch_balanced")
+    config = config_of("fixmatch", align_classes=True, selection_momentum=0.98)
     config.data.classes = ("a", "b")
     assert method.from_config(config, 10).selection == Threshold(0.95)
     config.data.class_pixels = (1, 3)
