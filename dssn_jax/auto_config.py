@@ -69,13 +69,16 @@ class Memory(NamedTuple):
     state: int
     fixed: int
     pixel: int  # Per pixel of each labeled or unlabeled image.
+    gpu_pixel: int | None = None  # The same on a GPU, where it is known to differ.
 
 
 # DSSN in float32, as planned by the compiler for the CPU (`python -m benchmarks.memory`). Other methods, bfloat16,
 # model.remat and a frozen encoder need less. Transformers were planned at crop 518, where attention takes more a pixel
 # than at smaller crops: w64, Small and Base. The others are Base times the ratio of blocks x heads (7B: of blocks x
 # width), with 16 bytes of state per parameter; DINOv3 is taken for DINOv2 of the same size, which has more tokens.
-# EfficientNet-Lite1 is taken for Lite2.
+# EfficientNet-Lite1 is taken for Lite2. GPUs keep less of the attention: Base was planned by the compiler for the H100
+# (2 + 2 and 4 + 4 images), Small and Large are Base times the ratio of their UniMatch V2 programs
+# (docs/results/compiled/v2_*_plain_a100x4.json), and larger ones Large times the ratio of the CPU's numbers.
 MEMORY = {
     "resnet10w16": Memory(34 << 20, 13 << 20, 3226),
     "resnet18w16": Memory(38 << 20, 14 << 20, 3388),
@@ -87,19 +90,20 @@ MEMORY = {
     "efficientnet_lite1": Memory(99 << 20, 31 << 20, 9809),
     "efficientnet_lite2": Memory(99 << 20, 31 << 20, 9809),
     "dinov2_w64": Memory(13 << 20, 0, 2772),
-    "dinov2_small": Memory(384 << 20, 0, 20757),
-    "dinov2_base": Memory(1492 << 20, 0, 40931),
-    "dinov2_large": Memory(5103 << 20, 0, 109000),
-    "dinov2_giant": Memory(19166 << 20, 0, 273000),
+    "dinov2_small": Memory(384 << 20, 0, 20757, 6299),
+    "dinov2_base": Memory(1492 << 20, 0, 40931, 11956),
+    "dinov2_large": Memory(5103 << 20, 0, 109000, 29702),
+    "dinov2_giant": Memory(19166 << 20, 0, 273000, 74394),
     "dinov3_w64": Memory(13 << 20, 0, 2772),
-    "dinov3_small": Memory(384 << 20, 0, 20757),
-    "dinov3_small_plus": Memory(487 << 20, 0, 20757),
-    "dinov3_base": Memory(1492 << 20, 0, 40931),
-    "dinov3_large": Memory(5103 << 20, 0, 109000),
-    "dinov3_huge_plus": Memory(14628 << 20, 0, 182000),
-    "dinov3_7b": Memory(104544 << 20, 0, 728000),
+    "dinov3_small": Memory(384 << 20, 0, 20757, 6299),
+    "dinov3_small_plus": Memory(487 << 20, 0, 20757, 6299),
+    "dinov3_base": Memory(1492 << 20, 0, 40931, 11956),
+    "dinov3_large": Memory(5103 << 20, 0, 109000, 29702),
+    "dinov3_huge_plus": Memory(14628 << 20, 0, 182000, 49596),
+    "dinov3_7b": Memory(104544 << 20, 0, 728000, 198383),
 }
-_UNKNOWN = MEMORY["dinov2_base"]  # More demanding than every convolutional encoder.
+_UNKNOWN = MEMORY["dinov2_base"]._replace(gpu_pixel=None)  # More demanding than every convolutional encoder.
+_GPUS = ("gpu", "cuda", "rocm")  # Names of jax.Device.platform.
 _REGISTERS = "_reg"  # Ends the names of encoders of DINOv2 with four more tokens.
 
 _ALWAYS = ("data.crop", "data.labeled_batch", "data.unlabeled_batch", "optimizer.lr")
@@ -133,7 +137,7 @@ def fill_in(config, sources: Sources, devices: list[jax.Device]) -> tuple[object
     if "data.crop" in keys:
         reasons.append(_choose_crop(config, sources))
     if "data.labeled_batch" in keys or "data.unlabeled_batch" in keys:
-        reasons += _choose_batches(config, len(sources.unlabeled), len(devices), memory_of(devices))
+        reasons += _choose_batches(config, len(sources.unlabeled), devices, memory_of(devices))
     if "optimizer.lr" in keys:
         reasons.append(_choose_learning_rate(config))
     if any(key in keys for key in _WITHOUT_EPOCHS):
@@ -153,13 +157,14 @@ def memory_of(devices: list[jax.Device]) -> int:
     return int(_MEMORY_SHARE * smallest)
 
 
-def images_that_fit(encoder: str, crop: int, limit: int) -> int:
+def images_that_fit(encoder: str, crop: int, limit: int, platform: str = "cpu") -> int:
     """Returns how many images, labeled and unlabeled together, a step can have on a device with `limit` bytes.
 
-    An encoder that is not in `MEMORY` is taken for the Base of DINOv2.
+    `platform` is that of `jax.Device`. An encoder that is not in `MEMORY` is taken for the Base of DINOv2 on a CPU.
     """
     memory = MEMORY.get(encoder.removesuffix(_REGISTERS), _UNKNOWN)
-    return max(0, (limit - memory.state - memory.fixed) // (memory.pixel * crop**2))
+    pixel = memory.gpu_pixel if platform in _GPUS and memory.gpu_pixel else memory.pixel
+    return max(0, (limit - memory.state - memory.fixed) // (pixel * crop**2))
 
 
 def _choose_crop(config, sources: Sources) -> str:
@@ -176,17 +181,18 @@ def _choose_crop(config, sources: Sources) -> str:
     )
 
 
-def _choose_batches(config, unlabeled: int, devices: int, limit: int) -> list[str]:
-    data, micro_batches, factor = config.data, config.train.accumulation, config.method.labeled_batch_factor
+def _choose_batches(config, unlabeled: int, devices: list[jax.Device], limit: int) -> list[str]:
+    data, factor = config.data, config.method.labeled_batch_factor
     uses_unlabeled = bool(config.method.strong_views or config.method.feature_views)
-    fit = images_that_fit(config.model.encoder, data.crop, limit) * devices * micro_batches
+    shares = len(devices) * config.train.accumulation
+    fit = images_that_fit(config.model.encoder, data.crop, limit, devices[0].platform) * shares
     # A batch of labeled images is `factor` times data.labeled_batch.
     most = {"labeled_batch": (fit // 2 if uses_unlabeled else fit) // factor, "unlabeled_batch": fit // 2}
     factors = {"labeled_batch": factor, "unlabeled_batch": 1}
     reasons = []
     pairs = uses_unlabeled and config.views.mix_partner == "reversed"  # Each device needs an even number.
     for key in (key for key in most if data[key] == 0):
-        multiple = devices * micro_batches // math.gcd(devices * micro_batches, factors[key])
+        multiple = shares // math.gcd(shares, factors[key])
         paired = key == "unlabeled_batch" and pairs
         multiple *= 2 if paired else 1
         batch, why = _BATCH, [f"the recipes' {_BATCH}"]
@@ -199,9 +205,9 @@ def _choose_batches(config, unlabeled: int, devices: int, limit: int) -> list[st
             batch, why = unlabeled, [f"there are {unlabeled} unlabeled images"]
         data[key] = max(1, batch // multiple) * multiple
         if data[key] != batch:
-            factor = f" x {micro_batches} micro-batches" if micro_batches > 1 else ""
-            factor += " x 2 (config.views.mix_partner=reversed)" if paired else ""
-            why.append(f"a multiple of {devices} devices{factor}")
+            times = f" x {config.train.accumulation} micro-batches" if config.train.accumulation > 1 else ""
+            times += " x 2 (config.views.mix_partner=reversed)" if paired else ""
+            why.append(f"a multiple of {len(devices)} devices{times}")
         if most[key] < data[key]:
             why.append("which may be too much: config.model.remat=True or a smaller config.data.crop needs less")
         reasons.append(f"data.{key}={data[key]}: {', '.join(why)}")

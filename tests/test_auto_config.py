@@ -1,5 +1,7 @@
 """Auto-configuration, against numbers worked out by hand."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -27,11 +29,19 @@ class Sizes:
     def size(self, index):
         return self.sizes[index]
 
+    def label(self, index):
+        return np.zeros((2, 2), np.uint8)
+
 
 @pytest.fixture
 def configure(tmp_path):
     root = make_root(tmp_path / "root", {"a": (0,), "b": (1,)})
-    return lambda **values: custom.get_config(",".join(f"{k}={v}" for k, v in {"root": root, **values}.items()))
+
+    def make(**values):
+        arguments = {"root": root, "method": "dssn", **values}
+        return custom.get_config(",".join(f"{key}={value}" for key, value in arguments.items()))
+
+    return make
 
 
 @pytest.fixture
@@ -209,10 +219,15 @@ def test_what_is_given_is_kept(configure, fill_in):
     assert chosen.to_dict() == config.to_dict() and reasons == []
 
 
+def counted(method):
+    """Returns the keys that a method leaves to the labeled masks."""
+    return ["data.class_pixels"] if method == "fixmatch_balanced" else []
+
+
 def test_recipes_have_nothing_to_fill_in():
     for recipe in (ade20k, camvid, cityscapes, coco, pascal, shapes):
         for method in methods.METHODS:
-            assert auto_config.unset_keys(recipe.get_config(f"method={method}")) == []
+            assert auto_config.unset_keys(recipe.get_config(f"method={method}")) == counted(method)
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
@@ -222,7 +237,8 @@ def test_chosen_values_are_valid(configure, fill_in, method):
     chosen, _ = fill_in(config, many(3), many(30), devices=4)
     validate_training(chosen, device_count=4)
     assert auto_config.unset_keys(chosen) == []
-    assert auto_config.unset_keys(config) == [*auto_config._ALWAYS, *auto_config._WITHOUT_EPOCHS]  # Not changed itself.
+    always = [*auto_config._ALWAYS, *auto_config._WITHOUT_EPOCHS]
+    assert auto_config.unset_keys(config) == always + counted(method)  # Not changed itself.
 
 
 def test_a_continued_run_keeps_its_choices(configure, fill_in, tmp_path):
@@ -267,6 +283,14 @@ def test_an_encoder_that_was_not_measured_is_taken_for_a_demanding_one():
     assert 0 < fit["mine"] == min(count for name, count in fit.items() if encoders.find_family(name) is None)
     assert fit["dinov2_small"] > fit["dinov2_base_reg"] == fit["dinov2_base"] > fit["dinov2_large"]
     assert fit["dinov3_7b"] == 0  # 16 bytes for each of 6.9 G parameters are more than 80 GiB.
+
+
+def test_gpus_hold_more_images_of_transformers():
+    """Base takes 11956 bytes per pixel there, by the compiler for the H100: 80 GiB hold 26 images of 518 pixels."""
+    fit = functools.partial(auto_config.images_that_fit, crop=518, limit=80 * GIB)
+    assert fit("dinov2_base", platform="cuda") == fit("dinov2_base_reg", platform="gpu") == 26
+    assert fit("dinov2_base", platform="tpu") == fit("dinov2_base") == 7
+    assert fit("resnet101", platform="cuda") == fit("resnet101") and fit("mine", platform="cuda") == fit("mine")
 
 
 def test_memory_of_this_machine():
