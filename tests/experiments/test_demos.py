@@ -1,11 +1,14 @@
 """The demonstrations: commands that they run, and what is said where weights or scores are missing."""
 
 import json
+import pathlib
 import sys
 
 import pytest
 
 from experiments import demo, imagenet, real_demo
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def scores(last, best):
@@ -47,6 +50,13 @@ def test_real_images_are_trained_on_by_both_methods_with_the_same_settings(comma
     assert {f"--config.{each}" for each in expected} <= set(dssn)
     assert report[:2] == ("--mode=report", f"--workdir={out / 'supervised'},{out / 'dssn'}")
     assert "dssn over supervised, deployed network, last evaluation: +3.50 points" in capsys.readouterr().out
+
+
+def test_the_demonstration_has_the_settings_of_the_comparison():
+    page = (ROOT / "docs/results/camvid_lite0.md").read_text().replace("'", "")
+    settings = real_demo.SETTINGS | {"train.steps": str(real_demo.STEPS), "train.eval_every": str(real_demo.STEPS // 2)}
+    for key, value in settings.items():
+        assert f" {key}={value} ".replace("'", "") in page, key
 
 
 def test_a_command_that_fails_ends_the_demonstration(capfd):
