@@ -6,7 +6,6 @@ for the most part; the gradients of all other kernels are summed image by image.
 rounding.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,18 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dssn_jax.models import platforms
 from dssn_jax.models.depthwise import depthwise_conv
+from dssn_jax.models.platforms import Options
 
 _FEW_CHANNELS = 8  # With fewer, products leave most of a vector register empty.
 _LONG = 512  # Products over more pixels per image than this are summed image by image: otherwise one core does it all.
-
-
-class Options(NamedTuple):
-    """Static arguments of a convolution without groups: vertical and horizontal value each."""
-
-    strides: tuple[int, int]
-    padding: tuple[tuple[int, int], tuple[int, int]]  # Zeros above and below, left and right.
-    dilation: tuple[int, int]
 
 
 class Tap(NamedTuple):
@@ -51,7 +44,7 @@ def conv_general_dilated(
         padding = lax.padtype_to_pads(x.shape[1:3], reach, strides, padding)
     static = Options(tuple(strides), tuple(map(tuple, padding)), dilation)
     if groups == x.shape[-1] == kernel.shape[-1]:
-        return depthwise_conv(x, kernel, strides[0], dilation[0], static.padding)
+        return depthwise_conv(x, kernel, static)
     if groups == 1:
         return _conv(x, kernel, static)
     return lax.conv_general_dilated(x, kernel, strides, padding, **options)
@@ -69,38 +62,13 @@ def _suits_products(sizes: tuple[int, int], kernel: tuple[int, int], options: Op
     return 2 * reached <= output
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _differentiable_conv(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
-    by_products, plain = (functools.partial(form, options=options) for form in (products, _plain))
-    if not _suits_products(x.shape[1:3], kernel.shape[:2], options):
-        return plain(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=by_products, default=plain)
-
-
-def _forward(x, kernel, options):
-    return _differentiable_conv(x, kernel, options), (x, kernel)
-
-
-def _backward(options, saved, gradient):
-    def gradients(x, kernel, gradient, form):
-        return jax.vjp(functools.partial(form, options=options), x, kernel)[1](gradient)
-
-    def image_by_image(x, kernel, gradient):
-        by_x = jax.vjp(lambda x: _plain(x, kernel, options), x)[1](gradient)[0]
-        return by_x, _kernel_gradient(x, kernel, gradient, options)
-
-    x, kernel = saved
-    plain = functools.partial(gradients, form=_plain)
-    if _suits_products(x.shape[1:3], kernel.shape[:2], options):
-        on_cpu = functools.partial(gradients, form=products)
-    else:
-        # A loop over images would gather a batch that is spread over devices.
-        on_cpu = image_by_image if x.shape[-1] >= _FEW_CHANNELS and jax.device_count() == 1 else plain
-    return lax.platform_dependent(*saved, gradient, cpu=on_cpu, default=plain)
-
-
-_differentiable_conv.defvjp(_forward, _backward)
-_conv = jax.jit(_differentiable_conv, static_argnums=2)  # Traced once for all layers of one size.
+def _cpu_forms(x: tuple[int, ...], kernel: tuple[int, ...], options: Options) -> platforms.CpuForms:
+    """Returns how CPUs convolve arrays of these shapes."""
+    if _suits_products(x[1:3], kernel[:2], options):
+        return platforms.CpuForms(products, platforms.gradients_of(products))
+    # A loop over images would gather a batch that is spread over devices.
+    loops = x[-1] >= _FEW_CHANNELS and jax.device_count() == 1
+    return platforms.CpuForms(gradients=_gradients_by_image if loops else None)
 
 
 def _plain(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
@@ -112,6 +80,9 @@ def _plain(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
         rhs_dilation=options.dilation,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+
+
+_conv = platforms.convolution(_plain, _cpu_forms)
 
 
 def products(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
@@ -130,6 +101,11 @@ def products(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
                 whole = product.shape == total.shape
                 total = total + product if whole else total.at[:, *target].add(product)
     return total.astype(x.dtype)
+
+
+def _gradients_by_image(x, kernel, gradient, options):
+    by_x = jax.vjp(lambda x: _plain(x, kernel, options), x)[1](gradient)[0]
+    return by_x, _kernel_gradient(x, kernel, gradient, options)
 
 
 def _kernel_gradient(x: jax.Array, kernel: jax.Array, gradient: jax.Array, options: Options) -> jax.Array:

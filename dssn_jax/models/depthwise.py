@@ -10,56 +10,32 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Padding = tuple[tuple[int, int], tuple[int, int]]  # Zeros above and below, left and right.
+from dssn_jax.models import platforms
+from dssn_jax.models.platforms import Options, Padding
 
 
-def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, padding: Padding) -> jax.Array:
-    """Convolves each channel of `x` [B, H, W, C] with its own `kernel` [k, k, 1, C]."""
-    return _conv(x, kernel, stride, dilation, padding)
+def depthwise_conv(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
+    """Convolves each channel of `x` [B, H, W, C] with its own `kernel` [k, k, 1, C]; strides and dilation are equal."""
+    return _conv(x, kernel, options)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _differentiable_conv(x, kernel, stride, dilation, padding):
-    options = {"stride": stride, "dilation": dilation, "padding": padding}
-    shifted, grouped = (functools.partial(form, **options) for form in (shifted_products, grouped_conv))
-    return lax.platform_dependent(x, kernel, cpu=shifted, default=grouped)
-
-
-def _forward(x, kernel, stride, dilation, padding):
-    return _differentiable_conv(x, kernel, stride, dilation, padding), (x, kernel)
-
-
-def _backward(stride, dilation, padding, saved, gradient):
-    options = {"stride": stride, "dilation": dilation, "padding": padding}
-
-    def grouped(x, kernel, gradient):
-        return jax.vjp(functools.partial(grouped_conv, **options), x, kernel)[1](gradient)
-
-    shifted = functools.partial(_shifted_gradients, **options)
-    return lax.platform_dependent(*saved, gradient, cpu=shifted, default=grouped)
-
-
-_differentiable_conv.defvjp(_forward, _backward)
-_conv = jax.jit(_differentiable_conv, static_argnums=(2, 3, 4))  # Traced once for all layers of one size.
-
-
-def grouped_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, padding: Padding) -> jax.Array:
+def grouped_conv(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
     """Returns `depthwise_conv` as one convolution with a group per channel."""
     return lax.conv_general_dilated(
         x,
         kernel,
-        (stride, stride),
-        padding,
-        rhs_dilation=(dilation, dilation),
+        options.strides,
+        options.padding,
+        rhs_dilation=options.dilation,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1],
     )
 
 
-def shifted_products(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, padding: Padding) -> jax.Array:
+def shifted_products(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
     """Returns `depthwise_conv` as a sum of k * k products; in bfloat16 the sum is in float32."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    padded, weights = _padded(x, padding).astype(wide), kernel.astype(wide)
+    wide, (stride, _), (dilation, _) = jnp.promote_types(x.dtype, jnp.float32), options.strides, options.dilation
+    padded, weights = _padded(x, options.padding).astype(wide), kernel.astype(wide)
     height, width = (size - dilation * (kernel.shape[0] - 1) for size in padded.shape[1:3])
 
     def product(i: int, j: int) -> jax.Array:
@@ -74,8 +50,9 @@ def _padded(x: jax.Array, padding: Padding) -> jax.Array:
     return jnp.pad(x, ((0, 0), *padding, (0, 0)))
 
 
-def _shifted_gradients(x, kernel, gradient, stride, dilation, padding):
+def _shifted_gradients(x, kernel, gradient, options):
     """Returns the gradients of `x` and `kernel`, given that of the result."""
+    (stride, _), (dilation, _), padding = options.strides, options.dilation, options.padding
     padded = _padded(x, padding)
     # Transposed: `stride - 1` zeros between the pixels, a border of zeros, and the kernel turned by 180 degrees.
     border = dilation * (kernel.shape[0] - 1)
@@ -84,7 +61,8 @@ def _shifted_gradients(x, kernel, gradient, stride, dilation, padding):
         beyond = padded.shape[axis] - border - (gradient.shape[axis] - 1) * stride - 1  # Pixels that nothing reaches.
         spread[axis] = (border, border + beyond, stride - 1)
     spread_gradient = lax.pad(gradient, jnp.zeros((), gradient.dtype), spread)
-    by_padded = shifted_products(spread_gradient, kernel[::-1, ::-1], 1, dilation, ((0, 0), (0, 0)))
+    unpadded = Options((1, 1), ((0, 0), (0, 0)), options.dilation)
+    by_padded = shifted_products(spread_gradient, kernel[::-1, ::-1], unpadded)
     (top, _), (left, _) = padding
     by_x = by_padded[:, top : top + x.shape[1], left : left + x.shape[2]]
     return by_x, _kernel_gradient(padded, kernel, gradient, stride, dilation)
@@ -107,3 +85,6 @@ def _kernel_gradient(padded, kernel, gradient, stride, dilation):
     total = jnp.zeros((batch, *kernel.shape[:2], channels), wide)
     total = lax.fori_loop(0, rows * columns, add_pixel, total, unroll=4)
     return total.sum(0).reshape(kernel.shape).astype(kernel.dtype)
+
+
+_conv = platforms.convolution(grouped_conv, lambda *_: platforms.CpuForms(shifted_products, _shifted_gradients))

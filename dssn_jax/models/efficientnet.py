@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from dssn_jax.models import layers
 from dssn_jax.models.convolution import conv_general_dilated
-from dssn_jax.models.depthwise import Padding
 from dssn_jax.models.extent import Extent, strided, zero_outside
 from dssn_jax.models.layers import normalized
+from dssn_jax.models.platforms import Padding
 
 BATCH_NORM = {"momentum": 0.01, "epsilon": 1e-3}  # Momentum in PyTorch's sense; 0.99 in TensorFlow's.
 STEM_CHANNELS = 32

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dssn_jax.models import convolution, depthwise, layers
+from dssn_jax.models.platforms import Options
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def one_device(monkeypatch):
 def test_products_are_a_convolution(x64, kernel, stride, dilation, padding, size):
     rng = np.random.default_rng(0)
     x, weights = rng.normal(size=(2, *size, 3)), rng.normal(size=(kernel, kernel, 3, 4))
-    options = convolution.Options((stride, stride), padding, (dilation, dilation))
+    options = Options((stride, stride), padding, (dilation, dilation))
 
     def plain(x, weights):
         dimensions = ("NHWC", "HWIO", "NHWC")
@@ -125,8 +126,9 @@ def test_shifted_products_are_a_grouped_convolution(x64, kernel, stride, dilatio
     rng = np.random.default_rng(0)
     x, weights = rng.normal(size=shape), rng.normal(size=(kernel, kernel, 1, shape[-1]))
     forms = depthwise.depthwise_conv, depthwise.grouped_conv
+    options = Options((stride, stride), padding, (dilation, dilation))
     (ours, backward), (grouped, transpose) = (
-        jax.vjp(lambda x, w, form=form: form(x, w, stride, dilation, padding), x, weights) for form in forms
+        jax.vjp(lambda x, w, form=form: form(x, w, options), x, weights) for form in forms
     )
     gradient = rng.normal(size=grouped.shape)
     for each, expected in zip((ours, *backward(gradient)), (grouped, *transpose(gradient)), strict=True):
@@ -136,7 +138,8 @@ def test_shifted_products_are_a_grouped_convolution(x64, kernel, stride, dilatio
 def test_bfloat16_sums_products_in_float32():
     rng = np.random.default_rng(0)
     x, weights = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1, 9, 9, 8), (5, 5, 1, 8)))
-    ours = depthwise.depthwise_conv(x, weights, 1, 1, ((2, 2), (2, 2)))
+    options = Options((1, 1), ((2, 2), (2, 2)), (1, 1))
+    ours = depthwise.depthwise_conv(x, weights, options)
     assert ours.dtype == jnp.bfloat16
-    exact = depthwise.grouped_conv(x.astype(jnp.float32), weights.astype(jnp.float32), 1, 1, ((2, 2), (2, 2)))
+    exact = depthwise.grouped_conv(x.astype(jnp.float32), weights.astype(jnp.float32), options)
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)

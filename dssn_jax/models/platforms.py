@@ -1,0 +1,62 @@
+"""Convolutions that CPUs compute in other forms than GPUs and TPUs, with the same result but for rounding."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax import lax
+
+Padding = tuple[tuple[int, int], tuple[int, int]]  # Zeros above and below, left and right.
+
+
+class Options(NamedTuple):
+    """Static arguments of a convolution: vertical and horizontal value each."""
+
+    strides: tuple[int, int]
+    padding: Padding
+    dilation: tuple[int, int]
+
+
+class CpuForms(NamedTuple):
+    """How CPUs compute a convolution of some sizes; None: as other platforms do."""
+
+    forward: Callable | None = None  # (x, kernel, options) -> result
+    gradients: Callable | None = None  # (x, kernel, gradient of the result, options) -> gradients of x and kernel
+
+
+def convolution(plain: Callable, on_cpu: Callable[[tuple, tuple, Options], CpuForms]) -> Callable:
+    """Returns `plain(x, kernel, options)`, for CPUs in the forms of `on_cpu(x.shape, kernel.shape, options)`.
+
+    It is traced once for all layers of one size.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+    def differentiable(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
+        return _by_platform(on_cpu(x.shape, kernel.shape, options).forward, plain, options, x, kernel)
+
+    def forward(x, kernel, options):
+        return differentiable(x, kernel, options), (x, kernel)
+
+    def backward(options, saved, gradient):
+        forms = on_cpu(*(each.shape for each in saved), options)
+        return _by_platform(forms.gradients, gradients_of(plain), options, *saved, gradient)
+
+    differentiable.defvjp(forward, backward)
+    return jax.jit(differentiable, static_argnums=2)
+
+
+def gradients_of(form: Callable) -> Callable:
+    """Returns (x, kernel, gradient of the result, options) -> gradients of x and kernel, as JAX derives them."""
+
+    def gradients(x, kernel, gradient, options):
+        return jax.vjp(functools.partial(form, options=options), x, kernel)[1](gradient)
+
+    return gradients
+
+
+def _by_platform(on_cpu: Callable | None, elsewhere: Callable, options: Options, *arrays: jax.Array):
+    elsewhere = functools.partial(elsewhere, options=options)
+    if on_cpu is None:
+        return elsewhere(*arrays)
+    return lax.platform_dependent(*arrays, cpu=functools.partial(on_cpu, options=options), default=elsewhere)
