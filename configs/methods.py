@@ -22,7 +22,7 @@ METHODS = {
     # (docs/results/camvid.md).
     "fixmatch_balanced": dict(
         labeled_batch_factor=2, strong_views=1, feature_views=0, teacher="ema", strong_weight=1.0, feature_weight=0.0,
-        image_contrast_weight=0.0, feature_contrast_weight=0.0, selection="threshold", class_weight_power=0.25,
+        image_contrast_weight=0.0, feature_contrast_weight=0.0, selection="threshold", class_weight_power=0.5,
         ema=dict(warmup_steps=80, batch_stats_epochs=0), views=dict(mix_partner="labeled"),
         data=dict(labeled_sampling="rare", rare_temperature=0.1),
     ),

@@ -52,7 +52,7 @@ class Variant(NamedTuple):
 
 
 _BALANCED = {
-    "method.class_weight_power": "0.25",
+    "method.class_weight_power": "0.5",
     "data.labeled_sampling": "rare",
     "data.rare_temperature": "0.1",
 }
@@ -73,7 +73,7 @@ VARIANTS = {
     "dssn-partner-other": Variant("dssn", {"views.mix_partner": "other"}),
     "fixmatch_balanced": Variant("fixmatch_balanced"),
     "fixmatch_balanced-no-class-weights": Variant("fixmatch_balanced", {"method.class_weight_power": "0.0"}),
-    "fixmatch_balanced-more-class-weights": Variant("fixmatch_balanced", {"method.class_weight_power": "0.5"}),
+    "fixmatch_balanced-half-class-weights": Variant("fixmatch_balanced", {"method.class_weight_power": "0.25"}),
     "fixmatch_balanced-no-rare-sampling": Variant("fixmatch_balanced", {"data.labeled_sampling": "uniform"}),
     "fixmatch_balanced-half-labeled": Variant("fixmatch_balanced", {"method.labeled_batch_factor": "1"}),
     "fixmatch_balanced-partner-other": Variant("fixmatch_balanced", {"views.mix_partner": "other"}),
