@@ -78,7 +78,7 @@ class Memory(NamedTuple):
 # width), with 16 bytes of state per parameter; DINOv3 is taken for DINOv2 of the same size, which has more tokens.
 # EfficientNet-Lite1 is taken for Lite2. GPUs keep less of the attention: Base was planned by the compiler for the H100
 # (2 + 2 and 4 + 4 images), Small and Large are Base times the ratio of their UniMatch V2 programs
-# (docs/results/compiled/v2_*_plain_a100x4.json), and larger ones Large times the ratio of the CPU's numbers.
+# (docs/results/compiled), and larger ones Large times the ratio of the CPU's numbers.
 MEMORY = {
     "resnet10w16": Memory(34 << 20, 13 << 20, 3226),
     "resnet18w16": Memory(38 << 20, 14 << 20, 3388),

@@ -26,7 +26,7 @@ def test_the_list_is_of_all_files():
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model["file"])
 def test_entries_are_configurations_of_their_method_and_split(model):
     assert set(model) == {"file", "method", "split", "config", "overrides"}
-    _, flags = commands.parse(["--mode=convert", *settings(model)])
+    _, flags = commands.parse(["--mode=check", *settings(model)])
     config = flags["config"].value
     assert (config.method.name, config.data.split) == (model["method"], model["split"])
     assert not config.model.pretrained and not config.data.root.startswith("/")
