@@ -1,4 +1,4 @@
-"""Draws docs/images/prediction.png: what runs predict on some of their validation images.
+"""Draws docs/images/prediction.jpg: what runs predict on some of their validation images.
 
 `python -m experiments.prediction_picture RUN [RUN...]`, such as the two runs of `python -m experiments.real_demo`.
 Columns: image, predicted classes of each run (its last checkpoint, the deployed network), and ground truth. The images
@@ -56,14 +56,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="work directory")
     parser.add_argument("--rows", type=int, default=4, help="number of images")
-    parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path("docs/images/prediction.png"))
+    parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path("docs/images/prediction.jpg"))
     arguments = parser.parse_args()
     runs = [columns(run, arguments.rows) for run in arguments.runs]
     panel = visualize.panel(runs[0]["image"], *(run["prediction"] for run in runs), runs[0]["truth"])
     picture = Image.fromarray(panel)
     magnification = -(-WIDTH // runs[0]["image"].shape[2])
     size = [magnification * side for side in picture.size]
-    picture.resize(size, Image.Resampling.NEAREST).save(arguments.to)
+    picture.resize(size, Image.Resampling.NEAREST).save(arguments.to, quality=90)
     print(f"wrote {arguments.to}")
 
 
