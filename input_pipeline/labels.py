@@ -144,6 +144,8 @@ def read_label_map(path: str, classes: Sequence[str], ignore: int) -> tuple[bool
         text = read_text(path, "a label map")
     except FileNotFoundError:
         raise DataError(f"missing label map {path} (config.data.label_map)") from None
+    except DataError as error:
+        raise DataError(f"{error} (config.data.label_map)") from None
     rows = _json_rows(text, path) if path.lower().endswith(".json") else _text_rows(text, path)
     id_of, colors = {}, None
     for where, numbers, name in rows:

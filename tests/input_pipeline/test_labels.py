@@ -168,3 +168,12 @@ def test_missing_mask_names_the_list(tmp_path):
         source.labels.decode(Encoded(str(tmp_path / "b.png"), "b.png", "list.txt"))
     with pytest.raises(DataError, match=r"missing file .*b\.png \(listed in list\.txt\)"):
         source[0]
+
+
+def test_a_label_map_that_is_no_file_is_named_with_its_key(tmp_path, monkeypatch):
+    """The home folder, which the value `~` does not name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = defaults.get_config().data
+    data.update({"classes": CLASSES, "label_map": "~"})
+    with pytest.raises(DataError, match=r"a folder; expected a file \(config.data.label_map\)"):
+        Labels.from_config(data)
