@@ -20,8 +20,8 @@ def test_200_attacks():
 
 
 @pytest.mark.slow
-def test_many_attacks():
-    _attack(1, 650, list(generators.KINDS))
+def test_1000_attacks():
+    _attack(1, 1000, list(generators.KINDS))
 
 
 def _judged(code: int | None, stderr: str = "", **options) -> bool:
