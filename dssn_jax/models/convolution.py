@@ -71,18 +71,7 @@ def _cpu_forms(x: tuple[int, ...], kernel: tuple[int, ...], options: Options) ->
     return platforms.CpuForms(gradients=_gradients_by_image if loops else None)
 
 
-def _plain(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        options.strides,
-        options.padding,
-        rhs_dilation=options.dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
-_conv = platforms.convolution(_plain, _cpu_forms)
+_conv = platforms.convolution(_cpu_forms)
 
 
 def products(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
@@ -104,7 +93,7 @@ def products(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
 
 
 def _gradients_by_image(x, kernel, gradient, options):
-    by_x = jax.vjp(lambda x: _plain(x, kernel, options), x)[1](gradient)[0]
+    by_x = jax.vjp(lambda x: platforms.plain(x, kernel, options), x)[1](gradient)[0]
     return by_x, _kernel_gradient(x, kernel, gradient, options)
 
 
@@ -127,7 +116,7 @@ def _kernel_gradient(x: jax.Array, kernel: jax.Array, gradient: jax.Array, optio
         pixels = (reached(padded, i, j) for i in range(rows) for j in range(columns))
         return total + jnp.stack([jnp.matmul(by_result, each, preferred_element_type=wide) for each in pixels]), None
 
-    padded = jnp.pad(x, ((0, 0), *options.padding, (0, 0)))
+    padded = platforms.pad(x, options.padding)
     total = jnp.zeros((rows * columns, gradient.shape[-1], x.shape[-1]), wide)
     total, _ = lax.scan(add_image, total, (padded, gradient))
     return jnp.swapaxes(total, 1, 2).reshape(kernel.shape).astype(kernel.dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dssn_jax.models import platforms
-from dssn_jax.models.platforms import Options, Padding
+from dssn_jax.models.platforms import Options
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
@@ -19,23 +19,10 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Arr
     return _conv(x, kernel, options)
 
 
-def grouped_conv(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
-    """Returns `depthwise_conv` as one convolution with a group per channel."""
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        options.strides,
-        options.padding,
-        rhs_dilation=options.dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-    )
-
-
 def shifted_products(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
     """Returns `depthwise_conv` as a sum of k * k products; in bfloat16 the sum is in float32."""
     wide, (stride, _), (dilation, _) = jnp.promote_types(x.dtype, jnp.float32), options.strides, options.dilation
-    padded, weights = _padded(x, options.padding).astype(wide), kernel.astype(wide)
+    padded, weights = platforms.pad(x, options.padding).astype(wide), kernel.astype(wide)
     height, width = (size - dilation * (kernel.shape[0] - 1) for size in padded.shape[1:3])
 
     def product(i: int, j: int) -> jax.Array:
@@ -46,14 +33,10 @@ def shifted_products(x: jax.Array, kernel: jax.Array, options: Options) -> jax.A
     return functools.reduce(jnp.add, (product(i, j) for i, j in elements)).astype(x.dtype)
 
 
-def _padded(x: jax.Array, padding: Padding) -> jax.Array:
-    return jnp.pad(x, ((0, 0), *padding, (0, 0)))
-
-
 def _shifted_gradients(x, kernel, gradient, options):
     """Returns the gradients of `x` and `kernel`, given that of the result."""
     (stride, _), (dilation, _), padding = options.strides, options.dilation, options.padding
-    padded = _padded(x, padding)
+    padded = platforms.pad(x, padding)
     # Transposed: `stride - 1` zeros between the pixels, a border of zeros, and the kernel turned by 180 degrees.
     border = dilation * (kernel.shape[0] - 1)
     spread = [(0, 0, 0)] * 4
@@ -87,4 +70,4 @@ def _kernel_gradient(padded, kernel, gradient, stride, dilation):
     return total.sum(0).reshape(kernel.shape).astype(kernel.dtype)
 
 
-_conv = platforms.convolution(grouped_conv, lambda *_: platforms.CpuForms(shifted_products, _shifted_gradients))
+_conv = platforms.convolution(lambda *_: platforms.CpuForms(shifted_products, _shifted_gradients))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # Zeros above and below, left and right.
@@ -25,8 +26,21 @@ class CpuForms(NamedTuple):
     gradients: Callable | None = None  # (x, kernel, gradient of the result, options) -> gradients of x and kernel
 
 
-def convolution(plain: Callable, on_cpu: Callable[[tuple, tuple, Options], CpuForms]) -> Callable:
-    """Returns `plain(x, kernel, options)`, for CPUs in the forms of `on_cpu(x.shape, kernel.shape, options)`.
+def plain(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
+    """Returns XLA's convolution of `x` [B, H, W, C] and `kernel` [k, l, C / groups, D]: [B, h, w, D]."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        options.strides,
+        options.padding,
+        rhs_dilation=options.dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1] // kernel.shape[2],
+    )
+
+
+def convolution(on_cpu: Callable[[tuple, tuple, Options], CpuForms]) -> Callable:
+    """Returns `plain`, but for CPUs in the forms of `on_cpu(x.shape, kernel.shape, options)`.
 
     It is traced once for all layers of one size.
     """
@@ -44,6 +58,11 @@ def convolution(plain: Callable, on_cpu: Callable[[tuple, tuple, Options], CpuFo
 
     differentiable.defvjp(forward, backward)
     return jax.jit(differentiable, static_argnums=2)
+
+
+def pad(x: jax.Array, padding: Padding) -> jax.Array:
+    """Pads `x` [B, H, W, C] with zeros."""
+    return jnp.pad(x, ((0, 0), *padding, (0, 0)))
 
 
 def gradients_of(form: Callable) -> Callable:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dssn_jax.models import convolution, depthwise, layers
+from dssn_jax.models import convolution, depthwise, layers, platforms
 from dssn_jax.models.platforms import Options
 
 
@@ -125,7 +125,7 @@ def test_only_accelerators_get_all_convolutions(one_device, platform, options, o
 def test_shifted_products_are_a_grouped_convolution(x64, kernel, stride, dilation, padding, shape):
     rng = np.random.default_rng(0)
     x, weights = rng.normal(size=shape), rng.normal(size=(kernel, kernel, 1, shape[-1]))
-    forms = depthwise.depthwise_conv, depthwise.grouped_conv
+    forms = depthwise.depthwise_conv, platforms.plain
     options = Options((stride, stride), padding, (dilation, dilation))
     (ours, backward), (grouped, transpose) = (
         jax.vjp(lambda x, w, form=form: form(x, w, options), x, weights) for form in forms
@@ -141,5 +141,5 @@ def test_bfloat16_sums_products_in_float32():
     options = Options((1, 1), ((2, 2), (2, 2)), (1, 1))
     ours = depthwise.depthwise_conv(x, weights, options)
     assert ours.dtype == jnp.bfloat16
-    exact = depthwise.grouped_conv(x.astype(jnp.float32), weights.astype(jnp.float32), options)
+    exact = platforms.plain(x.astype(jnp.float32), weights.astype(jnp.float32), options)
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
