@@ -51,11 +51,9 @@ class Variant(NamedTuple):
     overrides: dict[str, str] = {}
 
 
-_BALANCED = {
-    "method.class_weight_power": "0.5",
-    "data.labeled_sampling": "rare",
-    "data.rare_temperature": "0.1",
-}
+_ENTRY = METHODS["fixmatch_balanced"]
+_BALANCED = {"method.class_weight_power": str(_ENTRY["class_weight_power"])}
+_BALANCED |= {f"data.{key}": str(value) for key, value in _ENTRY["data"].items()}
 _MOMENTUM = {"method.selection_momentum": "0.98"}  # Runs of a comparison are short.
 # What can be compared. Variants with overrides are ablations: a method without a part, or with another form of it;
 # that of the supervised baseline shows what the same parts are worth without unlabeled images.

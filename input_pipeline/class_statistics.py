@@ -22,7 +22,7 @@ def users(config) -> list[str]:
         "method.class_weight_power": config.method.class_weight_power,
         "method.align_classes": config.method.align_classes,
     }
-    return [f"{key}={value}" for key, value in settings.items() if value not in (0, "uniform", False)]
+    return [f"{key}={value}" for key, value in settings.items() if value not in (0, "uniform")]
 
 
 def is_counted(config) -> bool:

@@ -65,9 +65,6 @@ class _Running:
 
     momentum: float = 0.999  # Weight of the old means in each update.
 
-    def _move(self, means: dict, batch: dict, valid: jax.Array) -> dict:
-        return _move(means, batch, valid, self.momentum)
-
 
 @dataclasses.dataclass(frozen=True)
 class Adaptive(_Running):
@@ -85,13 +82,12 @@ class Adaptive(_Running):
         """Returns the running means after logits [U, h, w, K]."""
         probabilities = _probabilities(logits)
         means = {"confidence": _mean(probabilities.max(-1), valid), "classes": _mean(probabilities, valid)}
-        return self._move(state, means, valid)
+        return _move(state, means, valid, self.momentum)
 
     def __call__(self, probabilities: jax.Array, state: dict) -> jax.Array:
         """Maps probabilities [B, H, W, K] to weights 0 or 1, [B, H, W]."""
         thresholds = state["confidence"] * state["classes"] / state["classes"].max()
-        selected = probabilities.max(-1) >= thresholds[probabilities.argmax(-1)]
-        return selected.astype(probabilities.dtype)
+        return _reaching(probabilities, thresholds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +108,7 @@ class Soft(_Running):
         confidence, count = _probabilities(logits).max(-1), valid.sum()
         mean = _mean(confidence, valid)
         variance = _mean(jnp.square(confidence - mean), valid) * count / jnp.maximum(count - 1, 1)
-        return self._move(state, {"mean": mean, "variance": variance}, valid)
+        return _move(state, {"mean": mean, "variance": variance}, valid, self.momentum)
 
     def __call__(self, probabilities: jax.Array, state: dict) -> jax.Array:
         """Maps probabilities [B, H, W, K] to weights in [0, 1], [B, H, W]."""
@@ -128,7 +124,7 @@ class ClassBalanced(_Running):
     Class-balanced self-training, Zou et al., ECCV 2018, with running thresholds.
     """
 
-    share: float = 0.5  # Of the pixels that are predicted as a class.
+    share: float = 0.5  # Selected share of the pixels that are predicted as a class, in (0, 1].
 
     def init(self, num_classes: int) -> dict:
         """Returns the running threshold of each class, [K]: at first 0, which selects all."""
@@ -144,13 +140,12 @@ class ClassBalanced(_Running):
 
         thresholds = state["thresholds"]
         quantiles = jax.vmap(quantile)(jnp.arange(len(thresholds)))
-        moved = self.momentum * thresholds + (1 - self.momentum) * quantiles
-        return {"thresholds": jnp.where(jnp.isnan(quantiles), thresholds, moved).astype(jnp.float32)}
+        batch = {"thresholds": jnp.where(jnp.isnan(quantiles), thresholds, quantiles)}
+        return _move(state, batch, valid, self.momentum)
 
     def __call__(self, probabilities: jax.Array, state: dict) -> jax.Array:
         """Maps probabilities [B, H, W, K] to weights 0 or 1, [B, H, W]."""
-        selected = probabilities.max(-1) >= state["thresholds"][probabilities.argmax(-1)]
-        return selected.astype(probabilities.dtype)
+        return _reaching(probabilities, state["thresholds"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +187,12 @@ class Aligned:
 
     def _target(self) -> jax.Array:
         return jnp.maximum(jnp.array(self.frequencies, jnp.float32), _LEAST)
+
+
+def _reaching(probabilities: jax.Array, thresholds: jax.Array) -> jax.Array:
+    """Returns 1 where the largest of probabilities [..., K] is at least the threshold of its class, [K], else 0."""
+    selected = probabilities.max(-1) >= thresholds[probabilities.argmax(-1)]
+    return selected.astype(probabilities.dtype)
 
 
 def _move(means, batch, valid: jax.Array, momentum: float):

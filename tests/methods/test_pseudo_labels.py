@@ -151,7 +151,7 @@ def test_alignment_by_hand():
 
 
 def test_alignment_gives_classes_the_shares_of_the_labels():
-    """Predictions that are biased by a factor of each class lose it: with the mean of the batch, all of it."""
+    """One update brings the shares of predicted classes closer to those of the labels, for biased predictions too."""
     logits = jnp.asarray(LOGITS)
     selection = pseudo_labels.Aligned(pseudo_labels.Threshold(0.0), SHARES, 0.0)
     valid = jnp.ones(LOGITS.shape[:3], bool)
