@@ -57,11 +57,8 @@ PARTS = (
     ("views", ("Learner._strong_views", "Learner._to_views", "strong_views")),
 )
 VIEW_FILES = ("strong_augment.py", "views.py")  # Bodies of loops have shorter stacks.
-SHARED_FILES = (
-    "convolution.py",
-    "depthwise.py",
-    "platforms.py",
-)  # Layers of all networks call these: their own lines say more.
+# Layers of all networks call functions of these files: the lines of the layers say more.
+SHARED_FILES = ("convolution.py", "depthwise.py", "platforms.py")
 TOTALS = (
     "arguments_gib", "output_gib", "alias_gib", "temp_gib", "peak_gib", "gigabytes_moved", "launches", "tflop",
     "roofline_ms", "optimal_ms", "accessed_gb", "compiler_tflop", "compile_s",

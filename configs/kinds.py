@@ -13,7 +13,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class Kind(Protocol):
-    """What the values of a key are; `str` completes the sentence "expected ..."."""
+    """A kind of configuration value; `str` completes the sentence "expected ..."."""
 
     def accepts(self, value: Any) -> bool:
         """Returns whether `value`, of any type, can be used."""

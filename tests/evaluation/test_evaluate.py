@@ -214,7 +214,7 @@ def test_scores_of_a_run():
     run = metrics.continue_scores(run, "pixel_accuracy")
     update(40, student=1.0, teacher=2.0)
     assert (run["metric"], run["best_step"], run["best_score"]) == ("pixel_accuracy", 40, 50.0)
-    assert run["student"]["best"]["step"] == 30  # Of all evaluations of the network, by the new metric.
+    assert run["student"]["best"]["step"] == 30  # The best of all its evaluations by the new metric.
 
 
 def test_the_table_has_a_row_for_each_class_and_metric():

@@ -1,4 +1,4 @@
-"""What golden cases share: weights and inputs are not stored, but computed from their names."""
+"""Base of the golden cases: weights and inputs are not stored, but computed from their names."""
 
 import functools
 import pathlib

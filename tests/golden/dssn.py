@@ -1,4 +1,4 @@
-"""What DSSN's code computed for made-up weights and inputs: cases with a `backbone`."""
+"""Golden cases with a `backbone`: outputs of DSSN's code for made-up weights and inputs."""
 
 import dataclasses
 

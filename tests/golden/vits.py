@@ -1,4 +1,4 @@
-"""What UniMatch V2's code (DINOv2, DPT) and Hugging Face's DINOv3 computed: cases with an `encoder`."""
+"""Golden cases with an `encoder`: outputs of UniMatch V2's code (DINOv2, DPT) and of Hugging Face's DINOv3."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ from tests.golden import case as cases
 from tests.golden.case import jit, named
 
 TERMS = {"loss": "loss", "loss_x": "loss_x", "loss_s1": "loss_u_s1", "loss_s2": "loss_u_s2", "mask_ratio": "mask_ratio"}
-STEPS = 100  # Of the whole run, which the learning rate follows.
+STEPS = 100  # Length of the run that the learning rate decays over.
 # Our names, which are Meta's -> those of Hugging Face, for the weights of DINOv3. Projections: see `Case._qkv`.
 DINOV3_NAMES = (
     (r"backbone\.", ""),

@@ -1,4 +1,4 @@
-"""What the log says about classes that are rarely or never pseudo-labeled."""
+"""Log messages about classes that are rarely or never pseudo-labeled."""
 
 import json
 import re
