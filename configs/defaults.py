@@ -279,6 +279,10 @@ _METHOD = Section(
         "A class weighs (its share of the labeled pixels) ** -x in the labeled loss, times a constant with which "
         "labeled pixels weigh 1 on average (docs/method.md, Eq. 23). 0: classes weigh the same.",
     ),
+    weigh_pseudo_labels=Key(
+        False, Bool(), "Pseudo-labels, and true labels pasted into strong views, weigh as their classes do in the "
+        "labeled loss (`class_weight_power`).",
+    ),
     ohem_threshold=Key(0.7, _PROBABILITY, "Pixels whose true class has at most this probability are hard."),
     ohem_min_kept=Key(100000, Int(0, 2**22), "At least this many pixels per image are kept.", "pixels"),
     ohem_group=Key(2, Int(1, 256), "Images whose pixels are ranked together (those of one GPU in the original)."),

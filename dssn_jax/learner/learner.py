@@ -35,7 +35,7 @@ class Learner:
     @property
     def train_step(self) -> step.TrainStep:
         """The step as a pure function of views, without augmentation or devices."""
-        return step.TrainStep(Objective(self.network, self.method), self.optimizer)
+        return step.TrainStep(Objective(self.network, self.method, self.mesh.size), self.optimizer)
 
     def init_state(self, weights: dict | None = None) -> TrainState:
         """Returns the state at step 0 on every device: random weights, except where `weights` has variables."""

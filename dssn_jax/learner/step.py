@@ -134,8 +134,8 @@ class TrainStep:
         statistics and draws nothing in training.
         """
         states = [tree for name, tree in student.items() if name not in ("params", "unused")]
-        draws = getattr(self.objective.network.encoder, "rope_rescale", 1) != 1
-        return "encoder" not in trainable and not any("encoder" in tree for tree in states) and not draws
+        fixed = "encoder" not in trainable and not any("encoder" in tree for tree in states)
+        return fixed and not self.objective.network.draws
 
     @staticmethod
     def _keys(state: TrainState, micro_batch) -> Keys:

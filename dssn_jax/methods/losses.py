@@ -130,12 +130,21 @@ def kth_smallest(values: jax.Array, rank: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(result, values.dtype)
 
 
-def consistency(logits: jax.Array, labels: jax.Array, weight: jax.Array, valid: jax.Array) -> jax.Array:
+def consistency(
+    logits: jax.Array,
+    labels: jax.Array,
+    weight: jax.Array,
+    valid: jax.Array,
+    class_weights: tuple[float, ...] = (),
+) -> jax.Array:
     """Returns the weighted cross-entropy to pseudo-labels, summed over valid pixels and divided by their number.
 
     docs/method.md, Eq. 4. Logits [B, H, W, K]; labels [B, H, W]; `weight` float [B, H, W] is 0 for pixels that are not
-    selected; `valid` bool [B, H, W] is False where the image is padded. Returns a scalar, 0 if no pixel is valid.
+    selected; `valid` bool [B, H, W] is False where the image is padded; `class_weights` [K] multiply the terms by
+    class, () by 1. Returns a scalar, 0 if no pixel is valid.
     """
+    if class_weights:
+        weight = weight * jnp.asarray(class_weights, weight.dtype)[labels]
     losses = pixel_cross_entropy(logits, labels, valid & (weight > 0))
     return (losses * weight).sum() / jnp.maximum(valid.sum(), 1)
 

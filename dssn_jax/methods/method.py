@@ -92,6 +92,7 @@ class Method:
     ema: Ema | None = None  # Set if and only if the teacher is the EMA network.
     selection: Callable = pseudo_labels.Threshold(0.95)  # noqa: RUF009
     labeled_loss: Callable = losses.CrossEntropy()  # noqa: RUF009
+    pseudo_label_weights: tuple[float, ...] = ()  # By class; (): equal ones.
     perturb_labeled: bool = True
 
     @property
@@ -138,6 +139,7 @@ def from_config(config, steps_per_epoch: int) -> Method:
         ema=_ema(ema, steps_per_epoch) if method.teacher == "ema" else None,
         selection=_selection(config),
         labeled_loss=LABELED_LOSSES[method.labeled_loss](config),
+        pseudo_label_weights=class_weights(config) if method.weigh_pseudo_labels else (),
         perturb_labeled=method.perturb_labeled,
     )
 

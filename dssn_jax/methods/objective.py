@@ -15,6 +15,7 @@ from dssn_jax.methods import losses
 from dssn_jax.methods.method import Method
 from dssn_jax.methods.pseudo_labels import pseudo_label
 from dssn_jax.methods.views import Views, mix, swap_pairs
+from dssn_jax.models.batch_norm import Batches
 from dssn_jax.models.network import Network
 from dssn_jax.models.resize import upsample
 
@@ -60,6 +61,7 @@ class Objective:
 
     network: Network
     method: Method
+    devices: int = 1  # Over which batches are split.
 
     def encode(self, variables: dict, views: Views) -> Features:
         """Encodes all views in evaluation mode, without a gradient: for an encoder that is frozen.
@@ -145,9 +147,9 @@ class Objective:
         images = (views.image_x, views.image_u) if needs_weak else (views.image_x,)
         sizes = [len(image) for image in images]
         if features is None:
-            maps, variables = self._train_encode(variables, images, jax.random.fold_in(keys.rope, 0))
+            maps, strong_maps, variables = self._encode_views(variables, images, views.strong, keys.rope)
         else:
-            maps = _join((features.labeled, features.weak)[: len(images)])
+            maps, strong_maps = _join((features.labeled, features.weak)[: len(images)]), features.strong
         # The original perturbs the labeled images too; nothing reads their logits, but they enter batch statistics.
         source = maps if self.method.perturb_labeled or not feature else _split(maps, sizes)[-1]
         batches = [maps, *(self._perturb(stream, source, keys.perturb) for stream in feature)]
@@ -158,10 +160,7 @@ class Objective:
             copies = [sharding.split_sharded(x, sizes)[-1] for x in copies]
         outputs = dict(zip((stream.name for stream in feature), copies, strict=True))
         if strong:
-            maps = features and features.strong
-            if maps is None:
-                maps, variables = self._train_encode(variables, views.strong, jax.random.fold_in(keys.rope, 1))
-            logits, variables = self._strong_logits(variables, strong, maps, keys.perturb)
+            logits, variables = self._strong_logits(variables, strong, strong_maps, keys.perturb)
             outputs |= logits
         return StudentLogits(clean[0], clean[1] if needs_weak else None, outputs), variables
 
@@ -184,14 +183,33 @@ class Objective:
         logits, variables = self._train_apply(variables, _join(batches), "decode")
         return sharding.split_sharded(logits, [len(batch[0]) for batch in batches]), variables
 
-    def _train_encode(self, variables: dict, images, key: jax.Array) -> tuple[tuple[jax.Array, ...], dict]:
-        """Encodes batches of images together in training mode."""
-        return self._train_apply(variables, sharding.concat_sharded(*images), "encode", rngs={"rope": key})
+    def _encode_views(self, variables: dict, images, strong, key: jax.Array) -> tuple:
+        """Encodes labeled and weak `images` together in training mode, then the `strong` views, if there are any.
 
-    def _train_apply(self, variables: dict, inputs, function: str, **options) -> tuple:
+        Returns the feature maps of both and the variables. As many images as strong views are encoded at once, which is
+        half as many operations; batch statistics are those of one after the other.
+        """
+        if strong and len(strong) * len(strong[0]) == sum(map(len, images)) and not self.network.draws:
+            joined = sharding.concat_sharded(
+                *(sharding.concat_sharded(*x) for x in (images, strong)), parts=self.devices
+            )
+            maps, variables = self._train_apply(variables, joined, "encode", Batches(2, self.devices))
+            split = [sharding.split_sharded(x, [len(x) // 2] * 2, self.devices) for x in maps]
+            return *zip(*split, strict=True), variables
+        encoded = []
+        for number, batch in enumerate((images, strong)):
+            maps = None
+            if batch:
+                rngs = {"rope": jax.random.fold_in(key, number)}
+                joined = sharding.concat_sharded(*batch)
+                maps, variables = self._train_apply(variables, joined, "encode", rngs=rngs)
+            encoded.append(maps)
+        return *encoded, variables
+
+    def _train_apply(self, variables: dict, inputs, function: str, batches: bool | Batches = True, **options) -> tuple:
         """Applies a function of the network in training mode; returns its output and the updated variables."""
-        mutable = [name for name in variables if name != "params"]
-        output, updated = self.network.apply(variables, inputs, train=True, mutable=mutable, method=function, **options)
+        options["mutable"] = [name for name in variables if name != "params"]
+        output, updated = self.network.apply(variables, inputs, train=batches, method=function, **options)
         return output, {**variables, **updated}
 
 
@@ -238,6 +256,7 @@ def loss_terms(
             tuple(student.streams[name] for name in names),
             tuple(targets[name] for name in names),
             tuple(pairs.values()),
+            method.pseudo_label_weights,
         )
         terms |= {f"loss_{name}": term for name, term in zip(names, consistency, strict=True)}
         terms |= {f"contrast_{name}": term for name, term in zip(pairs, contrasts, strict=True)}
@@ -307,13 +326,16 @@ def _labeled_term(logits: jax.Array, labels: jax.Array, loss: Callable) -> jax.A
     return loss(upsample(logits, *labels.shape[1:]), labels)
 
 
-@functools.partial(jax.checkpoint, static_argnums=2, policy=losses.KEEP_PIXELS)
+@functools.partial(jax.checkpoint, static_argnums=(2, 3), policy=losses.KEEP_PIXELS)
 def _stream_terms(
-    streams: tuple[jax.Array, ...], targets: tuple[Target, ...], pairs: tuple[tuple[int, int], ...]
+    streams: tuple[jax.Array, ...],
+    targets: tuple[Target, ...],
+    pairs: tuple[tuple[int, int], ...],
+    class_weights: tuple[float, ...],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Returns the consistency of each stream with its target, and the contrast of each pair of streams."""
     full = [upsample(x, *target.labels.shape[1:]) for x, target in zip(streams, targets, strict=True)]
-    consistency = [losses.consistency(x, *target) for x, target in zip(full, targets, strict=True)]
+    consistency = [losses.consistency(x, *target, class_weights) for x, target in zip(full, targets, strict=True)]
     return consistency, [losses.contrast(full[i], full[j]) for i, j in pairs]
 
 

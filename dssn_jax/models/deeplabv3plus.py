@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from configs.checks import ConfigError
 from dssn_jax.models import layers
+from dssn_jax.models.batch_norm import BatchNorm, Train, normalized
 from dssn_jax.models.extent import Extent, mean_inside, strided, zero_outside
-from dssn_jax.models.layers import normalized
 from dssn_jax.models.resize import resize
 
 LOW_LEVEL_CHANNELS = 48
@@ -46,20 +46,20 @@ class DeepLabV3Plus(nn.Module):
         return strided(extent, self.strides[0])
 
     @nn.compact
-    def __call__(self, features: tuple[jax.Array, ...], train: bool, extent: Extent | None = None) -> jax.Array:
+    def __call__(self, features: tuple[jax.Array, ...], train: Train, extent: Extent | None = None) -> jax.Array:
         """Maps feature maps [B, h_i, w_i, C_i], the finest first, to logits [B, h_0, w_0, K] in `dtype`."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = functools.partial(layers.conv, **types)
-        norm = functools.partial(layers.BatchNorm, **types)
+        norm = functools.partial(BatchNorm, **types)
         low, high = strided(extent, self.strides[0]), strided(extent, self.strides[-1])
         c1, c4 = features[0], features[-1]
         c4 = ASPP(self.channels, self.aspp_dilations, name="head", **types)(c4, train, high)
         c4 = resize(c4, *c1.shape[1:3], high, low)
-        c1 = nn.relu(normalized(conv(LOW_LEVEL_CHANNELS, name="reduce_0"), norm(name="reduce_1"), c1, train))
+        c1 = normalized(conv(LOW_LEVEL_CHANNELS, name="reduce_0"), norm(name="reduce_1"), c1, train, nn.relu)
         x = zero_outside(jnp.concatenate([c1, c4], -1), low)
-        x = nn.relu(normalized(conv(self.channels, 3, name="fuse_0"), norm(name="fuse_1"), x, train))
+        x = normalized(conv(self.channels, 3, name="fuse_0"), norm(name="fuse_1"), x, train, nn.relu)
         x = zero_outside(x, low)
-        x = nn.relu(normalized(conv(self.channels, 3, name="fuse_3"), norm(name="fuse_4"), x, train))
+        x = normalized(conv(self.channels, 3, name="fuse_3"), norm(name="fuse_4"), x, train, nn.relu)
         bias_init = layers.bias_init(self.channels)
         return conv(self.num_classes, use_bias=True, bias_init=bias_init, name="classifier")(x)
 
@@ -73,19 +73,19 @@ class ASPP(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: Train, extent: Extent | None = None) -> jax.Array:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = functools.partial(layers.conv, self.channels, **types)
-        norm = functools.partial(layers.BatchNorm, **types)
+        norm = functools.partial(BatchNorm, **types)
         x = zero_outside(x, extent)
-        branches = [nn.relu(normalized(conv(name="b0_0"), norm(name="b0_1"), x, train))]
+        branches = [normalized(conv(name="b0_0"), norm(name="b0_1"), x, train, nn.relu)]
         for i, dilation in enumerate(self.dilations, start=1):
             branch = conv(kernel=3, dilation=dilation, name=f"b{i}_0")
-            branches.append(nn.relu(normalized(branch, norm(name=f"b{i}_1"), x, train)))
+            branches.append(normalized(branch, norm(name=f"b{i}_1"), x, train, nn.relu))
         pooled = ImagePooling(self.channels, name=f"b{len(self.dilations) + 1}", **types)(x, train, extent)
         branches.append(jnp.broadcast_to(pooled, branches[0].shape))
         x = jnp.concatenate(branches, -1)
-        return nn.relu(normalized(conv(name="project_0"), norm(name="project_1"), x, train))
+        return normalized(conv(name="project_0"), norm(name="project_1"), x, train, nn.relu)
 
 
 class ImagePooling(nn.Module):
@@ -96,8 +96,8 @@ class ImagePooling(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: Train, extent: Extent | None = None) -> jax.Array:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = mean_inside(x, extent).astype(self.dtype)
-        conv, norm = layers.conv(self.channels, name="gap_1", **types), layers.BatchNorm(name="gap_2", **types)
-        return nn.relu(normalized(conv, norm, x, train))
+        conv, norm = layers.conv(self.channels, name="gap_1", **types), BatchNorm(name="gap_2", **types)
+        return normalized(conv, norm, x, train, nn.relu)

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from dssn_jax.models import layers
+from dssn_jax.models.batch_norm import BatchNorm, Train, normalized
 from dssn_jax.models.convolution import conv_general_dilated
 from dssn_jax.models.extent import Extent, strided, zero_outside
-from dssn_jax.models.layers import normalized
 from dssn_jax.models.platforms import Padding
 
 BATCH_NORM = {"momentum": 0.01, "epsilon": 1e-3}  # Momentum in PyTorch's sense; 0.99 in TensorFlow's.
@@ -76,12 +76,12 @@ class EfficientNetLite(nn.Module):
         return 4, self.output_stride
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, train: Train, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
         """Maps images [B, H, W, 3] to c1 [B, H/4, W/4, C1], c6 [B, H/stride, W/stride, C6], sizes rounded up."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x, padding = same_padding(zero_outside(x, extent), 3, 2, 1, extent)
         stem = _conv(STEM_CHANNELS, 3, strides=2, padding=padding, name="conv_stem", **types)
-        x = nn.relu6(normalized(stem, layers.BatchNorm(name="bn1", **BATCH_NORM, **types), x, train))
+        x = normalized(stem, BatchNorm(name="bn1", **BATCH_NORM, **types), x, train, nn.relu6)
         extent, current_stride, dilation, features = strided(extent, 2), 2, 1, []
         for stage, spec in enumerate(self.stages()):
             first_dilation = dilation  # Where dilation replaces a stride, the first block keeps the previous dilation.
@@ -111,7 +111,7 @@ class Stage(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: Train, extent: Extent | None = None) -> jax.Array:
         block = functools.partial(layers.remat(Block) if self.remat else Block, param_dtype=self.param_dtype)
         for i, dilation in enumerate(self.dilations):
             spec = self.spec._replace(stride=self.spec.stride if i == 0 else 1)
@@ -130,21 +130,21 @@ class Block(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: Train, extent: Extent | None = None) -> jax.Array:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = functools.partial(layers.BatchNorm, **BATCH_NORM, **types)
+        norm = functools.partial(BatchNorm, **BATCH_NORM, **types)
         kernel, stride, expands = self.spec.kernel, self.spec.stride, self.spec.expansion > 1
         expansion, reduction = ("conv_pw", "conv_pwl") if expands else (None, "conv_pw")
         norms = iter(("bn1", "bn2", "bn3"))
         y = x
         if expands:
             wide = _conv(x.shape[-1] * self.spec.expansion, name=expansion, **types)
-            y = nn.relu6(normalized(wide, norm(name=next(norms)), y, train))
+            y = normalized(wide, norm(name=next(norms)), y, train, nn.relu6)
         y, padding = same_padding(zero_outside(y, extent), kernel, stride, self.dilation, extent)
         depthwise = _depthwise(y.shape[-1], kernel, stride, self.dilation, padding=padding, name="conv_dw", **types)
-        y = nn.relu6(normalized(depthwise, norm(name=next(norms)), y, train))
-        y = normalized(_conv(self.spec.channels, name=reduction, **types), norm(name=next(norms)), y, train)
-        return x + y if self.residual else y
+        y = normalized(depthwise, norm(name=next(norms)), y, train, nn.relu6)
+        linear = _conv(self.spec.channels, name=reduction, **types)
+        return normalized(linear, norm(name=next(norms)), y, train, residual=x if self.residual else None)
 
 
 def round_channels(channels: float, divisor: int = 8) -> int:

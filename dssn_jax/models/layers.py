@@ -1,7 +1,6 @@
 """Layers with PyTorch's arithmetic, so that weights and numbers of the original carry over. All arrays are NHWC."""
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,123 +37,51 @@ def bias_init(fan_in: int):
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-class BatchNorm(nn.Module):
-    """Batch normalization as `torch.nn.BatchNorm2d`: the running variance is the unbiased one.
-
-    Under `jit` with the batch sharded over devices the statistics are those of the global batch (`SyncBatchNorm`).
-    Statistics are computed and kept in `param_dtype`; the result is in `dtype`.
-    """
-
-    momentum: float = 0.1  # In PyTorch's sense: the weight of the new statistics.
-    epsilon: float = 1e-5
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalizes `x` [B, H, W, C] with batch statistics (and updates the running ones) or with the running ones."""
-        channels = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
-        running_var = self.variable("batch_stats", "var", jnp.ones, channels, self.param_dtype)
-        if train:
-            result, mean, var = _normalize_by_batch(x, scale, bias, running_mean.value, self.epsilon)
-            if not self.is_initializing():
-                count = x.size // x.shape[-1]
-                unbiased = var * (count / max(count - 1, 1))
-                running_mean.value += self.momentum * (mean - running_mean.value)
-                running_var.value += self.momentum * (unbiased - running_var.value)
-            return result.astype(self.dtype)
-        factor = self._factor(running_var.value, scale)
-        return ((x.astype(self.param_dtype) - running_mean.value) * factor + bias).astype(self.dtype)
-
-    def folded(self) -> tuple[jax.Array, jax.Array]:
-        """Returns the factor and the offset of each channel, [C] each, with running statistics."""
-        params, stats = self.variables["params"], self.variables["batch_stats"]
-        factor = self._factor(stats["var"], params["scale"])
-        return factor, params["bias"] - stats["mean"] * factor
-
-    def _factor(self, var: jax.Array, scale: jax.Array) -> jax.Array:
-        return jax.lax.rsqrt(var + self.epsilon) * scale
-
-
-def normalized(conv: nn.Conv, norm: BatchNorm, x: jax.Array, train: bool) -> jax.Array:
-    """Returns `norm(conv(x), train)` for a convolution without bias.
-
-    With running statistics the norm is part of the convolution: its factors are in the kernel and its offsets are the
-    bias, so that no pass over the feature map follows. The result is the same but for rounding.
-    """
-    if train or conv.is_initializing():
-        return norm(conv(x), train)
-    factor, offset = norm.folded()
-    params = {"kernel": conv.variables["params"]["kernel"] * factor, "bias": offset}
-    return conv.clone(parent=None, name=None, use_bias=True).apply({"params": params}, x)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _normalize_by_batch(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, shift: jax.Array, epsilon: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalizes `x` [B, H, W, C]; returns the result in the dtype of `x`, and the mean and (biased) variance [C].
-
-    Computes in the dtype of `scale`. `shift` [C] is an estimate of the mean: subtracting it lets sums over one pass
-    through memory give the variance without cancellation. No gradient flows through the returned mean and variance.
-    The backward pass saves `x` in its own dtype, where automatic differentiation would save wider copies.
-    """
-    return _normalize_forward(x, scale, bias, shift, epsilon)[0]
-
-
-def _normalize_forward(x, scale, bias, shift, epsilon):
-    shifted = x.astype(scale.dtype) - shift
-    offset = shifted.mean((0, 1, 2))
-    var = jnp.maximum(jnp.square(shifted).mean((0, 1, 2)) - jnp.square(offset), 0)
-    mean, inverse = shift + offset, jax.lax.rsqrt(var + epsilon)
-    result = ((x.astype(scale.dtype) - mean) * (inverse * scale) + bias).astype(x.dtype)
-    return (result, mean, var), (x, scale, mean, inverse)
-
-
-def _normalize_backward(epsilon, saved, cotangents):
-    """Ioffe and Szegedy, ICML 2015, section 3."""
-    del epsilon
-    x, scale, mean, inverse = saved
-    gradient = cotangents[0].astype(scale.dtype)
-    normalized = (x.astype(scale.dtype) - mean) * inverse
-    bias_gradient = gradient.sum((0, 1, 2))
-    scale_gradient = (gradient * normalized).sum((0, 1, 2))
-    count = x.size // x.shape[-1]
-    centered = gradient - (bias_gradient + normalized * scale_gradient) / count
-    return (centered * (scale * inverse)).astype(x.dtype), scale_gradient, bias_gradient, jnp.zeros_like(mean)
-
-
-_normalize_by_batch.defvjp(_normalize_forward, _normalize_backward)
-
-
 @jax.custom_vjp
-def relu_of_sum(x: jax.Array) -> jax.Array:
-    """ReLU of a residual sum, whose backward pass reads the result.
-
-    The next block keeps the result for its own gradients. Left to itself, XLA's compiler for GPUs computes it again
-    from both summands, in a kernel of its own: two passes over the feature map more.
-    """
-    return nn.relu(x)
-
-
-def _relu_forward(x):
-    result = jax.lax.optimization_barrier(nn.relu(x))
-    return result, result
-
-
-def _relu_backward(result, gradient):
-    return (jnp.where(result > 0, gradient, 0),)
-
-
-relu_of_sum.defvjp(_relu_forward, _relu_backward)
-
-
 def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 max pooling of stride 2 and padding 1."""
-    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    """3x3 max pooling of stride 2 and padding 1, `[B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C]`.
+
+    The backward pass reads which element of each window is the largest, the first if there are several, a byte per
+    value. XLA's own keeps `x` and looks for the largest values again.
+    """
+    return _max_pool_forward(x)[0]
+
+
+def _max_pool_forward(x):
+    largest, index = None, None
+    for number, (down, right) in enumerate(_WINDOW):
+        value = jax.lax.pad(x, jnp.array(-jnp.inf, x.dtype), _shifts(x.shape, down, right))
+        value = value[:, ::2, ::2]
+        if largest is None:
+            largest, index = value, jnp.zeros(value.shape, jnp.uint8)
+        else:
+            index = jnp.where(value > largest, jnp.uint8(number), index)
+            largest = jnp.maximum(largest, value)
+    return largest, (index, jnp.zeros((0, *x.shape[1:3]), x.dtype))
+
+
+def _max_pool_backward(saved, gradient):
+    index, sizes = saved
+    height, width = sizes.shape[1:]
+    total = jnp.zeros((), jnp.promote_types(gradient.dtype, jnp.float32))
+    for number, (down, right) in enumerate(_WINDOW):
+        part = jnp.where(index == number, gradient, 0).astype(total.dtype)
+        spread = [(0, 0, 0)] * 4
+        for axis, offset, size in ((1, down, height), (2, right, width)):
+            spread[axis] = (offset, size - offset - 2 * part.shape[axis] + 1, 1)
+        total += jax.lax.pad(part, jnp.zeros((), part.dtype), spread)
+    return (total.astype(gradient.dtype),)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+# Where the pixels of a window of `max_pool` are, relative to its center.
+_WINDOW = tuple((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1))
+
+
+def _shifts(shape: tuple[int, ...], down: int, right: int) -> list[tuple[int, int, int]]:
+    """Returns the padding with which row i of the result is row i + down of an image, and likewise for columns."""
+    return [(0, 0, 0), (-down, down, 0), (-right, right, 0), (0, 0, 0)]
 
 
 def average_pool(x: jax.Array, window: int, stride: int, extent: Extent | None = None) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dssn_jax.models import layers
+from dssn_jax.models.batch_norm import BatchNorm, Train
 from dssn_jax.models.extent import Extent, strided
 
 
@@ -34,10 +35,10 @@ class Linear(nn.Module):
         return strided(extent, self.stride)
 
     @nn.compact
-    def __call__(self, features: tuple[jax.Array, ...], train: bool, extent: Extent | None = None) -> jax.Array:
+    def __call__(self, features: tuple[jax.Array, ...], train: Train, extent: Extent | None = None) -> jax.Array:
         """Maps feature maps, the last [B, h, w, C], to logits [B, h, w, K] in `dtype`."""
         del extent  # No operation reads a neighbor.
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = layers.BatchNorm(name="bn", **types)(features[-1], train)
+        x = BatchNorm(name="bn", **types)(features[-1], train)
         kernel_init = nn.initializers.normal(0.01)
         return layers.conv(self.num_classes, use_bias=True, kernel_init=kernel_init, name="conv_seg", **types)(x)

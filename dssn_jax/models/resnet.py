@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from dssn_jax.models import layers
+from dssn_jax.models.batch_norm import BatchNorm, Train, normalized
 from dssn_jax.models.extent import Extent, strided, zero_outside
-from dssn_jax.models.layers import normalized
 
 # deep: three 3x3 convolutions with 64, 64 and 128 channels (the original; timm's resnet50s). 7x7: one convolution
 # (torchvision). deep_narrow: three with 32, 32 and 64 channels (timm's resnet50c and resnet50d).
@@ -53,7 +53,7 @@ class ResNet(nn.Module):
         return 4, self.output_stride
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, train: Train, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
         """Maps images [B, H, W, 3] to c1 [B, H/4, W/4, C1], c4 [B, H/stride, W/stride, C4], sizes rounded up."""
         x, extent = self._stem(x, train, extent)
         block = functools.partial(layers.remat(Block) if self.remat else Block, bottleneck=self.bottleneck)
@@ -81,21 +81,20 @@ class ResNet(nn.Module):
     def _channels(self, stage: int) -> int:
         return self.width * 2**stage * (Block.expansion if self.bottleneck else 1)
 
-    def _stem(self, x: jax.Array, train: bool, extent: Extent | None):
+    def _stem(self, x: jax.Array, train: Train, extent: Extent | None):
         conv = functools.partial(layers.conv, dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = functools.partial(layers.BatchNorm, dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = functools.partial(BatchNorm, dtype=self.dtype, param_dtype=self.param_dtype)
         half, quarter = strided(extent, 2), strided(extent, 4)
         x = zero_outside(x, extent)
         if self.stem == "7x7":
             last = conv(self.width, 7, stride=2, name="conv1")
         else:
             width = self.width // 2 if self.stem == "deep_narrow" else self.width
-            x = normalized(conv(width, 3, stride=2, name="conv1_0"), norm(name="conv1_1"), x, train)
-            x = zero_outside(nn.relu(x), half)
-            x = normalized(conv(width, 3, name="conv1_3"), norm(name="conv1_4"), x, train)
-            x = zero_outside(nn.relu(x), half)
+            x = normalized(conv(width, 3, stride=2, name="conv1_0"), norm(name="conv1_1"), x, train, nn.relu)
+            x = normalized(conv(width, 3, name="conv1_3"), norm(name="conv1_4"), zero_outside(x, half), train, nn.relu)
+            x = zero_outside(x, half)
             last = conv(2 * width, 3, name="conv1_6")
-        x = nn.relu(normalized(last, norm(name="bn1"), x, train))
+        x = normalized(last, norm(name="bn1"), x, train, nn.relu)
         return layers.max_pool(zero_outside(x, half)), quarter
 
 
@@ -114,26 +113,27 @@ class Block(nn.Module):
     expansion = 4  # Ratio of a bottleneck's output channels to its width.
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: Train, extent: Extent | None = None) -> jax.Array:
         conv = functools.partial(layers.conv, dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = functools.partial(layers.BatchNorm, dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = functools.partial(BatchNorm, dtype=self.dtype, param_dtype=self.param_dtype)
         spatial = {"stride": self.stride, "dilation": self.dilation}
-        if self.bottleneck:
-            channels = self.width * self.expansion
-            y = nn.relu(normalized(conv(self.width, name="conv1"), norm(name="bn1"), x, train))
-            middle = conv(self.width, 3, **spatial, name="conv2")
-            y = nn.relu(normalized(middle, norm(name="bn2"), zero_outside(y, extent), train))
-            y = normalized(conv(channels, name="conv3"), norm(name="bn3"), y, train)
-        else:
-            channels = self.width
-            first = conv(self.width, 3, **spatial, name="conv1")
-            y = nn.relu(normalized(first, norm(name="bn1"), zero_outside(x, extent), train))
-            y = zero_outside(y, strided(extent, self.stride))
-            y = normalized(conv(channels, 3, dilation=self.dilation, name="conv2"), norm(name="bn2"), y, train)
+        channels = self.width * (self.expansion if self.bottleneck else 1)
         if self.project and self.average:
-            x = layers.average_pool(x, self.average, self.stride, extent)
-            x = normalized(conv(channels, name="downsample_1"), norm(name="downsample_2"), x, train)
+            shortcut = layers.average_pool(x, self.average, self.stride, extent)
+            shortcut = normalized(conv(channels, name="downsample_1"), norm(name="downsample_2"), shortcut, train)
         elif self.project:
             shortcut = conv(channels, stride=self.stride, name="downsample_0")
-            x = normalized(shortcut, norm(name="downsample_1"), x, train)
-        return layers.relu_of_sum(x + y)
+            shortcut = normalized(shortcut, norm(name="downsample_1"), x, train)
+        else:
+            shortcut = x
+        if self.bottleneck:
+            y = normalized(conv(self.width, name="conv1"), norm(name="bn1"), x, train, nn.relu)
+            middle = conv(self.width, 3, **spatial, name="conv2")
+            y = normalized(middle, norm(name="bn2"), zero_outside(y, extent), train, nn.relu)
+            return normalized(conv(channels, name="conv3"), norm(name="bn3"), y, train, nn.relu, shortcut)
+        first = conv(self.width, 3, **spatial, name="conv1")
+        y = normalized(first, norm(name="bn1"), zero_outside(x, extent), train, nn.relu)
+        last = conv(channels, 3, dilation=self.dilation, name="conv2")
+        return normalized(
+            last, norm(name="bn2"), zero_outside(y, strided(extent, self.stride)), train, nn.relu, shortcut
+        )

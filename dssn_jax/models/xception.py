@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from dssn_jax.models import layers
+from dssn_jax.models.batch_norm import BatchNorm, Train, normalized
 from dssn_jax.models.extent import Extent, strided, zero_outside
-from dssn_jax.models.layers import normalized
 
 BATCH_NORM_MOMENTUM = 3e-4  # In PyTorch's sense: the weight of the new statistics.
 
@@ -40,11 +40,11 @@ class Xception(nn.Module):
         return 4, self.output_stride
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, train: Train, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
         """Maps images [B, H, W, 3] to c1 [B, H/4, W/4, 256], c4 [B, H/stride, W/stride, 2048], sizes rounded up."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = functools.partial(layers.conv, **types)
-        norm = functools.partial(layers.BatchNorm, momentum=BATCH_NORM_MOMENTUM, **types)
+        norm = functools.partial(BatchNorm, momentum=BATCH_NORM_MOMENTUM, **types)
         block = functools.partial(layers.remat(Block) if self.remat else Block, **types)
         separable = functools.partial(SeparableConv, **types)
         dilation = 16 // self.output_stride  # From block 4 on.
@@ -52,9 +52,9 @@ class Xception(nn.Module):
         at = functools.partial(strided, extent)
         stride = 2 if self.output_stride == 16 else 1  # For block 3.
         x = zero_outside(x, extent)
-        x = nn.relu(normalized(conv(32, 3, stride=2, name="conv1"), norm(name="bn1"), x, train))
+        x = normalized(conv(32, 3, stride=2, name="conv1"), norm(name="bn1"), x, train, nn.relu)
         x = zero_outside(x, at(2))
-        x = nn.relu(normalized(conv(64, 3, name="conv2"), norm(name="bn2"), x, train))
+        x = normalized(conv(64, 3, name="conv2"), norm(name="bn2"), x, train, nn.relu)
         x, _ = block(128, stride=2, name="block1")(x, train, at(2))
         x, c1 = block(256, stride=2, name="block2")(x, train, at(4))
         x, _ = block(728, stride=stride, name="block3")(x, train, at(8))
@@ -78,14 +78,14 @@ class Block(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, train: Train, extent: Extent | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns the output and the second convolution's features (before any stride)."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         separable = functools.partial(SeparableConv, dilation=self.dilation, **types)
         first = self.features if self.grow_first else x.shape[-1]
         if x.shape[-1] != self.features or self.stride != 1:
             skip = layers.conv(self.features, stride=self.stride, name="skip", **types)
-            norm = layers.BatchNorm(BATCH_NORM_MOMENTUM, name="skipbn", **types)
+            norm = BatchNorm(BATCH_NORM_MOMENTUM, name="skipbn", **types)
             shortcut = normalized(skip, norm, x, train)
         else:
             shortcut = nn.relu(x)  # The original's first ReLU works in place.
@@ -106,16 +106,16 @@ class SeparableConv(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, extent: Extent | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: Train, extent: Extent | None = None) -> jax.Array:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = functools.partial(layers.BatchNorm, momentum=BATCH_NORM_MOMENTUM, **types)
-        after = (lambda y: y) if self.relu_first else nn.relu
+        norm = functools.partial(BatchNorm, momentum=BATCH_NORM_MOMENTUM, **types)
+        after = None if self.relu_first else nn.relu
         channels = x.shape[-1]
         if self.relu_first:
             x = nn.relu(x)
         depthwise = layers.conv(
             channels, 3, stride=self.stride, dilation=self.dilation, groups=channels, name="depthwise", **types
         )
-        x = after(normalized(depthwise, norm(name="bn1"), zero_outside(x, extent), train))
+        x = normalized(depthwise, norm(name="bn1"), zero_outside(x, extent), train, after)
         pointwise = layers.conv(self.features, name="pointwise", **types)
-        return after(normalized(pointwise, norm(name="bn2"), x, train))
+        return normalized(pointwise, norm(name="bn2"), x, train, after)

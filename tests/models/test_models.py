@@ -1,6 +1,5 @@
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 from configs import defaults
 from configs.checks import ConfigError
 from dssn_jax import models
-from dssn_jax.models import layers
 from dssn_jax.models.resize import resize
 
 
@@ -115,66 +113,6 @@ def test_resize_has_aligned_corners():
     np.testing.assert_allclose(y[0, 0, 1], 0.75 * x[0, 0, 0] + 0.25 * x[0, 0, 1], rtol=1e-6)
     np.testing.assert_allclose(resize(x, 1, 1)[:, 0, 0], x[:, 0, 0])  # As PyTorch: the first pixel.
     np.testing.assert_allclose(resize(x[:, :1, :1], 5, 6), np.broadcast_to(x[:, :1, :1], (1, 5, 6, 2)))
-
-
-def test_batch_norm_by_hand():
-    x = np.random.default_rng(0).normal(2, 3, (4, 5, 6, 3)).astype(np.float32)
-    norm = layers.BatchNorm(momentum=0.1)
-    variables = norm.init(jax.random.PRNGKey(0), x, False)
-    y, updated = norm.apply(variables, x, True, mutable=["batch_stats"])
-    mean, flat = x.mean((0, 1, 2)), x.reshape(-1, 3)
-    np.testing.assert_allclose(y, (x - mean) / np.sqrt(flat.var(0) + 1e-5), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(updated["batch_stats"]["mean"], 0.1 * mean, rtol=1e-5)
-    np.testing.assert_allclose(updated["batch_stats"]["var"], 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-5)
-    np.testing.assert_allclose(norm.apply(variables, x, False), x / np.sqrt(1 + 1e-5), rtol=1e-6)
-
-
-@pytest.mark.parametrize("groups", [1, 8])
-def test_running_statistics_are_folded_into_the_convolution(groups):
-    """With the same values; batch statistics still normalize."""
-
-    class Unit(nn.Module):
-        fold: bool
-
-        @nn.compact
-        def __call__(self, x, train=False):
-            types = {"dtype": jnp.float64, "param_dtype": jnp.float64}
-            conv = layers.conv(8, 3, stride=2, groups=groups, name="conv", **types)
-            norm = layers.BatchNorm(name="norm", **types)
-            return layers.normalized(conv, norm, x, train) if self.fold else norm(conv(x), train)
-
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(0)
-        x = jnp.asarray(rng.normal(size=(2, 9, 9, 8)))
-        variables = Unit(True).init(jax.random.PRNGKey(0), x)
-        variables = jax.tree.map(lambda leaf: leaf + 0.1 + rng.random(leaf.shape), variables)
-        plain = Unit(False).apply(variables, x)
-        np.testing.assert_allclose(Unit(True).apply(variables, x), plain, rtol=0, atol=1e-12 * np.abs(plain).max())
-        trained, _ = Unit(True).apply(variables, x, train=True, mutable=["batch_stats"])
-        np.testing.assert_allclose(trained.mean((0, 1, 2)), variables["params"]["norm"]["bias"], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_of_batch_norm_are_those_of_its_formula(dtype):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(3 + rng.normal(0, 2, (2, 4, 5, 3)), dtype)
-    scale, bias, weights = (jnp.asarray(rng.normal(1, 0.3, shape), jnp.float32) for shape in ((3,), (3,), x.shape))
-
-    def by_formula(x, scale, bias):
-        wide = x.astype(jnp.float32)
-        normalized = (wide - wide.mean((0, 1, 2))) / jnp.sqrt(wide.var((0, 1, 2)) + 1e-5)
-        return (weights * (normalized * scale + bias)).sum()
-
-    def by_layer(x, scale, bias):
-        norm, stats = layers.BatchNorm(dtype=x.dtype), {"mean": jnp.full(3, 2.5), "var": jnp.ones(3)}
-        variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
-        return (weights * norm.apply(variables, x, True, mutable=["batch_stats"])[0]).sum()
-
-    gradients, expected = (jax.grad(loss, (0, 1, 2))(x, scale, bias) for loss in (by_layer, by_formula))
-    for ours, theirs in zip(gradients, expected, strict=True):
-        assert ours.dtype == theirs.dtype
-        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
-        np.testing.assert_allclose(ours, theirs, rtol=2e-2, atol=(1e-4 if dtype == "float32" else 2e-2))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,25 @@
+"""Layers that networks share, against flax's."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dssn_jax.models import layers
+
+
+@pytest.mark.parametrize(("height", "width"), [(9, 9), (8, 8), (5, 6), (1, 2)])
+def test_max_pooling_and_its_gradient_are_flaxes(height, width):
+    """The first of several equal values gets the gradient."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-3, 3, (2, height, width, 4)), jnp.float32)
+
+    def flax_pool(x):
+        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+    ours, gradient = jax.vjp(layers.max_pool, x)
+    expected, expected_gradient = jax.vjp(flax_pool, x)
+    np.testing.assert_array_equal(ours, expected)
+    weights = jnp.asarray(rng.integers(-9, 9, ours.shape), jnp.float32)
+    np.testing.assert_array_equal(gradient(weights)[0], expected_gradient(weights)[0])
