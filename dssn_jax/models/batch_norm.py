@@ -135,8 +135,7 @@ def normalized(
         )
     kernel = conv.variables["params"]["kernel"]
     if train:
-        x, kernel = nn.dtypes.promote_dtype(x, kernel[0, 0], dtype=conv.dtype)
-        return norm(x, train, activation, kernel, residual)
+        return norm(x.astype(conv.dtype), train, activation, kernel[0, 0], residual)
     factor, offset = norm.folded()
     params = {"kernel": kernel * factor, "bias": offset}
     result = conv.clone(parent=None, name=None, use_bias=True).apply({"params": params}, x)
@@ -191,28 +190,30 @@ def _normalize(
 
 
 def _normalize_forward(x, scale, bias, shift, static):
-    shifted = static.batches.part(x).astype(scale.dtype) - shift
-    offset = shifted.mean(1)
-    var = jnp.maximum(jnp.square(shifted).mean(1) - jnp.square(offset), 0)
+    parted, pixels = static.batches.part(x), _pixels(x, static)
+    shifted = parted.astype(scale.dtype) - shift
+    offset, square = (total / pixels for total in _sums(len(x) // static.batches.count, shifted, jnp.square(shifted)))
+    var = jnp.maximum(square - jnp.square(offset), 0)
     mean, inverse = shift + offset, jax.lax.rsqrt(var + static.epsilon)
-    result = _affine(static.batches.part(x), mean, inverse * scale, bias)
+    factor = inverse * scale
+    result = _affine(parted, mean, factor, bias)
     if static.activation is not None:
         result = static.activation(result)
-    return (static.batches.join(result, x), mean, var), (x, scale, bias, mean, inverse)
+    return (static.batches.join(result, x), mean, var), (x, bias, mean, inverse, factor)
 
 
 def _normalize_backward(static, saved, cotangents):
     """Ioffe and Szegedy, ICML 2015, section 3."""
-    x, scale, bias, mean, inverse = saved
+    x, bias, mean, inverse, factor = saved
     parted, pixels = static.batches.part(x), _pixels(x, static)
 
     def gradient_and_normalized(mean: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
         gradient = static.batches.part(cotangents[0])
         if static.activation is not None:
-            passes = _PASSES[static.activation](_affine(parted, mean, inverse * scale, bias))
+            passes = _PASSES[static.activation](_affine(parted, mean, factor, bias))
             gradient = jnp.where(passes, gradient, 0)
-        centered = parted.astype(scale.dtype) - mean[:, None]
-        return gradient.astype(scale.dtype), centered * inverse[:, None]
+        centered = parted.astype(bias.dtype) - mean[:, None]
+        return gradient.astype(bias.dtype), centered * inverse[:, None]
 
     gradient, normed = gradient_and_normalized(mean, inverse)
     by_bias, by_scale = gradient.sum(1), (gradient * normed).sum(1)
@@ -220,8 +221,18 @@ def _normalize_backward(static, saved, cotangents):
     mean, inverse, by_bias, by_scale = jax.lax.optimization_barrier((mean, inverse, by_bias, by_scale))
     gradient, normed = gradient_and_normalized(mean, inverse)
     centered = gradient - (by_bias[:, None] + normed * by_scale[:, None]) / pixels
-    by_x = static.batches.join((centered * (scale * inverse)[:, None]).astype(x.dtype), x)
-    return by_x, by_scale.sum(0), by_bias.sum(0), jnp.zeros_like(scale)
+    by_x = static.batches.join((centered * factor[:, None]).astype(x.dtype), x)
+    return by_x, by_scale.sum(0), by_bias.sum(0), jnp.zeros_like(bias)
+
+
+def _sums(images: int, *parted: jax.Array) -> list[jax.Array]:
+    """Returns the sums over the pixels of parted maps of `images` images per batch, [G, C] each.
+
+    First over those of an image, behind a barrier: what few sums are left, XLA's compiler for GPUs adds up in the
+    kernel that needs them. Left to itself, it has two more kernels for each pair of sums.
+    """
+    per_image = (x.reshape(len(x), images, -1, x.shape[-1]).sum(2) for x in parted)
+    return [x.sum(1) for x in jax.lax.optimization_barrier(tuple(per_image))]
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)
