@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from dssn_jax.learner.optimizer import Optimizer
 from dssn_jax.learner.state import TrainState, complete, copy_of, merge
@@ -108,6 +109,7 @@ class TrainStep:
 
     def _update(self, state: TrainState, grads: dict, metrics: dict, carry: Carry) -> tuple[TrainState, dict]:
         """Moves the student by the gradients and the teacher toward the student."""
+        grads = jax.tree.map(_as_stored, grads)
         trainable, frozen = self.optimizer.partition(state.student["params"])
         updates, opt_state = self.optimizer.transform.update(grads, state.opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
@@ -148,6 +150,15 @@ def update_ema(teacher: dict, student: dict, rate: jax.Array) -> dict:
 
     moved = optax.incremental_update(student, teacher, 1 - rate)
     return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, teacher)
+
+
+def _as_stored(gradient: jax.Array) -> jax.Array:
+    """Returns the gradient of a kernel in the layout of the kernel, rows first.
+
+    Left to itself, XLA's compiler for GPUs updates a kernel in the layout of its convolution's gradient. It cannot do
+    that in place, and copies the new parameters, momenta and averages afterwards.
+    """
+    return with_layout_constraint(gradient, Layout(tuple(range(gradient.ndim)))) if gradient.ndim > 1 else gradient
 
 
 def _carry(state: TrainState) -> Carry:
