@@ -121,6 +121,10 @@ def test_consistency_weighs_pixels_and_divides_by_the_valid_ones():
     weight = np.where(RNG.random(LABELS.shape) < 0.3, RNG.random(LABELS.shape), 0).astype(np.float32)
     expected = -(weight * np.log(p))[valid].sum() / valid.sum()
     assert losses.consistency(LOGITS, LABELS, weight, valid) == pytest.approx(expected, rel=1e-5)
+    of_class = np.linspace(0.5, 3, LOGITS.shape[-1])
+    weighed = -(of_class[np.where(valid, LABELS, 0)] * weight * np.log(p))[valid].sum() / valid.sum()
+    ours = losses.consistency(LOGITS, LABELS, weight, valid, tuple(of_class.tolist()))
+    assert ours == pytest.approx(weighed, rel=1e-5)
 
 
 def contrast(a, b):
