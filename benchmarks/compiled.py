@@ -58,7 +58,7 @@ PARTS = (
 )
 VIEW_FILES = ("strong_augment.py", "views.py")  # Bodies of loops have shorter stacks.
 # Layers of all networks call functions of these files: the lines of the layers say more.
-SHARED_FILES = ("convolution.py", "depthwise.py", "platforms.py")
+SHARED_FILES = ("batch_norm.py", "convolution.py", "depthwise.py", "platforms.py")
 TOTALS = (
     "arguments_gib", "output_gib", "alias_gib", "temp_gib", "peak_gib", "gigabytes_moved", "launches", "tflop",
     "roofline_ms", "optimal_ms", "accessed_gb", "compiler_tflop", "compile_s",
