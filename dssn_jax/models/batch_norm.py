@@ -15,8 +15,11 @@ import jax.numpy as jnp
 Activation = Callable[[jax.Array], jax.Array]
 # Activations that can follow batch norm -> where their results let gradients pass.
 _PASSES: dict[Activation, Activation] = {nn.relu: lambda y: y > 0, nn.relu6: lambda y: (y > 0) & (y < 6)}
-# A 1x1 convolution that has at least this many times as many outputs as inputs is normalized without reading them.
+# A 1x1 convolution to at least this many times as many channels is normalized without reading its outputs ...
 _EXPANSION = 4
+# ... if each device has at least this many times as many pixels as input channels: products of matrices of the size of
+# the kernel come on top.
+_PIXELS_PER_CHANNEL = 8
 _FURTHER = 8  # Channels: products are fast if numbers of channels are multiples of this.
 
 
@@ -129,7 +132,7 @@ def normalized(
     part of the convolution: its factors are in the kernel and its offsets are the bias, so that no pass over the
     feature map follows. The result is the same but for rounding.
     """
-    if conv.is_initializing() or (train and not _expands(conv, x)):
+    if conv.is_initializing() or (train and not _expands(conv, x, train)):
         return (
             norm(conv(x), train, activation) if residual is None else _sum(norm(conv(x), train), residual, activation)
         )
@@ -171,9 +174,12 @@ def _activated_sum_backward(activation, result, gradient):
 _activated_sum.defvjp(_activated_sum_forward, _activated_sum_backward)
 
 
-def _expands(conv: nn.Conv, x: jax.Array) -> bool:
-    """Returns whether `conv` is a 1x1 convolution to many more channels."""
-    return conv.kernel_size == (1, 1) and conv.strides == 1 and conv.features >= _EXPANSION * x.shape[-1]
+def _expands(conv: nn.Conv, x: jax.Array, train: Train) -> bool:
+    """Returns whether `conv` is a 1x1 convolution of enough pixels to many more channels."""
+    batches, channels = train if isinstance(train, Batches) else Batches(), x.shape[-1]
+    pixels = x.size // channels // (batches.count * batches.devices)
+    grows = conv.kernel_size == (1, 1) and conv.strides == 1 and conv.features >= _EXPANSION * channels
+    return grows and pixels >= _PIXELS_PER_CHANNEL * channels
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -13,6 +13,7 @@ from dssn_jax.learner.learner import init_variables
 from dssn_jax.methods import method, pseudo_labels
 from dssn_jax.methods.objective import Keys, Objective, StudentLogits, TeacherLogits, loss_terms
 from dssn_jax.methods.views import Views
+from dssn_jax.models.network import Network
 
 KEY = jax.random.PRNGKey(2)
 
@@ -51,6 +52,16 @@ def test_streams_differ_by_their_dropout(setup):
     assert np.abs(other.streams["fp1"] - logits.streams["fp1"]).max() > 1e-3
     # Not perturbed, but the running statistics, which shift the sums of batch norm, differ.
     np.testing.assert_allclose(other.streams["s1"], logits.streams["s1"], atol=1e-5)
+
+
+def test_images_and_strong_views_encoded_at_once_are_those_of_two_passes(setup, monkeypatch):
+    """With the same logits and running statistics."""
+    make, variables, views = setup
+    joined = student(make(), variables, views)
+    monkeypatch.setattr(Network, "draws", True)  # Encoders that draw random numbers get one batch after the other.
+    apart = student(make(), variables, views)
+    for ours, expected in zip(*map(jax.tree.leaves, (joined, apart)), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
 def test_without_dropout_a_feature_stream_is_the_weak_view(setup):

@@ -8,6 +8,7 @@ import pytest
 from configs import defaults
 from configs.checks import ConfigError
 from dssn_jax import models
+from dssn_jax.models import resize as resizing
 from dssn_jax.models.resize import resize
 
 
@@ -113,6 +114,23 @@ def test_resize_has_aligned_corners():
     np.testing.assert_allclose(y[0, 0, 1], 0.75 * x[0, 0, 0] + 0.25 * x[0, 0, 1], rtol=1e-6)
     np.testing.assert_allclose(resize(x, 1, 1)[:, 0, 0], x[:, 0, 0])  # As PyTorch: the first pixel.
     np.testing.assert_allclose(resize(x[:, :1, :1], 5, 6), np.broadcast_to(x[:, :1, :1], (1, 5, 6, 2)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whole_multiples_are_resized_as_by_products(dtype):
+    """So are gradients, in the form of GPUs too."""
+    rng = np.random.default_rng(0)
+    x, weights = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, 5, 3, 4), (2, 13, 9, 4)))
+    exact = functools.partial(resizing._by_products, height=13, width=9, precision=jax.lax.Precision.HIGHEST)
+    expected, transposed = jax.vjp(exact, x.astype(jnp.float32))
+    expected_gradient = transposed(weights.astype(jnp.float32))[0]
+    ours, gradient = jax.vjp(lambda x: resize(x, 13, 9), x)
+    of_gpu = resizing._stretch_transposed(resizing._stretch_transposed(weights, 4, 2), 3, 1)
+    close = functools.partial(np.testing.assert_allclose, rtol=0)
+    tolerance = {"float32": 1e-5, "bfloat16": 0.1}[dtype]
+    for each, reference in ((ours, expected), (gradient(weights)[0], expected_gradient), (of_gpu, expected_gradient)):
+        assert each.dtype == x.dtype
+        close(np.asarray(each, np.float32), reference, atol=tolerance)
 
 
 @pytest.mark.parametrize(
