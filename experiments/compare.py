@@ -72,6 +72,7 @@ VARIANTS = {
     "fixmatch_balanced": Variant("fixmatch_balanced"),
     "fixmatch_balanced-no-class-weights": Variant("fixmatch_balanced", {"method.class_weight_power": "0.0"}),
     "fixmatch_balanced-half-class-weights": Variant("fixmatch_balanced", {"method.class_weight_power": "0.25"}),
+    "fixmatch_balanced-weigh-pseudo-labels": Variant("fixmatch_balanced", {"method.weigh_pseudo_labels": "True"}),
     "fixmatch_balanced-no-rare-sampling": Variant("fixmatch_balanced", {"data.labeled_sampling": "uniform"}),
     "fixmatch_balanced-half-labeled": Variant("fixmatch_balanced", {"method.labeled_batch_factor": "1"}),
     "fixmatch_balanced-partner-other": Variant("fixmatch_balanced", {"views.mix_partner": "other"}),
