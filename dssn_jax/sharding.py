@@ -64,21 +64,21 @@ def split_micro_batches(tree, count: int, mesh: Mesh):
     return jax.tree.map(split, tree)
 
 
-def concat_sharded(*arrays: jax.Array, parts: int | None = None) -> jax.Array:
+def concat_sharded(*arrays: jax.Array, pieces: int | None = None) -> jax.Array:
     """Joins batches [N_i, ...] into one [sum(N_i), ...] in which rows of the same device stay on it.
 
-    Each batch is cut into `parts`, a multiple of the number of devices (default: as many as all sizes allow), and the
-    first parts of all batches come first. `jnp.concatenate` of batch-sharded arrays would move rows between devices (an
-    all-to-all). `split_sharded` inverts.
+    Each batch is cut into `pieces`, a multiple of the number of devices (default: as many as all sizes allow); the
+    first pieces of all batches come first. `jnp.concatenate` of batch-sharded arrays would move rows between devices
+    (an all-to-all). `split_sharded` inverts.
     """
-    parts = parts or math.gcd(*(len(array) for array in arrays))
-    joined = jnp.concatenate([array.reshape(parts, -1, *array.shape[1:]) for array in arrays], 1)
+    pieces = pieces or math.gcd(*(len(array) for array in arrays))
+    joined = jnp.concatenate([array.reshape(pieces, -1, *array.shape[1:]) for array in arrays], 1)
     return joined.reshape(-1, *joined.shape[2:])
 
 
-def split_sharded(array: jax.Array, sizes: Sequence[int], parts: int | None = None) -> list[jax.Array]:
-    """Splits what `concat_sharded` joined from batches of `sizes`, with the same `parts`."""
-    parts = parts or math.gcd(*sizes)
-    joined = array.reshape(parts, -1, *array.shape[1:])
-    batches = jnp.split(joined, np.cumsum([size // parts for size in sizes])[:-1], 1)
+def split_sharded(array: jax.Array, sizes: Sequence[int], pieces: int | None = None) -> list[jax.Array]:
+    """Splits what `concat_sharded` joined from batches of `sizes`, with the same `pieces`."""
+    pieces = pieces or math.gcd(*sizes)
+    joined = array.reshape(pieces, -1, *array.shape[1:])
+    batches = jnp.split(joined, np.cumsum([size // pieces for size in sizes])[:-1], 1)
     return [batch.reshape(-1, *array.shape[1:]) for batch in batches]

@@ -18,7 +18,7 @@ import time
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
-WARM_UP = 0.3  # Of the steps, in which programs are compiled and pools of memory fill.
+WARM_UP = 0.3  # Share of the steps left out: programs are compiled and memory pools fill.
 
 
 class Usage(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the documentation names exists: links, files, modules, configuration keys, flags, equations."""
+"""Checks that links, files, modules, keys, flags and equations that the documentation names exist."""
 
 import functools
 import importlib
@@ -25,7 +25,7 @@ SOURCES = [
 ]
 # Files that docs/extending.md tells the reader to write.
 TO_BE_WRITTEN = {"configs/NAME.py", "configs/pets.py", "dssn_jax/models/patches.py", "dssn_jax/models/pointwise.py"}
-NAMES = ("dssn", "supervised")  # What NAME stands for in other paths.
+NAMES = ("dssn", "supervised")  # Replacements for NAME in other paths.
 SECTIONS = "|".join(key for key, value in defaults.get_config().items() if hasattr(value, "keys"))
 
 

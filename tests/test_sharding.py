@@ -21,11 +21,11 @@ def test_concat_keeps_rows_on_their_device():
     assert set(np.asarray(joined[:6])) == {0, 1, 2, 3, 100, 101}
 
 
-def test_parts_hold_the_rows_of_a_device():
+def test_pieces_hold_the_rows_of_a_device():
     first, second = jnp.arange(4), 100 + jnp.arange(4)
-    joined = sharding.concat_sharded(first, second, parts=2)
+    joined = sharding.concat_sharded(first, second, pieces=2)
     assert joined.tolist() == [0, 1, 100, 101, 2, 3, 102, 103]
-    for array, expected in zip(sharding.split_sharded(joined, [4, 4], parts=2), (first, second), strict=True):
+    for array, expected in zip(sharding.split_sharded(joined, [4, 4], pieces=2), (first, second), strict=True):
         np.testing.assert_array_equal(array, expected)
 
 

@@ -34,7 +34,7 @@ def test_labeled_images_per_step_are_split_over_the_devices(tiny_config):
             "config.eval.crop, the sliding window, is 50; dinov2_w64 needs a multiple of 14: 42 or 56",
         ),
         ("dinov2_w64", {"data__crop": 56, "eval__crop": 50}, ""),  # Whole images: no window.
-        ("dinov2_w64", {"data__crop": 56, "eval__mode": "sliding_window"}, ""),  # That of training.
+        ("dinov2_w64", {"data__crop": 56, "eval__mode": "sliding_window"}, ""),  # The window is the training crop.
         ("resnet10w16", {"data__crop": 50}, ""),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ from dssn_jax.methods import losses
 from dssn_jax.methods.method import Method
 from dssn_jax.methods.pseudo_labels import pseudo_label
 from dssn_jax.methods.views import Views, mix, swap_pairs
-from dssn_jax.models.batch_norm import Batches
+from dssn_jax.models.batch_norm import Batches, Train
 from dssn_jax.models.network import Network
 from dssn_jax.models.resize import upsample
 
@@ -191,11 +191,10 @@ class Objective:
         """
         if strong and len(strong) * len(strong[0]) == sum(map(len, images)) and not self.network.draws:
             joined = sharding.concat_sharded(
-                *(sharding.concat_sharded(*x) for x in (images, strong)), parts=self.devices
+                *(sharding.concat_sharded(*x) for x in (images, strong)), pieces=self.devices
             )
             maps, variables = self._train_apply(variables, joined, "encode", Batches(2, self.devices))
-            split = [sharding.split_sharded(x, [len(x) // 2] * 2, self.devices) for x in maps]
-            return *zip(*split, strict=True), variables
+            return *_split(maps, [len(joined) // 2] * 2, self.devices), variables
         encoded = []
         for number, batch in enumerate((images, strong)):
             maps = None
@@ -206,7 +205,7 @@ class Objective:
             encoded.append(maps)
         return *encoded, variables
 
-    def _train_apply(self, variables: dict, inputs, function: str, batches: bool | Batches = True, **options) -> tuple:
+    def _train_apply(self, variables: dict, inputs, function: str, batches: Train = True, **options) -> tuple:
         """Applies a function of the network in training mode; returns its output and the updated variables."""
         options["mutable"] = [name for name in variables if name != "params"]
         output, updated = self.network.apply(variables, inputs, train=batches, method=function, **options)
@@ -218,9 +217,9 @@ def _join(batches) -> jax.Array | tuple[jax.Array, ...]:
     return jax.tree.map(lambda *arrays: sharding.concat_sharded(*arrays), *batches)
 
 
-def _split(maps: tuple[jax.Array, ...], sizes: list[int]) -> list[tuple[jax.Array, ...]]:
-    """Splits what `_join` joined from feature maps of batches of `sizes`."""
-    return list(zip(*(sharding.split_sharded(x, sizes) for x in maps), strict=True))
+def _split(maps: tuple[jax.Array, ...], sizes: list[int], pieces: int | None = None) -> list[tuple[jax.Array, ...]]:
+    """Splits feature maps that belong to batches of `sizes`, joined by `_join` or in `pieces`."""
+    return list(zip(*(sharding.split_sharded(x, sizes, pieces) for x in maps), strict=True))
 
 
 def loss_terms(

@@ -48,7 +48,7 @@ Train = bool | Batches
 
 
 class _Static(NamedTuple):
-    """What is known when a program is traced."""
+    """Static arguments of the normalizations."""
 
     epsilon: float
     batches: Batches = Batches()  # noqa: RUF009
@@ -93,16 +93,15 @@ class BatchNorm(nn.Module):
         if not train:
             factor = self._factor(var.value, scale)
             result = ((x.astype(self.param_dtype) - mean.value) * factor + bias).astype(self.dtype)
-            return result if activation is None else activation(result)
-        batches = train if isinstance(train, Batches) else Batches()
-        static = _Static(self.epsilon, batches, activation)
+            return _sum(result, None, activation)
+        static = _Static(self.epsilon, _batches(train), activation)
         if kernel is None:
             result, means, variances = _normalize(x, scale, bias, mean.value, static)
         else:
             result, means, variances = _normalize_expansion(x, kernel, scale, bias, residual, static)
         if not self.is_initializing():
-            count = x.size // x.shape[-1] // batches.count
-            for batch in range(batches.count):
+            count = _pixels(x, static.batches)
+            for batch in range(static.batches.count):
                 unbiased = variances[batch] * (count / max(count - 1, 1))
                 mean.value += self.momentum * (means[batch] - mean.value)
                 var.value += self.momentum * (unbiased - var.value)
@@ -133,9 +132,9 @@ def normalized(
     feature map follows. The result is the same but for rounding.
     """
     if conv.is_initializing() or (train and not _expands(conv, x, train)):
-        return (
-            norm(conv(x), train, activation) if residual is None else _sum(norm(conv(x), train), residual, activation)
-        )
+        if residual is None:
+            return norm(conv(x), train, activation)
+        return _sum(norm(conv(x), train), residual, activation)
     kernel = conv.variables["params"]["kernel"]
     if train:
         return norm(x.astype(conv.dtype), train, activation, kernel[0, 0], residual)
@@ -168,16 +167,26 @@ def _activated_sum_forward(x, activation):
 
 
 def _activated_sum_backward(activation, result, gradient):
-    return (jnp.where(_PASSES[activation](result), gradient, 0),)
+    return (_masked(gradient, result, activation),)
 
 
 _activated_sum.defvjp(_activated_sum_forward, _activated_sum_backward)
 
 
+def _masked(gradient: jax.Array, result: jax.Array, activation: Activation) -> jax.Array:
+    """Returns the gradient of what `activation` was applied to, given that of its `result`."""
+    return jnp.where(_PASSES[activation](result), gradient, 0)
+
+
+def _batches(train: Train) -> Batches:
+    """Returns the batches of a network in training."""
+    return train if isinstance(train, Batches) else Batches()
+
+
 def _expands(conv: nn.Conv, x: jax.Array, train: Train) -> bool:
     """Returns whether `conv` is a 1x1 convolution of enough pixels to many more channels."""
-    batches, channels = train if isinstance(train, Batches) else Batches(), x.shape[-1]
-    pixels = x.size // channels // (batches.count * batches.devices)
+    batches, channels = _batches(train), x.shape[-1]
+    pixels = _pixels(x, batches) // batches.devices
     grows = conv.kernel_size == (1, 1) and conv.strides == 1 and conv.features >= _EXPANSION * channels
     return grows and pixels >= _PIXELS_PER_CHANNEL * channels
 
@@ -196,28 +205,25 @@ def _normalize(
 
 
 def _normalize_forward(x, scale, bias, shift, static):
-    parted, pixels = static.batches.part(x), _pixels(x, static)
+    parted, pixels = static.batches.part(x), _pixels(x, static.batches)
     shifted = parted.astype(scale.dtype) - shift
     offset, square = (total / pixels for total in _sums(len(x) // static.batches.count, shifted, jnp.square(shifted)))
     var = jnp.maximum(square - jnp.square(offset), 0)
     mean, inverse = shift + offset, jax.lax.rsqrt(var + static.epsilon)
     factor = inverse * scale
-    result = _affine(parted, mean, factor, bias)
-    if static.activation is not None:
-        result = static.activation(result)
+    result = _sum(_affine(parted, mean, factor, bias), None, static.activation)
     return (static.batches.join(result, x), mean, var), (x, bias, mean, inverse, factor)
 
 
 def _normalize_backward(static, saved, cotangents):
     """Ioffe and Szegedy, ICML 2015, section 3."""
     x, bias, mean, inverse, factor = saved
-    parted, pixels = static.batches.part(x), _pixels(x, static)
+    parted, pixels = static.batches.part(x), _pixels(x, static.batches)
 
     def gradient_and_normalized(mean: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
         gradient = static.batches.part(cotangents[0])
         if static.activation is not None:
-            passes = _PASSES[static.activation](_affine(parted, mean, factor, bias))
-            gradient = jnp.where(passes, gradient, 0)
+            gradient = _masked(gradient, _affine(parted, mean, factor, bias), static.activation)
         centered = parted.astype(bias.dtype) - mean[:, None]
         return gradient.astype(bias.dtype), centered * inverse[:, None]
 
@@ -266,7 +272,7 @@ def _normalize_expansion(
 
 
 def _expansion_forward(x, kernel, scale, bias, residual, static):
-    channels, pixels = len(kernel), _pixels(x, static)
+    channels, pixels = len(kernel), _pixels(x, static.batches)
     rows, weights = _with_ones(static.batches.part(x)), _with_rows(kernel.astype(scale.dtype))
     correlation = _correlate(rows, rows, scale.dtype)
     products = _exact("gke,ed->gkd", correlation, weights)
@@ -288,10 +294,11 @@ def _expansion_forward(x, kernel, scale, bias, residual, static):
 
 def _expansion_backward(static, saved, cotangents):
     rows, kernel, scale, mean, inverse, total, products, residual, result = saved
-    channels, pixels, weights = len(kernel), _pixels(cotangents[0], static), _with_rows(kernel.astype(scale.dtype))
+    channels, pixels = len(kernel), _pixels(cotangents[0], static.batches)
+    weights = _with_rows(kernel.astype(scale.dtype))
     gradient = static.batches.part(cotangents[0])
     if static.activation is not None:
-        gradient = jnp.where(_PASSES[static.activation](result), gradient, 0)
+        gradient = _masked(gradient, result, static.activation)
     correlation = _correlate(rows, gradient, scale.dtype)
     by_bias = correlation[:, channels]
     by_scale = ((correlation * weights).sum(1) - mean * by_bias) * inverse
@@ -359,6 +366,6 @@ def _affine(parted: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Arr
     return (centered * factor[:, None] + bias).astype(parted.dtype)
 
 
-def _pixels(x: jax.Array, static: _Static) -> int:
-    """Returns the number of pixels of a batch."""
-    return x.size // x.shape[-1] // static.batches.count
+def _pixels(x: jax.Array, batches: Batches) -> int:
+    """Returns the number of pixels of a batch, on all devices."""
+    return x.size // x.shape[-1] // batches.count

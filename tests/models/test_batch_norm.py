@@ -87,8 +87,8 @@ class Unit(nn.Module):
         else:  # One batch after the other.
             rows = np.split(np.arange(len(x)), train.devices * train.count)
             rows = [np.concatenate(rows[batch :: train.count]) for batch in range(train.count)]
-            parts = [norm(y[each], True) for each in rows]
-            y = jnp.concatenate(parts)[np.argsort(np.concatenate(rows))]
+            outputs = [norm(y[each], True) for each in rows]
+            y = jnp.concatenate(outputs)[np.argsort(np.concatenate(rows))]
         y = y if residual is None else y + residual
         return y if self.activation is None else self.activation(y)
 

@@ -61,7 +61,7 @@ def test_a_run_that_continues_says_the_same(watch, stop):
     continued.restore({"scores": {}, **json.loads(json.dumps(stopped.meta()))})
     assert said | lines(continued, stop + 1, 250) == lines(watch(60), 1, 250)
     earlier = watch(60)
-    earlier.restore({"scores": {}})  # Of a checkpoint without sums.
+    earlier.restore({"scores": {}})  # A checkpoint without sums.
     assert list(lines(earlier, 30, 130)) == [120]
 
 

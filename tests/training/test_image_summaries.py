@@ -1,4 +1,4 @@
-"""What the pictures show is what the step saw."""
+"""Pictures in TensorBoard show the views and labels that the step trained on."""
 
 import numpy as np
 import pytest

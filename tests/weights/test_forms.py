@@ -130,7 +130,7 @@ def test_timms_form_and_back(kind):
         first = expected["pos_embed"][:, :1]
         expected["cls_token"] = expected["cls_token"] + first
         expected["pos_embed"] = np.concatenate([np.zeros_like(first), expected["pos_embed"][:, 1:]], 1)
-    if "without" in kind:  # Of the 7B alone; files of any other width mean zeros.
+    if "without" in kind:  # Only the 7B has such files; for other widths a missing bias is zero.
         expected |= {f"blocks.{i}.attn.qkv.bias": np.zeros(192, np.float32) for i in (0, 1)}
     assert_same(back, expected)
     assert_same(forms.from_original(back, "timm", head_size=32), written)
