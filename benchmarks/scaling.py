@@ -84,8 +84,9 @@ class Collective(NamedTuple):
 
     @property
     def of_gradients(self) -> bool:
-        """Whether it sums gradients of convolutions over the devices."""
-        return "transpose(" in self.origin and "/conv_general_dilated" in self.origin
+        """Whether it sums gradients of convolutions over the devices; some are matrix products on a CPU."""
+        operations = ("/conv_general_dilated", "/dot_general")
+        return "transpose(" in self.origin and any(each in self.origin for each in operations)
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
