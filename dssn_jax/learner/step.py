@@ -153,12 +153,17 @@ def update_ema(teacher: dict, student: dict, rate: jax.Array) -> dict:
 
 
 def _as_stored(gradient: jax.Array) -> jax.Array:
-    """Returns the gradient of a kernel in the layout of the kernel, rows first.
+    """Returns the gradient of a kernel, on a GPU in the layout of the kernel, rows first.
 
     Left to itself, XLA's compiler for GPUs updates a kernel in the layout of its convolution's gradient. It cannot do
     that in place, and copies the new parameters, momenta and averages afterwards.
     """
-    return with_layout_constraint(gradient, Layout(tuple(range(gradient.ndim)))) if gradient.ndim > 1 else gradient
+    if gradient.ndim < 2:
+        return gradient
+    rows_first = Layout(tuple(range(gradient.ndim)))
+    return jax.lax.platform_dependent(
+        gradient, cuda=lambda x: with_layout_constraint(x, rows_first), default=lambda x: x
+    )
 
 
 def _carry(state: TrainState) -> Carry:
