@@ -123,7 +123,8 @@ _DATA = Section(
     ),
     class_pixels=Key(
         (), Tuple(Int(0, 2**53), 0, 255), "Pixels of each class in the labeled images. (): counted in their masks, if "
-        "`labeled_sampling`, `views.paste_classes` or `method.class_weight_power` needs them.", "pixels",
+        "`labeled_sampling`, `views.paste_classes`, `method.class_weight_power`, `method.logit_adjustment` or "
+        "`method.align_classes` needs them.", "pixels",
     ),
     mean=Key(IMAGENET_MEAN, Tuple(_PROBABILITY, 3, 3), "Of RGB in [0, 1]; subtracted."),
     std=Key(IMAGENET_STD, Tuple(Float(0.001, 10), 3, 3), "Of RGB in [0, 1]; divided by."),
@@ -279,9 +280,15 @@ _METHOD = Section(
         "A class weighs (its share of the labeled pixels) ** -x in the labeled loss, times a constant with which "
         "labeled pixels weigh 1 on average (docs/method.md, Eq. 23). 0: classes weigh the same.",
     ),
+    logit_adjustment=Key(
+        0.0, Float(-2, 2),
+        "The labeled loss is computed of each logit plus x * log(share of its class of the labeled pixels), and the "
+        "network predicts without that: for x > 0 rare classes more often, for x < 0, with `class_weight_power`, less "
+        "often than it would with the class weights alone (docs/method.md, Eq. 27).",
+    ),
     weigh_pseudo_labels=Key(
-        False, Bool(), "Pseudo-labels, and true labels pasted into strong views, weigh as their classes do in the "
-        "labeled loss (`class_weight_power`).",
+        False, Bool(), "Pseudo-labels, and true labels pasted into strong views, count as their classes do in the "
+        "labeled loss (`class_weight_power`, `logit_adjustment`).",
     ),
     ohem_threshold=Key(0.7, _PROBABILITY, "Pixels whose true class has at most this probability are hard."),
     ohem_min_kept=Key(100000, Int(0, 2**22), "At least this many pixels per image are kept.", "pixels"),

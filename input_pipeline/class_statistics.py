@@ -20,6 +20,7 @@ def users(config) -> list[str]:
         "data.labeled_sampling": config.data.labeled_sampling,
         "views.paste_classes": config.views.paste_classes,
         "method.class_weight_power": config.method.class_weight_power,
+        "method.logit_adjustment": config.method.logit_adjustment,
         "method.align_classes": config.method.align_classes,
     }
     return [f"{key}={value}" for key, value in settings.items() if value not in (0, "uniform")]

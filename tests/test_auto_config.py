@@ -257,7 +257,13 @@ def test_a_continued_run_keeps_its_choices(configure, fill_in, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"method__class_weight_power": 0.5}, {"data__labeled_sampling": "rare"}, {"views__paste_classes": 2}]
+    "options",
+    [
+        {"method__class_weight_power": 0.5},
+        {"method__logit_adjustment": -0.25},
+        {"data__labeled_sampling": "rare"},
+        {"views__paste_classes": 2},
+    ],
 )
 def test_classes_are_counted_where_a_key_needs_them(tiny_config, tmp_path, options):
     config = tiny_config("supervised", **options)

@@ -11,13 +11,19 @@ from dssn_jax.methods import losses, perturbations, pseudo_labels
 from input_pipeline import class_statistics
 
 
-def class_weights(config) -> tuple[float, ...]:
-    """Returns the weights of the classes in the labeled loss (docs/method.md, Eq. 23); () for equal ones.
+def class_balance(config) -> losses.Balance:
+    """Returns how the classes count in the labeled loss (docs/method.md, Eq. 23 and 27).
 
-    They are equal too while `data.class_pixels` is unset, in a network that is only applied.
+    They count the same while `data.class_pixels` is unset, in a network that is only applied.
     """
-    power, pixels = config.method.class_weight_power, config.data.class_pixels
-    return losses.class_weights(class_statistics.frequencies(pixels), power) if power and pixels else ()
+    method, pixels = config.method, config.data.class_pixels
+    if not pixels:
+        return losses.Balance()
+    shares, power, factor = class_statistics.frequencies(pixels), method.class_weight_power, method.logit_adjustment
+    return losses.Balance(
+        weights=losses.class_weights(shares, power) if power else (),
+        shifts=losses.logit_shifts(shares, factor) if factor else (),
+    )
 
 
 def _selection(config) -> Callable:
@@ -34,13 +40,13 @@ def _selection(config) -> Callable:
 TEACHERS = ("ema", "student_eval", "student", "none")
 # Name in config.method.labeled_loss -> constructor from the configuration.
 LABELED_LOSSES = {
-    "ce": lambda config: losses.CrossEntropy(config.data.ignore, class_weights(config)),
+    "ce": lambda config: losses.CrossEntropy(config.data.ignore, class_balance(config)),
     "ohem": lambda config: losses.Ohem(
         config.method.ohem_threshold,
         config.method.ohem_min_kept * config.method.ohem_group,
         config.method.ohem_group,
         config.data.ignore,
-        class_weights(config),
+        class_balance(config),
     ),
 }
 
@@ -92,7 +98,7 @@ class Method:
     ema: Ema | None = None  # Set if and only if the teacher is the EMA network.
     selection: Callable = pseudo_labels.Threshold(0.95)  # noqa: RUF009
     labeled_loss: Callable = losses.CrossEntropy()  # noqa: RUF009
-    pseudo_label_weights: tuple[float, ...] = ()  # By class; (): equal ones.
+    pseudo_label_balance: losses.Balance = losses.Balance()
     perturb_labeled: bool = True
 
     @property
@@ -139,7 +145,7 @@ def from_config(config, steps_per_epoch: int) -> Method:
         ema=_ema(ema, steps_per_epoch) if method.teacher == "ema" else None,
         selection=_selection(config),
         labeled_loss=LABELED_LOSSES[method.labeled_loss](config),
-        pseudo_label_weights=class_weights(config) if method.weigh_pseudo_labels else (),
+        pseudo_label_balance=class_balance(config) if method.weigh_pseudo_labels else losses.Balance(),
         perturb_labeled=method.perturb_labeled,
     )
 

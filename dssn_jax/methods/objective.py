@@ -255,7 +255,7 @@ def loss_terms(
             tuple(student.streams[name] for name in names),
             tuple(targets[name] for name in names),
             tuple(pairs.values()),
-            method.pseudo_label_weights,
+            method.pseudo_label_balance,
         )
         terms |= {f"loss_{name}": term for name, term in zip(names, consistency, strict=True)}
         terms |= {f"contrast_{name}": term for name, term in zip(pairs, contrasts, strict=True)}
@@ -330,11 +330,11 @@ def _stream_terms(
     streams: tuple[jax.Array, ...],
     targets: tuple[Target, ...],
     pairs: tuple[tuple[int, int], ...],
-    class_weights: tuple[float, ...],
+    balance: losses.Balance,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Returns the consistency of each stream with its target, and the contrast of each pair of streams."""
     full = [upsample(x, *target.labels.shape[1:]) for x, target in zip(streams, targets, strict=True)]
-    consistency = [losses.consistency(x, *target, class_weights) for x, target in zip(full, targets, strict=True)]
+    consistency = [losses.consistency(x, *target, balance) for x, target in zip(full, targets, strict=True)]
     return consistency, [losses.contrast(full[i], full[j]) for i, j in pairs]
 
 

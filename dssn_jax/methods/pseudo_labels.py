@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-_LEAST = 1e-5  # Shares of classes below this count as this.
+from dssn_jax.methods.losses import LEAST_SHARE
 
 
 class _Stateless:
@@ -178,7 +178,7 @@ class Aligned:
 
     def align(self, logits: jax.Array, state: dict) -> jax.Array:
         """Returns logits [..., K] plus the logarithm of the quotient of Eq. 25."""
-        ratio = jnp.log(self._target()) - jnp.log(jnp.maximum(state["classes"], _LEAST))
+        ratio = jnp.log(self._target()) - jnp.log(jnp.maximum(state["classes"], LEAST_SHARE))
         return logits + ratio.astype(logits.dtype)
 
     def __call__(self, probabilities: jax.Array, state: dict) -> jax.Array:
@@ -186,7 +186,7 @@ class Aligned:
         return self.selection(probabilities, state["selection"])
 
     def _target(self) -> jax.Array:
-        return jnp.maximum(jnp.array(self.frequencies, jnp.float32), _LEAST)
+        return jnp.maximum(jnp.array(self.frequencies, jnp.float32), LEAST_SHARE)
 
 
 def _reaching(probabilities: jax.Array, thresholds: jax.Array) -> jax.Array:
