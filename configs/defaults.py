@@ -282,13 +282,13 @@ _METHOD = Section(
     ),
     logit_adjustment=Key(
         0.0, Float(-2, 2),
-        "The labeled loss is computed of each logit plus x * log(share of its class of the labeled pixels), and the "
-        "network predicts without that: for x > 0 rare classes more often, for x < 0, with `class_weight_power`, less "
-        "often than it would with the class weights alone (docs/method.md, Eq. 27).",
+        "In training, x * log(share of the class of the labeled pixels) is added to each logit. The network predicts "
+        "without that: for x > 0 rare classes more often, for x < 0, with `class_weight_power`, less often than with "
+        "the class weights alone (docs/method.md, Eq. 27).",
     ),
     weigh_pseudo_labels=Key(
-        False, Bool(), "Pseudo-labels, and true labels pasted into strong views, count as their classes do in the "
-        "labeled loss (`class_weight_power`, `logit_adjustment`).",
+        False, Bool(), "Pseudo-labels, and true labels pasted into strong views, weigh as their classes do in the "
+        "labeled loss (`class_weight_power`).",
     ),
     ohem_threshold=Key(0.7, _PROBABILITY, "Pixels whose true class has at most this probability are hard."),
     ohem_min_kept=Key(100000, Int(0, 2**22), "At least this many pixels per image are kept.", "pixels"),

@@ -45,21 +45,6 @@ def _one_hot(labels: jax.Array, logits: jax.Array) -> jax.Array:
     return jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
 
 
-class Balance(NamedTuple):
-    """How classes count in a loss: a weight of each (docs/method.md, Eq. 23) and a shift of its logit (Eq. 27)."""
-
-    weights: tuple[float, ...] = ()  # [K]; (): all 1.
-    shifts: tuple[float, ...] = ()  # [K]; (): all 0.
-
-    def weight(self, labels: jax.Array, dtype) -> jax.Array:
-        """Returns the weights, which are not (), of `labels`, class ids of any shape."""
-        return jnp.asarray(self.weights, dtype)[labels]
-
-    def shift(self, logits: jax.Array) -> jax.Array:
-        """Returns the logits [..., K] of which the loss is computed."""
-        return logits + jnp.asarray(self.shifts, logits.dtype) if self.shifts else logits
-
-
 def class_weights(frequencies: np.ndarray, power: float) -> tuple[float, ...]:
     """Returns a weight per class, frequency ** -power times a constant with which the mean pixel weighs 1 (Eq. 23).
 
@@ -76,31 +61,30 @@ def logit_shifts(frequencies: np.ndarray, factor: float) -> tuple[float, ...]:
 
 
 def _mean(
-    losses: jax.Array, labels: jax.Array, kept: jax.Array, balance: Balance, axis: int | None = None
+    losses: jax.Array, labels: jax.Array, kept: jax.Array, weights: tuple[float, ...], axis: int | None = None
 ) -> jax.Array:
     """Returns the mean of the losses that are `kept` along `axis`, weighted by class; 0 if none is.
 
-    `losses` are 0, and `labels` may be no class ids, where not `kept`.
+    `losses` are 0, and `labels` may be no class ids, where not `kept`; no `weights` are equal ones.
     """
-    if not balance.weights:
+    if not weights:
         return losses.sum(axis) / jnp.maximum(kept.sum(axis), 1)
-    weight = jnp.where(kept, balance.weight(jnp.where(kept, labels, 0), losses.dtype), 0)
+    weight = jnp.where(kept, jnp.asarray(weights, losses.dtype)[jnp.where(kept, labels, 0)], 0)
     total = weight.sum(axis)
     return (weight * losses).sum(axis) / jnp.where(total > 0, total, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """Mean cross-entropy over the labeled pixels (docs/method.md, Eq. 2), balanced by class (Eq. 23 and 27)."""
+    """Mean cross-entropy over the labeled pixels (docs/method.md, Eq. 2), weighted by class (Eq. 23)."""
 
     ignore: int = 255  # Label of pixels without a label.
-    balance: Balance = Balance()
+    weights: tuple[float, ...] = ()  # By class; (): equal ones.
 
     def __call__(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """Maps logits [B, H, W, K] and labels [B, H, W] to a scalar; 0 if every pixel is ignored."""
         valid = labels != self.ignore
-        losses = pixel_cross_entropy(self.balance.shift(logits), labels, valid)
-        return _mean(losses, labels, valid, self.balance)
+        return _mean(pixel_cross_entropy(logits, labels, valid), labels, valid, self.weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,20 +94,19 @@ class Ohem:
     A group keeps the pixels whose true class has at most the probability `threshold`, but at least `min_kept` pixels:
     the threshold rises to the min_kept-th smallest probability, where ignored pixels count as 1. A group with fewer
     valid pixels keeps them all; one without any contributes 0. The mean over the kept pixels is weighted by class
-    (Eq. 23); which are kept does not depend on the weights, but on the shifted logits (Eq. 27).
+    (Eq. 23); which are kept does not depend on the weights.
     """
 
     threshold: float
     min_kept: int  # Pixels per group.
     group: int  # Consecutive images whose pixels are ranked together; divides the batch.
     ignore: int = 255
-    balance: Balance = Balance()
+    weights: tuple[float, ...] = ()  # By class; (): equal ones.
 
     def __call__(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """Maps logits [B, H, W, K] and labels [B, H, W] to a scalar."""
         valid = labels != self.ignore
-        losses = pixel_cross_entropy(self.balance.shift(logits), labels, valid)
-        losses = losses.reshape(len(labels) // self.group, -1)
+        losses = pixel_cross_entropy(logits, labels, valid).reshape(len(labels) // self.group, -1)
         valid = valid.reshape(losses.shape)
         # The probability of the true class is exp(-loss); ignored pixels have loss 0 and so count as 1.
         probabilities = jnp.exp(-jax.lax.stop_gradient(losses))
@@ -131,7 +114,7 @@ class Ohem:
         limit = jnp.maximum(kth_smallest(probabilities, rank), self.threshold)
         keep_all = valid.sum(-1, keepdims=True) < self.min_kept
         kept = checkpoint_name(valid & (keep_all | (probabilities <= limit)), _SELECTION)
-        return _mean(jnp.where(kept, losses, 0), labels.reshape(losses.shape), kept, self.balance, axis=-1).mean()
+        return _mean(jnp.where(kept, losses, 0), labels.reshape(losses.shape), kept, self.weights, axis=-1).mean()
 
 
 def kth_smallest(values: jax.Array, rank: int) -> jax.Array:
@@ -158,17 +141,17 @@ def consistency(
     labels: jax.Array,
     weight: jax.Array,
     valid: jax.Array,
-    balance: Balance = Balance(),  # noqa: B008
+    class_weights: tuple[float, ...] = (),
 ) -> jax.Array:
     """Returns the weighted cross-entropy to pseudo-labels, summed over valid pixels and divided by their number.
 
     docs/method.md, Eq. 4. Logits [B, H, W, K]; labels [B, H, W]; `weight` float [B, H, W] is 0 for pixels that are not
-    selected; `valid` bool [B, H, W] is False where the image is padded; `balance` multiplies the terms by the weights
-    of their classes and shifts the logits. Returns a scalar, 0 if no pixel is valid.
+    selected; `valid` bool [B, H, W] is False where the image is padded; `class_weights` [K] multiply the terms by
+    class, () by 1. Returns a scalar, 0 if no pixel is valid.
     """
-    if balance.weights:
-        weight = weight * balance.weight(labels, weight.dtype)
-    losses = pixel_cross_entropy(balance.shift(logits), labels, valid & (weight > 0))
+    if class_weights:
+        weight = weight * jnp.asarray(class_weights, weight.dtype)[labels]
+    losses = pixel_cross_entropy(logits, labels, valid & (weight > 0))
     return (losses * weight).sum() / jnp.maximum(valid.sum(), 1)
 
 

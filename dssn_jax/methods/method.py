@@ -11,19 +11,22 @@ from dssn_jax.methods import losses, perturbations, pseudo_labels
 from input_pipeline import class_statistics
 
 
-def class_balance(config) -> losses.Balance:
-    """Returns how the classes count in the labeled loss (docs/method.md, Eq. 23 and 27).
+def class_weights(config) -> tuple[float, ...]:
+    """Returns the weights of the classes in the labeled loss (docs/method.md, Eq. 23); () for equal ones.
 
-    They count the same while `data.class_pixels` is unset, in a network that is only applied.
+    They are equal too while `data.class_pixels` is unset, in a network that is only applied.
     """
-    method, pixels = config.method, config.data.class_pixels
-    if not pixels:
-        return losses.Balance()
-    shares, power, factor = class_statistics.frequencies(pixels), method.class_weight_power, method.logit_adjustment
-    return losses.Balance(
-        weights=losses.class_weights(shares, power) if power else (),
-        shifts=losses.logit_shifts(shares, factor) if factor else (),
-    )
+    power, pixels = config.method.class_weight_power, config.data.class_pixels
+    return losses.class_weights(class_statistics.frequencies(pixels), power) if power and pixels else ()
+
+
+def logit_shifts(config) -> tuple[float, ...]:
+    """Returns what is added to the logits of the classes in training (docs/method.md, Eq. 27); () for nothing.
+
+    It is nothing too while `data.class_pixels` is unset, in a network that is only applied.
+    """
+    factor, pixels = config.method.logit_adjustment, config.data.class_pixels
+    return losses.logit_shifts(class_statistics.frequencies(pixels), factor) if factor and pixels else ()
 
 
 def _selection(config) -> Callable:
@@ -40,13 +43,13 @@ def _selection(config) -> Callable:
 TEACHERS = ("ema", "student_eval", "student", "none")
 # Name in config.method.labeled_loss -> constructor from the configuration.
 LABELED_LOSSES = {
-    "ce": lambda config: losses.CrossEntropy(config.data.ignore, class_balance(config)),
+    "ce": lambda config: losses.CrossEntropy(config.data.ignore, class_weights(config)),
     "ohem": lambda config: losses.Ohem(
         config.method.ohem_threshold,
         config.method.ohem_min_kept * config.method.ohem_group,
         config.method.ohem_group,
         config.data.ignore,
-        class_balance(config),
+        class_weights(config),
     ),
 }
 
@@ -98,7 +101,8 @@ class Method:
     ema: Ema | None = None  # Set if and only if the teacher is the EMA network.
     selection: Callable = pseudo_labels.Threshold(0.95)  # noqa: RUF009
     labeled_loss: Callable = losses.CrossEntropy()  # noqa: RUF009
-    pseudo_label_balance: losses.Balance = losses.Balance()
+    pseudo_label_weights: tuple[float, ...] = ()  # By class; (): equal ones.
+    logit_shifts: tuple[float, ...] = ()  # Added to the logits of the classes in training; (): nothing.
     perturb_labeled: bool = True
 
     @property
@@ -145,7 +149,8 @@ def from_config(config, steps_per_epoch: int) -> Method:
         ema=_ema(ema, steps_per_epoch) if method.teacher == "ema" else None,
         selection=_selection(config),
         labeled_loss=LABELED_LOSSES[method.labeled_loss](config),
-        pseudo_label_balance=class_balance(config) if method.weigh_pseudo_labels else losses.Balance(),
+        pseudo_label_weights=class_weights(config) if method.weigh_pseudo_labels else (),
+        logit_shifts=logit_shifts(config),
         perturb_labeled=method.perturb_labeled,
     )
 

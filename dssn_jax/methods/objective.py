@@ -227,8 +227,13 @@ def loss_terms(
 ) -> tuple[dict, dict, dict]:
     """Returns the unweighted loss terms, the shares of valid pixels that are selected, and the new method state.
 
-    All are scalars but the shares "pseudo_labels" [K], by class.
+    All are scalars but the shares "pseudo_labels" [K], by class. All are those of logits plus the method's
+    `logit_shifts`.
     """
+    if method.logit_shifts:
+        student, teacher = jax.tree.map(
+            lambda logits: logits + jnp.asarray(method.logit_shifts, logits.dtype), (student, teacher)
+        )
     terms, ratios = {"loss_x": _labeled_term(student.labeled, views.label_x, method.labeled_loss)}, {}
     if not method.uses_unlabeled:
         return terms, ratios, method_state
@@ -255,7 +260,7 @@ def loss_terms(
             tuple(student.streams[name] for name in names),
             tuple(targets[name] for name in names),
             tuple(pairs.values()),
-            method.pseudo_label_balance,
+            method.pseudo_label_weights,
         )
         terms |= {f"loss_{name}": term for name, term in zip(names, consistency, strict=True)}
         terms |= {f"contrast_{name}": term for name, term in zip(pairs, contrasts, strict=True)}
@@ -330,11 +335,11 @@ def _stream_terms(
     streams: tuple[jax.Array, ...],
     targets: tuple[Target, ...],
     pairs: tuple[tuple[int, int], ...],
-    balance: losses.Balance,
+    class_weights: tuple[float, ...],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Returns the consistency of each stream with its target, and the contrast of each pair of streams."""
     full = [upsample(x, *target.labels.shape[1:]) for x, target in zip(streams, targets, strict=True)]
-    consistency = [losses.consistency(x, *target, balance) for x, target in zip(full, targets, strict=True)]
+    consistency = [losses.consistency(x, *target, class_weights) for x, target in zip(full, targets, strict=True)]
     return consistency, [losses.contrast(full[i], full[j]) for i, j in pairs]
 
 

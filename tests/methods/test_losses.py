@@ -11,7 +11,6 @@ RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 2, (4, 6, 5, 3)).astype(np.float32)
 LABELS = RNG.integers(0, 3, (4, 6, 5)).astype(np.uint8)
 LABELS[0, :2] = 255
-BALANCE = losses.Balance((0.1, 1.0, 9.0), (0.5, 0.0, -0.5))
 
 
 def probabilities(logits):
@@ -40,9 +39,7 @@ def test_class_weights_are_those_of_pytorch(power):
     assert np.dot(frequencies, weights) == pytest.approx(1) and weights[2] == 1
     with jax.enable_x64(True):
         logits = LOGITS.astype(np.float64)
-        value, gradient = jax.value_and_grad(losses.CrossEntropy(255, losses.Balance(weights)))(
-            jnp.asarray(logits), LABELS
-        )
+        value, gradient = jax.value_and_grad(losses.CrossEntropy(255, weights))(jnp.asarray(logits), LABELS)
     theirs = torch.tensor(logits.transpose(0, 3, 1, 2), requires_grad=True)
     expected = torch.nn.CrossEntropyLoss(torch.tensor(weights, dtype=torch.float64), ignore_index=255)
     loss = expected(theirs, torch.tensor(LABELS.astype(np.int64)))
@@ -51,10 +48,26 @@ def test_class_weights_are_those_of_pytorch(power):
     np.testing.assert_allclose(gradient, theirs.grad.numpy().transpose(0, 2, 3, 1), rtol=1e-9, atol=1e-15)
 
 
+def test_weights_and_shifts_decide_by_the_sum_of_their_exponents():
+    """The least loss of pixels of one distribution is at log P - (power + factor) log f, up to a constant (Eq. 27).
+
+    The last class has a share of less than 1e-5, which counts as that.
+    """
+    share, pixels = np.array([0.7, 0.2, 0.1 - 1e-6, 1e-6]), np.array([5, 3, 2, 1])
+    labels = np.repeat(np.arange(4), pixels)[None, None]
+    loss = losses.CrossEntropy(255, losses.class_weights(share, 0.5))
+    shifts = np.array(losses.logit_shifts(share, -0.2))
+    best = np.log(pixels) - 0.5 * np.log(share) + 0.2 * np.log([*share[:3], 1e-5])
+    with jax.enable_x64(True):
+        gradient = jax.grad(lambda z: loss(jnp.broadcast_to(z + shifts, (1, 1, 11, 4)), labels))
+        np.testing.assert_allclose(gradient(jnp.asarray(best)), 0, atol=1e-12)
+        assert np.abs(gradient(jnp.asarray(np.log(pixels)))).max() > 0.01
+
+
 def test_equal_class_weights_change_nothing():
     assert losses.class_weights(np.array([0.25, 0.75]), 0.0) == (1.0, 1.0)
     for loss in (losses.CrossEntropy(), losses.Ohem(0.3, 10, 2)):
-        weighted = dataclasses.replace(loss, balance=losses.Balance((3.0, 3.0, 3.0)))
+        weighted = dataclasses.replace(loss, weights=(3.0, 3.0, 3.0))
         assert float(weighted(LOGITS, LABELS)) == pytest.approx(float(loss(LOGITS, LABELS)), rel=1e-6)
 
 
@@ -66,7 +79,7 @@ def test_hard_pixels_are_averaged_by_class_weight():
     for group in (slice(0, 2), slice(2, 4)):
         weight = weights[LABELS[group][kept[group]]]
         expected.append((weight * -np.log(p[group][kept[group]])).sum() / weight.sum())
-    found = losses.Ohem(0.3, 1, 2, balance=losses.Balance(tuple(weights.tolist())))(LOGITS, LABELS)
+    found = losses.Ohem(0.3, 1, 2, weights=tuple(weights.tolist()))(LOGITS, LABELS)
     assert float(found) == pytest.approx(np.mean(expected), rel=1e-5)
 
 
@@ -108,8 +121,8 @@ def test_kth_smallest_agrees_with_a_sort(dtype):
     [
         losses.CrossEntropy(),
         losses.Ohem(0.7, 10, 2),
-        losses.CrossEntropy(255, BALANCE),
-        losses.Ohem(0.7, 10, 2, 255, BALANCE),
+        losses.CrossEntropy(255, (0.1, 1.0, 9.0)),
+        losses.Ohem(0.7, 10, 2, 255, (0.1, 1.0, 9.0)),
         lambda logits, labels: losses.consistency(logits, labels, 1.0 * (labels == 0), labels != 255),
     ],
 )
@@ -126,34 +139,8 @@ def test_consistency_weighs_pixels_and_divides_by_the_valid_ones():
     assert losses.consistency(LOGITS, LABELS, weight, valid) == pytest.approx(expected, rel=1e-5)
     of_class = np.linspace(0.5, 3, LOGITS.shape[-1])
     weighed = -(of_class[np.where(valid, LABELS, 0)] * weight * np.log(p))[valid].sum() / valid.sum()
-    balance = losses.Balance(tuple(of_class.tolist()))
-    assert losses.consistency(LOGITS, LABELS, weight, valid, balance) == pytest.approx(weighed, rel=1e-5)
-
-
-@pytest.mark.parametrize("factor", [1.0, -0.25])
-def test_logits_are_shifted_by_the_logarithm_of_the_shares_of_their_classes(factor):
-    """The second class does not occur, and counts as 1e-5."""
-    shifts = losses.logit_shifts(np.array([0.9, 0.0, 0.1]), factor)
-    np.testing.assert_allclose(shifts, factor * np.log([0.9, 1e-5, 0.1]))
-    balance, shifted = losses.Balance(shifts=shifts), LOGITS + np.array(shifts, np.float32)
-    for loss in (losses.CrossEntropy(), losses.Ohem(0.3, 10, 2)):
-        balanced = dataclasses.replace(loss, balance=balance)
-        assert float(balanced(LOGITS, LABELS)) == pytest.approx(float(loss(shifted, LABELS)), rel=1e-6)
-    weight = np.ones(LABELS.shape, np.float32)
-    ours = losses.consistency(LOGITS, LABELS, weight, LABELS != 255, balance)
-    assert ours == pytest.approx(float(losses.CrossEntropy()(shifted, LABELS)), rel=1e-6)
-
-
-def test_weights_and_shifts_decide_by_the_sum_of_their_exponents():
-    """The least loss of one pixel's distribution is at log P - (power + factor) log f, up to a constant (Eq. 27)."""
-    share, probability = np.array([0.7, 0.2, 0.1]), np.array([5, 3, 2])  # Of ten pixels, in tenths.
-    labels = np.repeat(np.arange(3), probability)[None, None]
-    balance = losses.Balance(losses.class_weights(share, 0.5), losses.logit_shifts(share, -0.2))
-    best = np.log(probability) - 0.3 * np.log(share)
-    with jax.enable_x64(True):
-        gradient = jax.grad(lambda z: losses.CrossEntropy(255, balance)(jnp.broadcast_to(z, (1, 1, 10, 3)), labels))
-        np.testing.assert_allclose(gradient(jnp.asarray(best)), 0, atol=1e-12)
-        assert np.abs(gradient(jnp.asarray(np.log(probability)))).max() > 0.01
+    ours = losses.consistency(LOGITS, LABELS, weight, valid, tuple(of_class.tolist()))
+    assert ours == pytest.approx(weighed, rel=1e-5)
 
 
 def contrast(a, b):

@@ -1,13 +1,12 @@
 import math
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from configs import defaults, methods
 from configs.checks import ConfigError
 from dssn_jax.methods import method
-from dssn_jax.methods.losses import Balance, CrossEntropy, Ohem
+from dssn_jax.methods.losses import CrossEntropy, Ohem
 from dssn_jax.methods.perturbations import ChannelDropout, ComplementaryDropout
 from dssn_jax.methods.pseudo_labels import Aligned, Threshold
 
@@ -58,14 +57,15 @@ def test_selections_are_aligned_where_classes_are_counted():
 def test_classes_are_balanced_where_they_are_counted(loss):
     """Pseudo-labels where that is asked for; a network that is only applied has no counts."""
     config = config_of("fixmatch", class_weight_power=1.0, logit_adjustment=-0.5, labeled_loss=loss)
-    assert method.from_config(config, 10).labeled_loss.balance == Balance()
+    config.method.weigh_pseudo_labels = True
+    built = method.from_config(config, 10)
+    assert built.labeled_loss.weights == built.pseudo_label_weights == built.logit_shifts == ()
     config.data.class_pixels = (1, 3)
-    balance = Balance((2.0, 2 / 3), (-0.5 * math.log(0.25), -0.5 * math.log(0.75)))
-    for weighed, of_pseudo_labels in ((False, Balance()), (True, balance)):
-        config.method.weigh_pseudo_labels = weighed
-        built = method.from_config(config, 10)
-        np.testing.assert_allclose(built.labeled_loss.balance, balance, rtol=1e-12)
-        np.testing.assert_allclose(built.pseudo_label_balance, of_pseudo_labels, rtol=1e-12)
+    built = method.from_config(config, 10)
+    assert built.labeled_loss.weights == built.pseudo_label_weights == pytest.approx((2, 2 / 3))
+    assert built.logit_shifts == pytest.approx((0.5 * math.log(4), 0.5 * math.log(4 / 3)))
+    config.method.weigh_pseudo_labels = False
+    assert method.from_config(config, 10).pseudo_label_weights == ()
 
 
 def test_complementary_pairs_ohem_and_epochs_become_steps():

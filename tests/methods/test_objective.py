@@ -1,5 +1,6 @@
 """The student's and the teacher's forward passes of a method, against the network applied by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -154,6 +155,31 @@ def test_labeled_partners_bring_their_labels_to_the_target():
         assert 0 < weight.mean() < 1
         pseudo_labeled = valid_u & ~box
         assert float(ratios["mask_ratio_s1"]) == pytest.approx(weight[pseudo_labeled].mean(), rel=1e-6)
+
+
+def test_all_losses_and_pseudo_labels_are_those_of_shifted_logits():
+    rng = np.random.default_rng(6)
+    labeled, weak, partner, *streams = rng.normal(0, 3, (7, 2, 6, 5, 3)).astype(np.float32)
+    label, box = rng.integers(3, size=(2, 6, 5)).astype(np.uint8), rng.random((2, 6, 5)) < 0.5
+    valid = np.ones((2, 6, 5), bool)
+    views = Views(None, label, valid_u=valid, valid_m=valid, boxes=(box, ~box))
+    names = [f"{kind}{number}" for kind in ("s", "fp") for number in (1, 2)]
+    kinds = [("strong", "teacher")] * 2 + [("feature", "student")] * 2
+    plain = method.Method(
+        streams=tuple(method.Stream(name, view, 1.0, target=of) for name, (view, of) in zip(names, kinds, strict=True)),
+        contrasts=(method.Contrast("image", ("s1", "s2"), 0.1), method.Contrast("feature", ("fp1", "fp2"), 0.1)),
+        teacher="student_eval",
+        selection=pseudo_labels.Adaptive(0.5),
+    )
+    shifts = (1.0, -0.5, 0.0)
+    outcomes = []
+    for each, moved in ((plain, 0), (dataclasses.replace(plain, logit_shifts=shifts), np.float32(shifts))):
+        outputs = dict(zip(names, (x - moved for x in streams), strict=True))
+        student = StudentLogits(labeled - moved, weak - moved, outputs)
+        teacher = TeacherLogits(weak - moved, partner - moved)
+        outcomes.append(loss_terms(student, teacher, views, each, plain.selection.init(3)))
+    assert {"loss_x", "loss_s2", "loss_fp1", "contrast_image", "contrast_feature"} <= set(outcomes[0][0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *outcomes)
 
 
 def test_shares_of_the_classes_by_hand():
