@@ -50,7 +50,7 @@ ROWS = (
 SMALL_ROWS = tuple(
     (recipe, form, 2)
     for recipe in ("voc_r50", "coco_xception", "cityscapes_r50")
-    for form in ("jax_float32", "published", "bf16", "jax_float32_lean")
+    for form in ("jax_float32", "published", "channels_last", "bf16", "compiled", "jax_float32_lean")
 )
 SMALL_CROP = 65
 COLUMNS = (
@@ -222,6 +222,7 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="only rows whose recipe and form contain this, such as voc_r101 or jax"
     )
+    parser.add_argument("--forms", nargs="+", help="only rows of these forms")
     parser.add_argument("--seconds", type=float, default=3600, help="time for all rows")
     parser.add_argument("--measure", type=float, default=3.0, help="seconds of timing per row")
     parser.add_argument("--json", type=pathlib.Path, help="file of the results")
@@ -234,7 +235,7 @@ def main() -> None:
     deadline, rows = time.monotonic() + arguments.seconds, []
     crop = arguments.crop or (SMALL_CROP if arguments.small else 0)
     for recipe, form, batch in SMALL_ROWS if arguments.small else ROWS:
-        if arguments.only not in f"{recipe} {form}":
+        if arguments.only not in f"{recipe} {form}" or form not in (arguments.forms or [form]):
             continue
         if batch == 0:
             batch = next((largest_batch(row) for row in rows if row["recipe"] == recipe and "temp_bytes" in row), 0)

@@ -52,9 +52,10 @@ class Variant(NamedTuple):
 
 
 _ENTRY = METHODS["fixmatch_balanced"]
-_BALANCED = {"method.class_weight_power": str(_ENTRY["class_weight_power"])}
+_BALANCED = {f"method.{key}": str(_ENTRY[key]) for key in ("class_weight_power", "logit_adjustment")}
 _BALANCED |= {f"data.{key}": str(value) for key, value in _ENTRY["data"].items()}
 _MOMENTUM = {"method.selection_momentum": "0.98"}  # Runs of a comparison are short.
+_UNADJUSTED = {"method.logit_adjustment": "0.0"}
 # What can be compared. Variants with overrides are ablations: a method without a part, or with another form of it;
 # that of the supervised baseline shows what the same parts are worth without unlabeled images.
 VARIANTS = {
@@ -70,9 +71,15 @@ VARIANTS = {
     "dssn-partner-same": Variant("dssn", {"views.mix_partner": "same"}),
     "dssn-partner-other": Variant("dssn", {"views.mix_partner": "other"}),
     "fixmatch_balanced": Variant("fixmatch_balanced"),
-    "fixmatch_balanced-no-class-weights": Variant("fixmatch_balanced", {"method.class_weight_power": "0.0"}),
-    "fixmatch_balanced-half-class-weights": Variant("fixmatch_balanced", {"method.class_weight_power": "0.25"}),
-    "fixmatch_balanced-weigh-pseudo-labels": Variant("fixmatch_balanced", {"method.weigh_pseudo_labels": "True"}),
+    "fixmatch_balanced-no-logit-adjustment": Variant("fixmatch_balanced", _UNADJUSTED),
+    **{
+        f"fixmatch_balanced-{name}": Variant("fixmatch_balanced", {**_UNADJUSTED, f"method.{key}": value})
+        for name, key, value in (
+            ("no-class-weights", "class_weight_power", "0.0"),
+            ("half-class-weights", "class_weight_power", "0.25"),
+            ("weigh-pseudo-labels", "weigh_pseudo_labels", "True"),
+        )
+    },
     "fixmatch_balanced-no-rare-sampling": Variant("fixmatch_balanced", {"data.labeled_sampling": "uniform"}),
     "fixmatch_balanced-half-labeled": Variant("fixmatch_balanced", {"method.labeled_batch_factor": "1"}),
     "fixmatch_balanced-partner-other": Variant("fixmatch_balanced", {"views.mix_partner": "other"}),
@@ -86,6 +93,7 @@ VARIANTS = {
         for name in ("adaptive", "soft", "class_balanced")
     },
     "supervised-balanced": Variant("supervised", _BALANCED),
+    "supervised-balanced-no-logit-adjustment": Variant("supervised", {**_BALANCED, **_UNADJUSTED}),
 }
 KEEP = ("best", "all", "none")
 START_SECONDS = 30.0  # No run is started with less time left than this: it would do little more than compile.

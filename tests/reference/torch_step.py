@@ -29,6 +29,8 @@ class Form:
 
 FORMS = {
     "published": Form(),  # float32, contiguous.
+    "channels_last": Form(channels_last=True),
+    "compiled": Form(channels_last=True, compiled=True),
     "tf32": Form(tf32=True),
     "bf16": Form(tf32=True, bfloat16=True, channels_last=True),
     "bf16_compiled": Form(tf32=True, bfloat16=True, channels_last=True, compiled=True),
