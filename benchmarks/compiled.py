@@ -56,6 +56,7 @@ PARTS = (
     ("forward", ("Objective.student_logits", "Objective.encode")),
     ("views", ("Learner._strong_views", "Learner._to_views", "strong_views")),
 )
+_COUNTS = ("count", "MB", "overlapped", "overlapped_MB")
 VIEW_FILES = ("strong_augment.py", "views.py")  # Bodies of loops have shorter stacks.
 # Layers of all networks call functions of these files: the lines of the layers say more.
 SHARED_FILES = ("batch_norm.py", "convolution.py", "depthwise.py", "platforms.py")
@@ -77,6 +78,9 @@ class Target(NamedTuple):
     flop_source: str
     description: str = ""  # File of the GPU's description for the compiler.
     compiler_options: dict = {}  # noqa: RUF012
+    # How devices reach each other: "machine", devices of one; "bytes_per_second" out of a device, to its "machine" and
+    # "beyond" it; "seconds_per_message"; "source".
+    network: dict = {}  # noqa: RUF012
 
 
 class Kernel(NamedTuple):
@@ -113,17 +117,20 @@ def devices(target: Target, topology: str) -> list[jax.Device]:
 
 def describe(config, target: Target, topology: str, options: dict) -> dict:
     """Compiles the step of a configuration and returns its numbers."""
-    lowered = train_step.lower(config, devices(target, topology))
+    chips = devices(target, topology)
+    lowered = train_step.lower(config, chips)
     started = time.perf_counter()
     compiled = lowered.compile(compiler_options=options)
     seconds = time.perf_counter() - started
     program = hlo.Program(compiled.as_text())
     return {
+        "devices": len(chips),
+        "images_per_device": (config.data.labeled_batch + config.data.unlabeled_batch) / len(chips),
         "compile_s": round(seconds),
         **memory(compiled.memory_analysis(), target),
         **estimates(compiled.cost_analysis()),
         **summary(kernels(program, target)),
-        "collectives": collectives(program),
+        "collectives": collectives(program, len(chips)),
         "loops_of_unknown_length": len(program.unbounded),
     }
 
@@ -248,18 +255,24 @@ def _table(launched: list[Kernel], field: str) -> list[dict]:
     return sorted(({field: name, **_row(group)} for name, group in groups.items()), key=lambda row: -row["ms"])
 
 
-def collectives(program: hlo.Program) -> list[dict]:
-    """Returns kinds of collectives: executions, MB of their results, and how many run beside other kernels."""
+def collectives(program: hlo.Program, devices: int) -> list[dict]:
+    """Returns kinds of collectives: executions, MB of their results, and how many run beside other kernels.
+
+    `group` is the number of devices that take part in one; 0 for all `devices`.
+    """
     rows: dict[tuple, dict] = {}
     for step in program.steps():
         opcode = step.instruction.opcode.removesuffix("-start")
         if step.rare or opcode not in hlo.COLLECTIVES:
             continue
         dtypes = "+".join(sorted({array.dtype for array in step.instruction.arrays}))
-        row = rows.setdefault((opcode, dtypes), {"kind": opcode, "dtype": dtypes, "count": 0, "MB": 0, "overlapped": 0})
-        row["count"] += step.times
-        row["MB"] += step.times * step.instruction.bytes / 1e6
-        row["overlapped"] += step.times * program.overlaps(step)
+        key = {"kind": opcode, "dtype": dtypes, "group": step.instruction.group(devices)}
+        row = rows.setdefault(tuple(key.values()), key | dict.fromkeys(_COUNTS, 0))
+        megabytes, overlaps = step.times * step.instruction.bytes / 1e6, program.overlaps(step)
+        for name, amount in zip(
+            _COUNTS, (step.times, megabytes, step.times * overlaps, megabytes * overlaps), strict=True
+        ):
+            row[name] += amount
     return list(rows.values())
 
 
@@ -309,6 +322,7 @@ def main() -> None:
         "command": " ".join(["python -m benchmarks.compiled", f"--target={arguments.target}"])
         + "".join(f" {setting}" for setting in [f"--topology={topology}", *settings]),
         "jax": jax.__version__,
+        "target": arguments.target,
         "compile_flags": options,
         "bandwidth": f"{target.bytes_per_second:.4g} B/s: {target.bytes_source}",
         "rates": {"FLOP/s": target.flop_per_second, "source": target.flop_source},

@@ -92,6 +92,22 @@ class Instruction:
         match = re.search(rf'\b{key}"?[=:][\[{{]([^\]}}]*)[\]}}]', self.attributes)
         return tuple(map(int, re.findall(r"\d+", match[1]))) if match else ()
 
+    def group(self, devices: int) -> int:
+        """Returns how many devices take part in a collective; 0 for all `devices`.
+
+        Groups are written as lists, "replica_groups={{0,1},{2,3}}", as "[2,4]<=[8]", groups times members of a
+        numbering, or as "mesh['a'=4,'b'=2] {'b'}", a mesh and the axes of a group.
+        """
+        if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", self.attributes):
+            sizes = dict(axis.split("=") for axis in match[1].split(","))
+            members = math.prod(int(sizes[axis.strip()]) for axis in match[2].split(","))
+        elif match := re.search(r"replica_groups=\[\d+,(\d+)\]", self.attributes):
+            members = int(match[1])
+        else:
+            match = re.search(r"replica_groups=\{\{([\d,]*)\}", self.attributes)
+            members = len(match[1].split(",")) if match else devices
+        return 0 if members == devices else members
+
     def text(self, key: str) -> str:
         """Returns the word after KEY=, "" if there is none."""
         match = re.search(rf"\b{key}=%?([\w.$>-]+)", self.attributes)

@@ -5,11 +5,12 @@ import json
 import jax
 import pytest
 
-from benchmarks import compiled, hlo
+from benchmarks import compiled, hlo, scaling
 from dssn_jax.learner.learner import Learner
 from dssn_jax.learner.step import TrainStep
 from dssn_jax.methods import objective, strong_augment
 from tests.benchmarks.test_hlo import GPU
+from tests.benchmarks.test_scaling import NETWORK
 
 # Of the step that the last test compiles for four devices, with jax 0.10.2; a change that needs more says why.
 BOUNDS = {"gigabytes_moved": 0.1, "launches": 2760, "all-reduces": 49, "reduced megabytes": 1.77}
@@ -72,8 +73,8 @@ def test_totals_are_sums_of_launches():
         assert sum(row["launches"] for row in result[table]) == result["launches"]
     slowest = max(launched, key=lambda each: each.seconds)
     assert slowest.seconds == slowest.bytes / target.bytes_per_second
-    assert [(row["kind"], row["count"], row["MB"], row["overlapped"]) for row in compiled.collectives(program)] == [
-        ("all-reduce", 1, 32e-6, 1), ("reduce-scatter", 1, 8e-6, 0)
+    assert [tuple(row.values()) for row in compiled.collectives(program, 4)] == [
+        ("all-reduce", "f32", 0, 1, 32e-6, 1, 32e-6), ("reduce-scatter", "f32", 0, 1, 8e-6, 0, 0)
     ]  # fmt: skip
 
 
@@ -93,6 +94,8 @@ def test_the_step_is_described_and_compared(tmp_path, monkeypatch, capsys):
     # XLA's count before optimization has the loops' bodies once and elementwise work too.
     assert result["tflop"] == pytest.approx(result["compiler_tflop"], rel=0.5)
     assert {row["kind"] for row in result["collectives"]} == {"all-reduce"}
+    assert (result["devices"], result["images_per_device"]) == (jax.device_count(), 8 / jax.device_count())
+    assert scaling.estimate(scaling.read(file), NETWORK, 64)["MB"] < GROWTH * BOUNDS["reduced megabytes"]
     reduced = {"all-reduces": "count", "reduced megabytes": "MB"}
     sizes = result | {name: sum(row[key] for row in result["collectives"]) for name, key in reduced.items()}
     assert {name: sizes[name] for name, bound in BOUNDS.items() if sizes[name] > GROWTH * bound} == {}

@@ -136,6 +136,25 @@ def test_collectives_overlap_if_something_runs_between_start_and_done(gpu):
     assert not program.overlaps(steps["gemm"])
 
 
+@pytest.mark.parametrize(
+    ("groups", "members"),
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", 2),
+        ("{{0,1,2,3,4,5,6,7}}", 0),
+        ("{}", 0),
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("[1,8]<=[8]", 0),
+        ("mesh['a'=4,'b'=2] {'b'}", 2),
+        ("mesh['a'=4,'b'=2] {'a','b'}", 0),
+    ],
+)
+def test_groups_of_collectives_are_counted_in_all_their_forms(groups, members):
+    text = GPU.replace("replica_groups={{0,1,2,3}}", f"replica_groups={groups}")
+    steps = hlo.Program(text).computations["scattered"]
+    assert steps["reduce-scatter.1"].group(8) == members
+
+
 def test_frames_are_those_of_the_tables(gpu):
     program, steps = gpu
     frames = program.frames(steps["cudnn-conv.1"].instruction)

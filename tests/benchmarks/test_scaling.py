@@ -1,40 +1,46 @@
-"""The collectives that `benchmarks.scaling` reads from a compiled program, and what they cost."""
+"""What `benchmarks.scaling` makes of the collectives of a compiled step."""
 
-import jax
-import jax.numpy as jnp
+import json
+
 import pytest
 
 from benchmarks import scaling
-from dssn_jax import sharding
 
-
-def test_collectives_are_found_with_their_size_group_and_turns():
-    mesh = sharding.make_mesh()
-    assert mesh.size == 4
-
-    def program(x):  # [4, 8], a row on each device.
-        pairs = x.reshape(2, 2, 8).max(1)
-
-        def turn(total, _):
-            return jnp.sin((x * total).sum(0)), None
-
-        early = jax.lax.cond(x[0, 0] > 0, lambda: (x * x).min(0), lambda: jnp.zeros(8))
-        return pairs, jax.lax.scan(turn, jnp.ones(8), length=3)[0] + early
-
-    shape = jax.ShapeDtypeStruct((4, 8), jnp.float32)
-    program = jax.jit(program, in_shardings=sharding.batch_sharded(mesh), out_shardings=sharding.replicated(mesh))
-    found = scaling.collectives(program.lower(shape).compile().as_text(), mesh.size)
-    reductions = {(each.bytes, each.group, each.times, each.branch) for each in found if each.kind == "all-reduce"}
-    assert {(32, 2, 1, False), (32, 0, 3, False), (32, 0, 1, True)} <= reductions
+NETWORK = {"machine": 8, "bytes_per_second": {"machine": 1e9, "beyond": 1e8}, "seconds_per_message": 1e-3}
+ROW = {"kind": "all-reduce", "dtype": "f32", "group": 0, "count": 3, "MB": 4, "overlapped": 1, "overlapped_MB": 3}
 
 
 def test_the_estimate_adds_up():
-    machine = scaling.Machine(rate=1e12, near=1e9, far=1e8, node=8, hop=1e-3)
-    reduction = scaling.Collective("all-reduce", 10**6, 0, 2, False, "")
-    found = [reduction, reduction._replace(branch=True)]
-    row = scaling.estimate(found, 4e9, 8, machine)
-    assert row["collectives"] == 2 and row["MB"] == 2 and row["compute ms"] == pytest.approx(10)
-    assert row["bytes ms"] == pytest.approx(3.5) and row["latency ms"] == pytest.approx(12)
-    assert row["share"] == pytest.approx(15.5 / 25.5)
-    far = scaling.estimate(found, 4e9, 64, machine)
-    assert far["bytes ms"] == pytest.approx(2 * 2 * 63 / 64 * 10) and far["latency ms"] == pytest.approx(24)
+    """Two collectives of 1 MB in all are waited for; one of 3 MB runs beside 10 ms of computation."""
+    result = {"roofline_ms": 10.0, "collectives": [ROW]}
+    row = scaling.estimate(result, NETWORK, 8)
+    assert (row["collectives"], row["MB"], row["compute ms"]) == (3, 4, 10)
+    assert row["GB sent"] == pytest.approx(2 * 7 / 8 * 4e-3)
+    assert row["waited ms"] == pytest.approx(2 * 7 / 8 * 1 + 2 * 2 * 3)
+    assert row["hidden ms"] == pytest.approx(2 * 7 / 8 * 3 + 2 * 3)
+    assert row["step ms"] == pytest.approx(10 + 13.75 + 1.25) and row["share"] == pytest.approx(10 / 25)
+    assert row["share, 8 x"] == pytest.approx(80 / 93.75)  # All that is hidden fits.
+    far = scaling.estimate(result, NETWORK, 64)
+    assert far["waited ms"] == pytest.approx(2 * 63 / 64 * 10 + 2 * 2 * 6)
+
+
+def test_groups_keep_their_size_and_gathers_send_half():
+    gather = ROW | {"kind": "all-gather", "group": 2, "count": 1, "overlapped": 0, "overlapped_MB": 0}
+    row = scaling.estimate({"roofline_ms": 1.0, "collectives": [gather]}, NETWORK, 8)
+    assert row["GB sent"] == pytest.approx(4e-3 / 2) and row["waited ms"] == pytest.approx(2 + 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "no result of this version"),
+        (json.dumps({"collectives": [ROW]}), "no result of this version"),
+        (json.dumps({"devices": 1, "collectives": []}), "a step of one device"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, monkeypatch, text, message):
+    file = tmp_path / "step.json"
+    file.write_text(text)
+    monkeypatch.setattr("sys.argv", ["scaling", str(file)])
+    with pytest.raises(SystemExit, match=message):
+        scaling.main()
