@@ -16,6 +16,7 @@ from dssn_jax.methods.method import Method
 from dssn_jax.methods.objective import Objective
 from dssn_jax.methods.strong_augment import StrongAugment
 from dssn_jax.methods.views import Views
+from dssn_jax.models.batch_norm import Batches
 from dssn_jax.models.network import Network
 from input_pipeline.batch import Batch
 from input_pipeline.pipeline import RunLength
@@ -35,7 +36,8 @@ class Learner:
     @property
     def train_step(self) -> step.TrainStep:
         """The step as a pure function of views, without augmentation or devices."""
-        return step.TrainStep(Objective(self.network, self.method, self.mesh.size), self.optimizer)
+        batches = Batches(devices=self.mesh.size, expansions=self.mesh.devices.flat[0].platform != "tpu")
+        return step.TrainStep(Objective(self.network, self.method, batches), self.optimizer)
 
     def init_state(self, weights: dict | None = None) -> TrainState:
         """Returns the state at step 0 on every device: random weights, except where `weights` has variables."""

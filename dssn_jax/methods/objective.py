@@ -15,7 +15,7 @@ from dssn_jax.methods import losses
 from dssn_jax.methods.method import Method
 from dssn_jax.methods.pseudo_labels import pseudo_label
 from dssn_jax.methods.views import Views, mix, swap_pairs
-from dssn_jax.models.batch_norm import Batches, Train
+from dssn_jax.models.batch_norm import Batches
 from dssn_jax.models.network import Network
 from dssn_jax.models.resize import upsample
 
@@ -61,7 +61,7 @@ class Objective:
 
     network: Network
     method: Method
-    devices: int = 1  # Over which batches are split.
+    batches: Batches = Batches()  # How joined images are normalized in training, all as one batch.
 
     def encode(self, variables: dict, views: Views) -> Features:
         """Encodes all views in evaluation mode, without a gradient: for an encoder that is frozen.
@@ -191,10 +191,10 @@ class Objective:
         """
         if strong and len(strong) * len(strong[0]) == sum(map(len, images)) and not self.network.draws:
             joined = sharding.concat_sharded(
-                *(sharding.concat_sharded(*x) for x in (images, strong)), pieces=self.devices
+                *(sharding.concat_sharded(*x) for x in (images, strong)), pieces=self.batches.devices
             )
-            maps, variables = self._train_apply(variables, joined, "encode", Batches(2, self.devices))
-            return *_split(maps, [len(joined) // 2] * 2, self.devices), variables
+            maps, variables = self._train_apply(variables, joined, "encode", self.batches._replace(count=2))
+            return *_split(maps, [len(joined) // 2] * 2, self.batches.devices), variables
         encoded = []
         for number, batch in enumerate((images, strong)):
             maps = None
@@ -205,10 +205,11 @@ class Objective:
             encoded.append(maps)
         return *encoded, variables
 
-    def _train_apply(self, variables: dict, inputs, function: str, batches: Train = True, **options) -> tuple:
+    def _train_apply(self, variables: dict, inputs, function: str, batches: Batches | None = None, **options) -> tuple:
         """Applies a function of the network in training mode; returns its output and the updated variables."""
         options["mutable"] = [name for name in variables if name != "params"]
-        output, updated = self.network.apply(variables, inputs, train=batches, method=function, **options)
+        train = batches or self.batches
+        output, updated = self.network.apply(variables, inputs, train=train, method=function, **options)
         return output, {**variables, **updated}
 
 

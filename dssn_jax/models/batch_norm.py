@@ -21,6 +21,7 @@ _EXPANSION = 4
 # the kernel come on top.
 _PIXELS_PER_CHANNEL = 8
 _FURTHER = 8  # Channels: products are fast if numbers of channels are multiples of this.
+_PIXELS = (1, 2, 3)  # Axes of the pixels of a parted map.
 
 
 class Batches(NamedTuple):
@@ -31,15 +32,26 @@ class Batches(NamedTuple):
 
     count: int = 1
     devices: int = 1  # Over which the array is split.
+    # Whether convolutions to many more channels are normalized without reading their outputs. Not for TPUs: they would
+    # copy every map, because they store neither pixels nor further channels next to each other as products need them.
+    expansions: bool = True
 
     def part(self, x: jax.Array) -> jax.Array:
+        """Moves the batches of `x` [N, H, W, C] apart: [count, N / count, H, W, C].
+
+        Pixels keep their axes: TPUs store the last two in tiles, and would copy the map to merge others with them.
+        """
+        by_device = x.reshape(self.devices, self.count, -1, *x.shape[1:]).swapaxes(0, 1)
+        return by_device.reshape(self.count, -1, *x.shape[1:])
+
+    def pixels(self, x: jax.Array) -> jax.Array:
         """Moves the batches of `x` [N, H, W, C] apart: [count, pixels, C]."""
-        return x.reshape(self.devices, self.count, -1, x.shape[-1]).swapaxes(0, 1).reshape(self.count, -1, x.shape[-1])
+        return self.part(x).reshape(self.count, -1, x.shape[-1])
 
     def join(self, parted: jax.Array, like: jax.Array) -> jax.Array:
-        """Returns what `part` moved apart, [N, H, W, D], for an array with the sizes of `like`, [N, H, W, C]."""
-        rows = parted.reshape(self.count, self.devices, -1, parted.shape[-1]).swapaxes(0, 1)
-        return rows.reshape(*like.shape[:-1], parted.shape[-1])
+        """Returns what `part` or `pixels` moved apart, [N, H, W, D], for the sizes of `like`, [N, H, W, C]."""
+        sizes = *like.shape[1:-1], parted.shape[-1]
+        return parted.reshape(self.count, self.devices, -1, *sizes).swapaxes(0, 1).reshape(-1, *sizes)
 
 
 # How a network is applied: False for evaluation; True for training, with the batch statistics of all images; `Batches`
@@ -188,7 +200,7 @@ def _expands(conv: nn.Conv, x: jax.Array, train: Train) -> bool:
     batches, channels = _batches(train), x.shape[-1]
     pixels = _pixels(x, batches) // batches.devices
     grows = conv.kernel_size == (1, 1) and conv.strides == 1 and conv.features >= _EXPANSION * channels
-    return grows and pixels >= _PIXELS_PER_CHANNEL * channels
+    return batches.expansions and grows and pixels >= _PIXELS_PER_CHANNEL * channels
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -207,7 +219,7 @@ def _normalize(
 def _normalize_forward(x, scale, bias, shift, static):
     parted, pixels = static.batches.part(x), _pixels(x, static.batches)
     shifted = parted.astype(scale.dtype) - shift
-    offset, square = (total / pixels for total in _sums(len(x) // static.batches.count, shifted, jnp.square(shifted)))
+    offset, square = (total / pixels for total in _sums(shifted, jnp.square(shifted)))
     var = jnp.maximum(square - jnp.square(offset), 0)
     mean, inverse = shift + offset, jax.lax.rsqrt(var + static.epsilon)
     factor = inverse * scale
@@ -224,26 +236,26 @@ def _normalize_backward(static, saved, cotangents):
         gradient = static.batches.part(cotangents[0])
         if static.activation is not None:
             gradient = _masked(gradient, _affine(parted, mean, factor, bias), static.activation)
-        centered = parted.astype(bias.dtype) - mean[:, None]
-        return gradient.astype(bias.dtype), centered * inverse[:, None]
+        centered = parted.astype(bias.dtype) - _per_batch(mean)
+        return gradient.astype(bias.dtype), centered * _per_batch(inverse)
 
     gradient, normed = gradient_and_normalized(mean, inverse)
-    by_bias, by_scale = gradient.sum(1), (gradient * normed).sum(1)
+    by_bias, by_scale = gradient.sum(_PIXELS), (gradient * normed).sum(_PIXELS)
     # The second pass computes gradient and normalized map again: behind the barrier, so that no pass stores them.
     mean, inverse, by_bias, by_scale = jax.lax.optimization_barrier((mean, inverse, by_bias, by_scale))
     gradient, normed = gradient_and_normalized(mean, inverse)
-    centered = gradient - (by_bias[:, None] + normed * by_scale[:, None]) / pixels
-    by_x = static.batches.join((centered * factor[:, None]).astype(x.dtype), x)
+    centered = gradient - (_per_batch(by_bias) + normed * _per_batch(by_scale)) / pixels
+    by_x = static.batches.join((centered * _per_batch(factor)).astype(x.dtype), x)
     return by_x, by_scale.sum(0), by_bias.sum(0), jnp.zeros_like(bias)
 
 
-def _sums(images: int, *parted: jax.Array) -> list[jax.Array]:
-    """Returns the sums over the pixels of parted maps of `images` images per batch, [G, C] each.
+def _sums(*parted: jax.Array) -> list[jax.Array]:
+    """Returns the sums over the pixels of parted maps, [G, C] each.
 
     First over those of an image, behind a barrier: what few sums are left, XLA's compiler for GPUs adds up in the
     kernel that needs them. Left to itself, it has two more kernels for each pair of sums.
     """
-    per_image = (x.reshape(len(x), images, -1, x.shape[-1]).sum(2) for x in parted)
+    per_image = (x.sum((2, 3)) for x in parted)
     return [x.sum(1) for x in jax.lax.optimization_barrier(tuple(per_image))]
 
 
@@ -273,7 +285,7 @@ def _normalize_expansion(
 
 def _expansion_forward(x, kernel, scale, bias, residual, static):
     channels, pixels = len(kernel), _pixels(x, static.batches)
-    rows, weights = _with_ones(static.batches.part(x)), _with_rows(kernel.astype(scale.dtype))
+    rows, weights = _with_ones(static.batches.pixels(x)), _with_rows(kernel.astype(scale.dtype))
     correlation = _correlate(rows, rows, scale.dtype)
     products = _exact("gke,ed->gkd", correlation, weights)
     mean = products[:, channels] / pixels
@@ -283,7 +295,7 @@ def _expansion_forward(x, kernel, scale, bias, residual, static):
     result = _multiply(rows, _table(weights * factor[:, None], bias - mean * factor, rows.dtype), 1)
     # As long as the arrays have one shape, XLA's compiler for GPUs makes sum and activation a part of the product.
     if residual is not None:
-        result += static.batches.part(residual)
+        result += static.batches.pixels(residual)
     kept = None
     if static.activation is not None:
         result = kept = jax.lax.optimization_barrier(static.activation(result))
@@ -296,7 +308,7 @@ def _expansion_backward(static, saved, cotangents):
     rows, kernel, scale, mean, inverse, total, products, residual, result = saved
     channels, pixels = len(kernel), _pixels(cotangents[0], static.batches)
     weights = _with_rows(kernel.astype(scale.dtype))
-    gradient = static.batches.part(cotangents[0])
+    gradient = static.batches.pixels(cotangents[0])
     if static.activation is not None:
         gradient = _masked(gradient, result, static.activation)
     correlation = _correlate(rows, gradient, scale.dtype)
@@ -320,7 +332,7 @@ _normalize_expansion.defvjp(_expansion_forward, _expansion_backward)
 
 
 def _with_ones(rows: jax.Array) -> jax.Array:
-    """Returns a parted map [G, n, C] with two channels of ones and some of zeros, [G, n, C + 8]."""
+    """Returns pixels [G, n, C] with two channels of ones and some of zeros, [G, n, C + 8]."""
     ones = (jnp.arange(_FURTHER) < 2).astype(rows.dtype)
     return jnp.concatenate([rows, jnp.broadcast_to(ones, (*rows.shape[:-1], _FURTHER))], -1)
 
@@ -347,12 +359,12 @@ def _row(matrix: jax.Array) -> jax.Array:
 
 
 def _multiply(rows: jax.Array, matrices: jax.Array, axis: int) -> jax.Array:
-    """Returns the products of a parted map [G, n, K] and a matrix per batch over its `axis`, [G, n, D]."""
+    """Returns the products of pixels [G, n, K] and a matrix per batch over its `axis`, [G, n, D]."""
     return jax.lax.dot_general(rows, matrices, (((2,), (axis,)), ((0,), (0,))))
 
 
 def _correlate(x: jax.Array, y: jax.Array, dtype) -> jax.Array:
-    """Returns the sums over pixels of products of channels of two parted maps, [G, C, D] in `dtype`."""
+    """Returns the sums over pixels [G, n, C] and [G, n, D] of products of channels, [G, C, D] in `dtype`."""
     exact = jax.lax.Precision.HIGHEST if x.dtype == dtype else None  # Products of narrower numbers are exact.
     return jax.lax.dot_general(x, y, (((1,), (1,)), ((0,), (0,))), precision=exact, preferred_element_type=dtype)
 
@@ -362,8 +374,13 @@ _exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 def _affine(parted: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
     """Returns (x - mean) * factor + bias of a parted map, in its dtype; `mean` and `factor` [G, C], `bias` [C]."""
-    centered = parted.astype(bias.dtype) - mean[:, None]
-    return (centered * factor[:, None] + bias).astype(parted.dtype)
+    centered = parted.astype(bias.dtype) - _per_batch(mean)
+    return (centered * _per_batch(factor) + bias).astype(parted.dtype)
+
+
+def _per_batch(values: jax.Array) -> jax.Array:
+    """Returns numbers per batch and channel [G, C] in the shape [G, 1, 1, 1, C], for a parted map."""
+    return values[:, None, None, None]
 
 
 def _pixels(x: jax.Array, batches: Batches) -> int:

@@ -42,12 +42,26 @@ def max_pool(x: jax.Array) -> jax.Array:
     """3x3 max pooling of stride 2 and padding 1, `[B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C]`.
 
     The backward pass reads which element of each window is the largest, the first if there are several, a byte per
-    value. XLA's own keeps `x` and looks for the largest values again.
+    value. XLA's own keeps `x` and looks for the largest values again; TPUs, which have instructions for it, use that.
     """
     return _max_pool_forward(x)[0]
 
 
 def _max_pool_forward(x):
+    def on_tpu(x):
+        pooled = _pool(x)
+        return pooled, jnp.zeros(pooled.shape, jnp.uint8)
+
+    pooled, index = jax.lax.platform_dependent(x, tpu=on_tpu, default=_largest)
+    return pooled, (x, index)
+
+
+def _pool(x: jax.Array) -> jax.Array:
+    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+
+def _largest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the largest values of the windows, and which of `_WINDOW` they are, uint8."""
     largest, index = None, None
     for number, (down, right) in enumerate(_WINDOW):
         value = jax.lax.pad(x, jnp.array(-jnp.inf, x.dtype), _shifts(x.shape, down, right))
@@ -57,12 +71,20 @@ def _max_pool_forward(x):
         else:
             index = jnp.where(value > largest, jnp.uint8(number), index)
             largest = jnp.maximum(largest, value)
-    return largest, (index, jnp.zeros((0, *x.shape[1:3]), x.dtype))
+    return largest, index
 
 
 def _max_pool_backward(saved, gradient):
-    index, sizes = saved
-    height, width = sizes.shape[1:]
+    def on_tpu(x, index, gradient):
+        del index
+        return jax.vjp(_pool, x)[1](gradient)[0]
+
+    return (jax.lax.platform_dependent(*saved, gradient, tpu=on_tpu, default=_to_largest),)
+
+
+def _to_largest(x: jax.Array, index: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Returns the gradient of `x`, of which the sizes are read alone: sums of what its windows send to each pixel."""
+    height, width = x.shape[1:3]
     total = jnp.zeros((), jnp.promote_types(gradient.dtype, jnp.float32))
     for number, (down, right) in enumerate(_WINDOW):
         part = jnp.where(index == number, gradient, 0).astype(total.dtype)
@@ -70,7 +92,7 @@ def _max_pool_backward(saved, gradient):
         for axis, offset, size in ((1, down, height), (2, right, width)):
             spread[axis] = (offset, size - offset - 2 * part.shape[axis] + 1, 1)
         total += jax.lax.pad(part, jnp.zeros((), part.dtype), spread)
-    return (total.astype(gradient.dtype),)
+    return total.astype(gradient.dtype)
 
 
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
