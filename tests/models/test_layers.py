@@ -23,3 +23,12 @@ def test_max_pooling_and_its_gradient_are_flaxes(height, width):
     np.testing.assert_array_equal(ours, expected)
     weights = jnp.asarray(rng.integers(-9, 9, ours.shape), jnp.float32)
     np.testing.assert_array_equal(gradient(weights)[0], expected_gradient(weights)[0])
+
+
+def test_tpus_have_their_own_instructions_for_max_pooling():
+    def gradient(x):
+        return jax.grad(lambda x: layers.max_pool(x).sum())(x)
+
+    for platform, count in (("tpu", 1), ("cuda", 0), ("cpu", 0)):
+        lowered = jax.jit(gradient).trace(jnp.ones((2, 8, 8, 4))).lower(lowering_platforms=(platform,))
+        assert lowered.as_text().count("stablehlo.select_and_scatter") == count, platform
