@@ -22,7 +22,7 @@ from dssn_jax.weights.files import StateDictError
 from dssn_jax.workdir.checkpoint import Checkpointer
 from dssn_jax.workdir.recorder import logger
 from dssn_jax.workdir.restore import restore
-from input_pipeline.errors import first_names
+from input_pipeline.errors import UserError, first_names
 
 # Decoder -> its last layer, in a state dict.
 _CLASSIFIERS = {"deeplabv3plus": "classifier", "dpt": "head.scratch.output_conv.2", "linear": "conv_seg"}
@@ -101,7 +101,13 @@ def load(config, like: dict) -> LoadedWeights:
     Weights of an encoder alone fill the encoder's variables, other weights all of them. Raises StateDictError if a
     tensor is missing or has another shape.
     """
-    return fill(read(config.model.pretrained), like, config)
+    path = config.model.pretrained
+    try:
+        weights = read(path)
+    except UserError as error:
+        named = str(error) if path in str(error) else f"config.model.pretrained={path!r}: {error}"
+        raise type(error)(named) from None
+    return fill(weights, like, config)
 
 
 def fill(weights: Weights, like: dict, config) -> LoadedWeights:

@@ -10,6 +10,7 @@ from dssn_jax import models
 from dssn_jax.training import loop
 from dssn_jax.weights import convert, files, names, pretrained
 from dssn_jax.weights.files import StateDictError
+from dssn_jax.workdir.checkpoint import CheckpointError
 from tests.weights import tensors as made
 from tests.weights.tensors import encoder_tensors, network_tensors
 
@@ -154,3 +155,11 @@ def test_tensors_that_are_no_weights_are_named(change, message, tiny_config, tmp
     with pytest.raises(StateDictError, match=f"w.safetensors: {name} {message}"):
         convert.convert(str(path), str(tmp_path / "new.safetensors"), config=config)
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_a_source_that_its_message_would_not_show_is_named_by_its_key(tiny_config, tmp_path, monkeypatch):
+    """A home directory is a folder, and so is taken for a work directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tiny_config(model__pretrained="~")
+    with pytest.raises(CheckpointError, match="^config.model.pretrained='~': .*no such folder"):
+        pretrained.load(config, pretrained.abstract_variables(config.model, 6))
