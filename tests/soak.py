@@ -22,7 +22,7 @@ WARM_UP = 0.3  # Share of the steps left out: programs are compiled and memory p
 
 
 class Usage(NamedTuple):
-    """What a run holds at a moment."""
+    """Memory, descriptors, threads, processes and shared memory that a run uses at one time."""
 
     memory: float  # MB that the run and its child processes share with no other process.
     descriptors: int

@@ -65,7 +65,7 @@ def fill_in(monkeypatch):
         ([(25, 25)], 33),  # 25 is 1.5 * 16 + 1: to the even 2.
         ([(3, 900)], 17),
         ([(2000, 3000)] * 3, 513),
-        ([(40, 40), (40, 40), (400, 400)], 33),  # Of an even number the lower of both in the middle.
+        ([(40, 40), (40, 40), (400, 400)], 33),  # The median of an even number of sides is the lower of the middle two.
     ],
 )
 def test_crop(configure, fill_in, sizes, crop):
@@ -183,7 +183,7 @@ def test_learning_rate_follows_the_weights(configure, fill_in):
 
 
 def test_adamw_has_rates_of_its_own(configure, fill_in):
-    """Those of SGD are far too large for it."""
+    """The learning rates for SGD are far too large for AdamW."""
     config = configure(pretrained="resnet50.pth")
     config.optimizer.name = "adamw"
     chosen, _ = fill_in(config, many(3), many(9))

@@ -158,7 +158,7 @@ def test_same_seed_same_run(tiny_config):
 
 
 def test_keys_of_a_step_are_all_different():
-    """Those of strong views, and of dropout and positions of each micro-batch, in three steps; none is a parent's."""
+    """Keys of strong views, dropout and positions, by micro-batch, differ over three steps and from their parents."""
     rng, keys = jax.random.PRNGKey(0), []
     for step in range(3):
         parent = jax.random.fold_in(rng, step)

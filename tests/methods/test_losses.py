@@ -72,7 +72,7 @@ def test_equal_class_weights_change_nothing():
 
 
 def test_hard_pixels_are_averaged_by_class_weight():
-    """Those of a group of two images, kept by their probability alone."""
+    """Pixels are kept by their probability alone, in groups of two images."""
     weights = np.array([0.5, 1.0, 4.0])
     p, valid = true_class_probability(LOGITS, LABELS)
     kept, expected = valid & (p <= 0.3), []

@@ -146,7 +146,7 @@ def test_labeled_partners_bring_their_labels_to_the_target():
             {},
         )
         q, p = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (teacher, student))
-        weight = np.asarray(selection(q, {}))  # Of the whole weak view, also under the box.
+        weight = np.asarray(selection(q, {}))  # The whole weak view is weighted, also under the box.
         valid = np.where(box, label != 255, valid_u)
         target = np.where(box & (label != 255), label, q.argmax(-1))
         losses = -np.log(np.take_along_axis(p, target[..., None], -1)[..., 0])

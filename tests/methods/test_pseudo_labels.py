@@ -109,7 +109,7 @@ def test_class_balanced_selection_by_hand():
 
 
 def test_class_balanced_selection_takes_the_same_share_of_each_class():
-    """Of classes that are predicted with very different confidence."""
+    """The classes are predicted with very different confidence."""
     logits = np.random.default_rng(2).normal(0, 1, (8, 40, 40, 3)).astype(np.float32) * np.array(
         [8, 2, 0.5], np.float32
     )
@@ -126,7 +126,7 @@ def test_thresholds_of_classes_without_a_pixel_stay():
     np.testing.assert_allclose(moved["thresholds"], [0.75, 0.6, 0.7], rtol=1e-6)
 
 
-SHARES = (0.7, 0.28, 0.02)  # Of the classes among labeled pixels.
+SHARES = (0.7, 0.28, 0.02)  # The share of each class of the labeled pixels.
 
 
 def test_alignment_by_hand():
