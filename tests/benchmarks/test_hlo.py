@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import hlo
+from dssn_jax import sharding
 
 # In the form of XLA's schedules for GPUs: convolutions of cuDNN, a product of cuBLAS, a loop, a branch, collectives.
 GPU = r"""HloModule jit_step, is_scheduled=true
@@ -153,6 +154,30 @@ def test_groups_of_collectives_are_counted_in_all_their_forms(groups, members):
     text = GPU.replace("replica_groups={{0,1,2,3}}", f"replica_groups={groups}")
     steps = hlo.Program(text).computations["scattered"]
     assert steps["reduce-scatter.1"].group(8) == members
+
+
+def test_collectives_of_a_compiled_program_have_their_size_group_and_turns():
+    mesh = sharding.make_mesh()
+    assert mesh.size == 4
+
+    def program(x):  # [4, 8], a row on each device.
+        pairs = x.reshape(2, 2, 8).max(1)
+
+        def turn(total, _):
+            return jnp.sin((x * total).sum(0)), None
+
+        early = jax.lax.cond(x[0, 0] > 0, lambda: (x * x).min(0), lambda: jnp.zeros(8))
+        return pairs, jax.lax.scan(turn, jnp.ones(8), length=3)[0] + early
+
+    shape = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    program = jax.jit(program, in_shardings=sharding.batch_sharded(mesh), out_shardings=sharding.replicated(mesh))
+    steps = list(hlo.Program(program.lower(shape).compile().as_text()).steps())
+    reductions = {
+        (step.instruction.bytes, step.instruction.group(mesh.size), step.times, step.rare)
+        for step in steps
+        if step.instruction.opcode == "all-reduce"
+    }
+    assert {(32, 2, 1, False), (32, 0, 3, False), (32, 0, 1, True)} <= reductions
 
 
 def test_frames_are_those_of_the_tables(gpu):
