@@ -56,7 +56,6 @@ PARTS = (
     ("forward", ("Objective.student_logits", "Objective.encode")),
     ("views", ("Learner._strong_views", "Learner._to_views", "strong_views")),
 )
-_COUNTS = ("count", "MB", "overlapped", "overlapped_MB")
 VIEW_FILES = ("strong_augment.py", "views.py")  # Bodies of loops have shorter stacks.
 # Layers of all networks call functions of these files: the lines of the layers say more.
 SHARED_FILES = ("batch_norm.py", "convolution.py", "depthwise.py", "platforms.py")
@@ -267,12 +266,13 @@ def collectives(program: hlo.Program, devices: int) -> list[dict]:
             continue
         dtypes = "+".join(sorted({array.dtype for array in step.instruction.arrays}))
         key = {"kind": opcode, "dtype": dtypes, "group": step.instruction.group(devices)}
-        row = rows.setdefault(tuple(key.values()), key | dict.fromkeys(_COUNTS, 0))
-        megabytes, overlaps = step.times * step.instruction.bytes / 1e6, program.overlaps(step)
-        for name, amount in zip(
-            _COUNTS, (step.times, megabytes, step.times * overlaps, megabytes * overlaps), strict=True
-        ):
-            row[name] += amount
+        row = rows.setdefault(tuple(key.values()), key | {"count": 0, "MB": 0, "overlapped": 0, "overlapped_MB": 0})
+        megabytes = step.times * step.instruction.bytes / 1e6
+        row["count"] += step.times
+        row["MB"] += megabytes
+        if program.overlaps(step):
+            row["overlapped"] += step.times
+            row["overlapped_MB"] += megabytes
     return list(rows.values())
 
 

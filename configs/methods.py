@@ -18,8 +18,8 @@ METHODS = {
         image_contrast_weight=0.0, feature_contrast_weight=0.0, selection="threshold",
     ),
     # FixMatch for few labels and rare classes: an EMA teacher that labels after 80 steps, twice as many labeled
-    # images, pasted into the strong views with their labels, drawn and weighted by the rarity of their classes, more
-    # in what is learned than in what is decided (docs/results/camvid.md).
+    # images, pasted into the strong views with their labels, drawn and weighted by the rarity of their classes; logit
+    # adjustment takes a part of the weights' effect on predictions back (docs/results/camvid.md).
     "fixmatch_balanced": dict(
         labeled_batch_factor=2, strong_views=1, feature_views=0, teacher="ema", strong_weight=1.0, feature_weight=0.0,
         image_contrast_weight=0.0, feature_contrast_weight=0.0, selection="threshold", class_weight_power=0.5,

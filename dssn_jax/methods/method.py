@@ -5,38 +5,41 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from configs.checks import ConfigError, check_choice
 from dssn_jax.methods import losses, perturbations, pseudo_labels
 from input_pipeline import class_statistics
 
 
-def class_weights(config) -> tuple[float, ...]:
-    """Returns the weights of the classes in the labeled loss (docs/method.md, Eq. 23); () for equal ones.
+def _frequencies(config) -> np.ndarray | None:
+    """Returns the share of each class of the labeled pixels, float64 [K].
 
-    They are equal too while `data.class_pixels` is unset, in a network that is only applied.
+    None while `data.class_pixels` is unset, in a network that is only applied: then classes are not balanced.
     """
-    power, pixels = config.method.class_weight_power, config.data.class_pixels
-    return losses.class_weights(class_statistics.frequencies(pixels), power) if power and pixels else ()
+    pixels = config.data.class_pixels
+    return class_statistics.frequencies(pixels) if pixels else None
+
+
+def class_weights(config) -> tuple[float, ...]:
+    """Returns the weights of the classes in the labeled loss (docs/method.md, Eq. 23); () for equal ones."""
+    frequencies, power = _frequencies(config), config.method.class_weight_power
+    return losses.class_weights(frequencies, power) if power and frequencies is not None else ()
 
 
 def logit_shifts(config) -> tuple[float, ...]:
-    """Returns what is added to the logits of the classes in training (docs/method.md, Eq. 27); () for nothing.
-
-    It is nothing too while `data.class_pixels` is unset, in a network that is only applied.
-    """
-    factor, pixels = config.method.logit_adjustment, config.data.class_pixels
-    return losses.logit_shifts(class_statistics.frequencies(pixels), factor) if factor and pixels else ()
+    """Returns the numbers that are added to the logits in training (docs/method.md, Eq. 27); () for none."""
+    frequencies, factor = _frequencies(config), config.method.logit_adjustment
+    return losses.logit_shifts(frequencies, factor) if factor and frequencies is not None else ()
 
 
 def _selection(config) -> Callable:
-    """Returns the selection; while `data.class_pixels` is unset, in a network that is only applied, not aligned."""
-    method, pixels = config.method, config.data.class_pixels
+    """Returns the selection, aligned if `align_classes` asks for it."""
+    method, frequencies = config.method, _frequencies(config)
     selection = pseudo_labels.SELECTIONS[method.selection](method)
-    if not (method.align_classes and pixels):
+    if not method.align_classes or frequencies is None:
         return selection
-    frequencies = tuple(class_statistics.frequencies(pixels).tolist())
-    return pseudo_labels.Aligned(selection, frequencies, method.selection_momentum)
+    return pseudo_labels.Aligned(selection, tuple(frequencies.tolist()), method.selection_momentum)
 
 
 # Sources of the pseudo-labels of strong views; configs/defaults.py explains them.

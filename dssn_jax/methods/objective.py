@@ -193,7 +193,7 @@ class Objective:
             joined = sharding.concat_sharded(
                 *(sharding.concat_sharded(*x) for x in (images, strong)), pieces=self.batches.devices
             )
-            maps, variables = self._train_apply(variables, joined, "encode", self.batches._replace(count=2))
+            maps, variables = self._train_apply(variables, joined, "encode", train=self.batches._replace(count=2))
             return *_split(maps, [len(joined) // 2] * 2, self.batches.devices), variables
         encoded = []
         for number, batch in enumerate((images, strong)):
@@ -205,11 +205,10 @@ class Objective:
             encoded.append(maps)
         return *encoded, variables
 
-    def _train_apply(self, variables: dict, inputs, function: str, batches: Batches | None = None, **options) -> tuple:
+    def _train_apply(self, variables: dict, inputs, function: str, **options) -> tuple:
         """Applies a function of the network in training mode; returns its output and the updated variables."""
-        options["mutable"] = [name for name in variables if name != "params"]
-        train = batches or self.batches
-        output, updated = self.network.apply(variables, inputs, train=train, method=function, **options)
+        options = {"train": self.batches, "mutable": [name for name in variables if name != "params"], **options}
+        output, updated = self.network.apply(variables, inputs, method=function, **options)
         return output, {**variables, **updated}
 
 
