@@ -15,7 +15,8 @@ that of the configuration, split over the devices.
 - launches: kernels, library calls, copies and collectives of the schedule; loops times their turns, of a conditional
   the branch of a false condition (the teacher with running statistics, from the second epoch on).
 - bytes moved: operands and results of every launch, each as a whole. Caches are not modeled; a launch that reads a part
-  of an operand counts all of it.
+  of an operand counts all of it. What a TPU's compiler keeps in vector memory counts where it is brought there from
+  main memory or written back ("prefetch", beside other kernels), not where kernels read it.
 - FLOP: of matrix products and convolutions, two per multiplication and addition.
 - roofline: sum over launches of the larger of bytes / bandwidth and FLOP / rate, with the target's rates; the time of a
   step cannot be below it unless a cache saves bytes. Collectives count with the bytes of their arrays in memory.
@@ -86,7 +87,7 @@ class Kernel(NamedTuple):
     """A launch of the program; numbers are those of all its executions in a step."""
 
     name: str
-    kind: str  # convolution, product, collective, copy, other.
+    kind: str  # convolution, product, collective, copy, prefetch, other.
     part: str
     times: int
     bytes: float
@@ -189,7 +190,9 @@ def kind(instruction: hlo.Instruction, multiplies: bool) -> str:
         return "convolution"
     if multiplies:
         return "product"
-    return "copy" if instruction.opcode.startswith("copy") else "other"
+    if not instruction.opcode.startswith("copy"):
+        return "other"
+    return "prefetch" if any(array.on_chip for array in instruction.arrays) else "copy"
 
 
 def part(op_name: str, frames: list[hlo.Frame]) -> str:

@@ -16,7 +16,8 @@ _BITS = {
     "s64": 64, "u64": 64, "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64,
     "c128": 128, "token": 0, "opaque": 0,
 }  # fmt: skip
-_ARRAY = re.compile(r"\b(pred|token|opaque|[suf]\d+\w*|bf16|c64|c128)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|token|opaque|[suf]\d+\w*|bf16|c64|c128)\[([\d,]*)\](?:\{([^{}]*)\})?")
+_ON_CHIP = "S(1)"  # In a layout: the memory space of a TPU's vector memory.
 _HEADER = re.compile(r"(ENTRY )?%?([\w.$-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.$-]+) = ")
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
@@ -32,10 +33,11 @@ COLLECTIVES = (
 
 
 class Array(NamedTuple):
-    """Dtype, as HLO names it, and sizes."""
+    """Dtype, as HLO names it, sizes, and whether it is in the vector memory of a TPU, on the chip."""
 
     dtype: str
     sizes: tuple[int, ...]
+    on_chip: bool = False
 
     @property
     def bytes(self) -> int:
@@ -62,7 +64,17 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Size of the result, without what else is returned: scratch space of libraries' calls, operands of starts."""
+        """Size of the results."""
+        return sum(array.bytes for array in self.results)
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """Size of the results in the main memory of the device."""
+        return sum(array.bytes for array in self.results if not array.on_chip)
+
+    @property
+    def results(self) -> tuple[Array, ...]:
+        """Its arrays without what else is returned: scratch space of libraries' calls, operands of starts."""
         arrays, count = self.arrays, len(self.operands)
         if self.opcode == "copy-start":
             arrays = arrays[:1]
@@ -70,7 +82,7 @@ class Instruction:
             arrays = arrays[:-1]
         elif self.opcode in ("all-gather-start", "collective-permute-start"):
             arrays = arrays[count : 2 * count]
-        return sum(array.bytes for array in arrays)
+        return arrays
 
     @functools.cached_property
     def target(self) -> str:
@@ -233,10 +245,10 @@ class Program:
         return False
 
     def bytes_moved(self, step: Step) -> int:
-        """Returns the bytes of operands and results of one execution, each counted once and as a whole."""
+        """Returns the bytes of operands and results of one execution in main memory, each once and as a whole."""
         defined = self.computations[step.computation]
         operands = {name for name in step.instruction.operands if name in defined}
-        return step.instruction.bytes + sum(defined[name].bytes for name in operands)
+        return step.instruction.bytes_in_memory + sum(defined[name].bytes_in_memory for name in operands)
 
     def products(self, step: Step) -> list[tuple[float, str]]:
         """Returns (FLOP, precision) of the matrix products, convolutions and attention in one execution.
@@ -267,7 +279,8 @@ def _instruction(name: str, rest: str) -> Instruction:
     opcode = rest[:opening]
     listed = "" if opcode in ("constant", "parameter") else rest[opening:closing]
     arrays = tuple(
-        Array(dtype, tuple(int(size) for size in sizes.split(",") if size)) for dtype, sizes in _ARRAY.findall(shape)
+        Array(dtype, tuple(int(size) for size in sizes.split(",") if size), _ON_CHIP in layout)
+        for dtype, sizes, layout in _ARRAY.findall(shape)
     )
     return Instruction(name, opcode, arrays, tuple(re.findall(r"%([\w.$-]+)", listed)), rest[closing:])
 

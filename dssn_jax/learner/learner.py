@@ -36,7 +36,7 @@ class Learner:
     @property
     def train_step(self) -> step.TrainStep:
         """The step as a pure function of views, without augmentation or devices."""
-        batches = Batches(devices=self.mesh.size, expansions=self.mesh.devices.flat[0].platform != "tpu")
+        batches = Batches(devices=self.mesh.size, tiles=self.mesh.devices.flat[0].platform == "tpu")
         return step.TrainStep(Objective(self.network, self.method, batches), self.optimizer)
 
     def init_state(self, weights: dict | None = None) -> TrainState:

@@ -21,7 +21,6 @@ _EXPANSION = 4
 # the kernel come on top.
 _PIXELS_PER_CHANNEL = 8
 _FURTHER = 8  # Channels: products are fast if numbers of channels are multiples of this.
-_PIXELS = (1, 2, 3)  # Axes of the pixels of a parted map.
 
 
 class Batches(NamedTuple):
@@ -32,26 +31,33 @@ class Batches(NamedTuple):
 
     count: int = 1
     devices: int = 1  # Over which the array is split.
-    # Whether convolutions to many more channels are normalized without reading their outputs. Not for TPUs: they would
-    # copy every map, because they store neither pixels nor further channels next to each other as products need them.
-    expansions: bool = True
+    # Whether devices store maps in tiles of images x channels, as TPUs do. They would copy a map to move its batches
+    # apart, to merge its pixels or to give it a few more channels: sums are over the pixels of an image first, and
+    # convolutions to many more channels are not normalized without reading their outputs.
+    tiles: bool = False
 
-    def part(self, x: jax.Array) -> jax.Array:
-        """Moves the batches of `x` [N, H, W, C] apart: [count, N / count, H, W, C].
+    def sums(self, x: jax.Array) -> jax.Array:
+        """Returns the sums over the images and pixels of each batch, [count, C], for `x` [N, ..., C]."""
+        if self.tiles:
+            x = x.sum(range(1, x.ndim - 1))
+        by_device = x.reshape(self.devices, self.count, -1, *x.shape[1:])
+        return by_device.sum((0, *range(2, by_device.ndim - 1)))
 
-        Pixels keep their axes: TPUs store the last two in tiles, and would copy the map to merge others with them.
-        """
-        by_device = x.reshape(self.devices, self.count, -1, *x.shape[1:]).swapaxes(0, 1)
-        return by_device.reshape(self.count, -1, *x.shape[1:])
+    def per_image(self, values: jax.Array, images: int) -> jax.Array:
+        """Returns the numbers of each batch [count, C] for each of `images` images of a map, [N, 1, 1, C]."""
+        rows = images // (self.devices * self.count)
+        each = jnp.broadcast_to(values[:, None], (self.devices, self.count, rows, values.shape[-1]))
+        return each.reshape(images, 1, 1, -1)
 
     def pixels(self, x: jax.Array) -> jax.Array:
         """Moves the batches of `x` [N, H, W, C] apart: [count, pixels, C]."""
-        return self.part(x).reshape(self.count, -1, x.shape[-1])
+        by_device = x.reshape(self.devices, self.count, -1, *x.shape[1:]).swapaxes(0, 1)
+        return by_device.reshape(self.count, -1, x.shape[-1])
 
-    def join(self, parted: jax.Array, like: jax.Array) -> jax.Array:
-        """Returns what `part` or `pixels` moved apart, [N, H, W, D], for the sizes of `like`, [N, H, W, C]."""
-        sizes = *like.shape[1:-1], parted.shape[-1]
-        return parted.reshape(self.count, self.devices, -1, *sizes).swapaxes(0, 1).reshape(-1, *sizes)
+    def join(self, pixels: jax.Array, like: jax.Array) -> jax.Array:
+        """Returns what `pixels` moved apart, [N, H, W, D], for the sizes of `like`, [N, H, W, C]."""
+        sizes = *like.shape[1:-1], pixels.shape[-1]
+        return pixels.reshape(self.count, self.devices, -1, *sizes).swapaxes(0, 1).reshape(-1, *sizes)
 
 
 # How a network is applied: False for evaluation; True for training, with the batch statistics of all images; `Batches`
@@ -200,7 +206,7 @@ def _expands(conv: nn.Conv, x: jax.Array, train: Train) -> bool:
     batches, channels = _batches(train), x.shape[-1]
     pixels = _pixels(x, batches) // batches.devices
     grows = conv.kernel_size == (1, 1) and conv.strides == 1 and conv.features >= _EXPANSION * channels
-    return batches.expansions and grows and pixels >= _PIXELS_PER_CHANNEL * channels
+    return grows and not batches.tiles and pixels >= _PIXELS_PER_CHANNEL * channels
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -217,46 +223,40 @@ def _normalize(
 
 
 def _normalize_forward(x, scale, bias, shift, static):
-    parted, pixels = static.batches.part(x), _pixels(x, static.batches)
-    shifted = parted.astype(scale.dtype) - shift
-    offset, square = (total / pixels for total in _sums(shifted, jnp.square(shifted)))
+    batches, pixels = static.batches, _pixels(x, static.batches)
+    shifted = x.astype(scale.dtype) - shift
+    # First over the pixels of an image, behind a barrier: what few sums are left, XLA's compiler for GPUs adds up in
+    # the kernel that needs them. Left to itself, it has two more kernels for each pair of sums.
+    per_image = jax.lax.optimization_barrier((shifted.sum((1, 2)), jnp.square(shifted).sum((1, 2))))
+    offset, square = (batches.sums(each) / pixels for each in per_image)
     var = jnp.maximum(square - jnp.square(offset), 0)
     mean, inverse = shift + offset, jax.lax.rsqrt(var + static.epsilon)
     factor = inverse * scale
-    result = _sum(_affine(parted, mean, factor, bias), None, static.activation)
-    return (static.batches.join(result, x), mean, var), (x, bias, mean, inverse, factor)
+    result = _sum(_affine(x, mean, factor, bias, batches), None, static.activation)
+    return (result, mean, var), (x, bias, mean, inverse, factor)
 
 
 def _normalize_backward(static, saved, cotangents):
     """Ioffe and Szegedy, ICML 2015, section 3."""
     x, bias, mean, inverse, factor = saved
-    parted, pixels = static.batches.part(x), _pixels(x, static.batches)
+    batches, pixels = static.batches, _pixels(x, static.batches)
+    per_image = functools.partial(batches.per_image, images=len(x))
 
     def gradient_and_normalized(mean: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
-        gradient = static.batches.part(cotangents[0])
+        gradient = cotangents[0]
         if static.activation is not None:
-            gradient = _masked(gradient, _affine(parted, mean, factor, bias), static.activation)
-        centered = parted.astype(bias.dtype) - _per_batch(mean)
-        return gradient.astype(bias.dtype), centered * _per_batch(inverse)
+            gradient = _masked(gradient, _affine(x, mean, factor, bias, batches), static.activation)
+        centered = x.astype(bias.dtype) - per_image(mean)
+        return gradient.astype(bias.dtype), centered * per_image(inverse)
 
     gradient, normed = gradient_and_normalized(mean, inverse)
-    by_bias, by_scale = gradient.sum(_PIXELS), (gradient * normed).sum(_PIXELS)
+    by_bias, by_scale = batches.sums(gradient), batches.sums(gradient * normed)
     # The second pass computes gradient and normalized map again: behind the barrier, so that no pass stores them.
     mean, inverse, by_bias, by_scale = jax.lax.optimization_barrier((mean, inverse, by_bias, by_scale))
     gradient, normed = gradient_and_normalized(mean, inverse)
-    centered = gradient - (_per_batch(by_bias) + normed * _per_batch(by_scale)) / pixels
-    by_x = static.batches.join((centered * _per_batch(factor)).astype(x.dtype), x)
+    centered = gradient - (per_image(by_bias) + normed * per_image(by_scale)) / pixels
+    by_x = (centered * per_image(factor)).astype(x.dtype)
     return by_x, by_scale.sum(0), by_bias.sum(0), jnp.zeros_like(bias)
-
-
-def _sums(*parted: jax.Array) -> list[jax.Array]:
-    """Returns the sums over the pixels of parted maps, [G, C] each.
-
-    First over those of an image, behind a barrier: what few sums are left, XLA's compiler for GPUs adds up in the
-    kernel that needs them. Left to itself, it has two more kernels for each pair of sums.
-    """
-    per_image = (x.sum((2, 3)) for x in parted)
-    return [x.sum(1) for x in jax.lax.optimization_barrier(tuple(per_image))]
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)
@@ -372,15 +372,10 @@ def _correlate(x: jax.Array, y: jax.Array, dtype) -> jax.Array:
 _exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def _affine(parted: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
-    """Returns (x - mean) * factor + bias of a parted map, in its dtype; `mean` and `factor` [G, C], `bias` [C]."""
-    centered = parted.astype(bias.dtype) - _per_batch(mean)
-    return (centered * _per_batch(factor) + bias).astype(parted.dtype)
-
-
-def _per_batch(values: jax.Array) -> jax.Array:
-    """Returns numbers per batch and channel [G, C] in the shape [G, 1, 1, 1, C], for a parted map."""
-    return values[:, None, None, None]
+def _affine(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array, batches: Batches) -> jax.Array:
+    """Returns (x - mean) * factor + bias of a map, in its dtype; `mean` and `factor` [G, C], `bias` [C]."""
+    centered = x.astype(bias.dtype) - batches.per_image(mean, len(x))
+    return (centered * batches.per_image(factor, len(x)) + bias).astype(x.dtype)
 
 
 def _pixels(x: jax.Array, batches: Batches) -> int:

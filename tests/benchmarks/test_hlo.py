@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import hlo
+from benchmarks import compiled, hlo
 from dssn_jax import sharding
 
 # In the form of XLA's schedules for GPUs: convolutions of cuDNN, a product of cuBLAS, a loop, a branch, collectives.
@@ -119,6 +119,25 @@ def test_bytes_are_those_of_operands_and_results(gpu):
     assert program.bytes_moved(steps["reduce-scatter.1"]) == 32 + 8
     query, key, sums = 2 * 2 * 7 * 3 * 8, 2 * 2 * 5 * 3 * 8, 4 * 2 * 3 * 7
     assert program.bytes_moved(steps["attention"]) == query + key + query + sums
+
+
+def test_arrays_on_the_chip_count_where_they_are_brought_there():
+    text = """HloModule step, is_scheduled=true
+
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %copy-start = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %copy-done = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %negate = f32[8,128]{1,0:T(8,128)S(1)} negate(%copy-done)
+  ROOT %add = f32[8,128]{1,0:T(8,128)} add(%negate, %x)
+}
+"""
+    program = hlo.Program(text)
+    moved = {step.instruction.name: program.bytes_moved(step) for step in program.steps()}
+    size = 4 * 8 * 128
+    assert moved == {"copy-start": size, "negate": 0, "add": 2 * size}
+    kinds = [compiled.kind(step.instruction, False) for step in program.steps()]
+    assert kinds == ["prefetch", "other", "other"]
 
 
 def test_flop_are_two_per_multiplication(gpu):

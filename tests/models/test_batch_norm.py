@@ -93,7 +93,7 @@ class Unit(nn.Module):
         return y if self.activation is None else self.activation(y)
 
 
-@pytest.mark.parametrize("train", [True, Batches(2), Batches(2, 2), Batches(3, 1), Batches(2, 2, False)])
+@pytest.mark.parametrize("train", [True, Batches(2), Batches(2, 2), Batches(3, 1), Batches(2, 2, tiles=True)])
 @pytest.mark.parametrize("features", [16, 6], ids=["expansion", "same"])
 @pytest.mark.parametrize("activation", [None, nn.relu, nn.relu6])
 @pytest.mark.parametrize("adds", [False, True], ids=["alone", "residual"])
@@ -120,7 +120,7 @@ def test_joined_layers_are_convolution_norm_and_activation(adds, activation, fea
             np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-10 * np.abs(expected).max())
 
 
-def test_expansions_are_convolutions_where_that_is_asked_for():
+def test_expansions_are_convolutions_where_maps_are_in_tiles():
     x, unit = jnp.ones((4, 8, 8, 4)), Unit(True)
 
     def count(train: Batches, operation: str) -> int:
@@ -130,5 +130,5 @@ def test_expansions_are_convolutions_where_that_is_asked_for():
             return step.trace(variables, x).lower(lowering_platforms=("tpu",)).as_text().count(operation)
 
     assert count(Batches(2), "stablehlo.convolution") == 0 < count(Batches(2), "stablehlo.dot_general")
-    assert count(Batches(2, 1, False), "stablehlo.dot_general") == 0
-    assert count(Batches(2, 1, False), "stablehlo.convolution") == 1
+    assert count(Batches(2, tiles=True), "stablehlo.dot_general") == 0
+    assert count(Batches(2, tiles=True), "stablehlo.convolution") == 1
