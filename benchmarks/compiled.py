@@ -26,6 +26,9 @@ that of the configuration, split over the devices.
 because cuDNN must be asked for it on a device.
 
 For TPUs "optimal_seconds", "bytes accessed" and "flops" are the compiler's own estimates (`compiled.cost_analysis()`).
+The first two count what is brought into vector memory beside other kernels like any other work, so that a program of
+--level=O1, which brings nothing, looks better than it is; `estimated_mcycles`, the sum of the cycles that the same
+compiler writes beside its kernels, does not.
 Triton's products are off for GPUs (`compiler_options` of the target): without autotuning, which needs a device, the
 compiler cannot tile some of them.
 """
@@ -49,6 +52,7 @@ TARGETS = pathlib.Path(__file__).parent / "targets"
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
 HEAVIEST = 20
+LEVELS = ("O0", "O1", "O2", "O3")
 # Functions of the step -> part; the first that is on the stack of an operation decides.
 PARTS = (
     ("update", ("TrainStep._update",)),
@@ -62,7 +66,7 @@ VIEW_FILES = ("strong_augment.py", "views.py")  # Bodies of loops have shorter s
 SHARED_FILES = ("batch_norm.py", "convolution.py", "depthwise.py", "platforms.py")
 TOTALS = (
     "arguments_gib", "output_gib", "alias_gib", "temp_gib", "peak_gib", "gigabytes_moved", "launches", "tflop",
-    "roofline_ms", "optimal_ms", "accessed_gb", "compiler_tflop", "compile_s",
+    "roofline_ms", "optimal_ms", "accessed_gb", "compiler_tflop", "estimated_mcycles", "compile_s",
 )  # fmt: skip
 
 
@@ -123,6 +127,7 @@ def describe(config, target: Target, topology: str, options: dict) -> dict:
     compiled = lowered.compile(compiler_options=options)
     seconds = time.perf_counter() - started
     program = hlo.Program(compiled.as_text())
+    cycles = sum(step.times * step.instruction.estimated_cycles for step in program.steps() if not step.rare)
     return {
         "devices": len(chips),
         "images_per_device": (config.data.labeled_batch + config.data.unlabeled_batch) / len(chips),
@@ -130,6 +135,7 @@ def describe(config, target: Target, topology: str, options: dict) -> dict:
         **memory(compiled.memory_analysis(), target),
         **estimates(compiled.cost_analysis()),
         **summary(kernels(program, target)),
+        **({"estimated_mcycles": cycles / 1e6} if cycles else {}),
         "collectives": collectives(program, len(chips)),
         "loops_of_unknown_length": len(program.unbounded),
     }
@@ -311,6 +317,7 @@ def main() -> None:
     parser.add_argument("--target", default="h100", choices=sorted(file.stem for file in TARGETS.glob("*.json")))
     parser.add_argument("--topology", help="default: the target's")
     parser.add_argument("--option", action="append", default=[], help="NAME=VALUE: an option of the compiler")
+    parser.add_argument("--level", choices=LEVELS, help="of optimization; default: the compiler's own, the slowest")
     parser.add_argument("--json", type=pathlib.Path, help="file of the results")
     parser.add_argument("--compare", type=pathlib.Path, help="file of earlier results to compare with")
     arguments, settings = parser.parse_known_args()
@@ -320,10 +327,13 @@ def main() -> None:
         config.model.attention = "cudnn"
     topology = arguments.topology or target.topology
     options = target.compiler_options | dict(map(_option, arguments.option))
+    level = [f"--level={arguments.level}"] if arguments.level else []
+    if level:
+        jax.config.update("jax_optimization_level", arguments.level)
     jax.config.update("jax_platforms", "cpu")  # Keys of the run are made here; everything else is compiled only.
     result = {
         "command": " ".join(["python -m benchmarks.compiled", f"--target={arguments.target}"])
-        + "".join(f" {setting}" for setting in [f"--topology={topology}", *settings]),
+        + "".join(f" {setting}" for setting in [f"--topology={topology}", *level, *settings]),
         "jax": jax.__version__,
         "target": arguments.target,
         "compile_flags": options,

@@ -99,6 +99,12 @@ class Instruction:
         """Computations that run as parts of it: a fusion's, those of an asynchronous start or a call."""
         return tuple(re.findall(r"\b(?:calls|to_apply|called_computations)=\{?%?([\w.$-]+)", self.attributes))
 
+    @property
+    def estimated_cycles(self) -> int:
+        """Cycles that a compiler for TPUs expects it to take; 0 if none are written."""
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(match[1]) if match else 0
+
     def integers(self, key: str) -> tuple[int, ...]:
         """Returns the numbers of KEY={1,2} or, in the configuration of a library call, of "KEY":["1","2"]."""
         match = re.search(rf'\b{key}"?[=:][\[{{]([^\]}}]*)[\]}}]', self.attributes)

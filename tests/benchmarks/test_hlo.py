@@ -129,7 +129,7 @@ ENTRY %main (x: f32[8,128]) -> f32[8,128] {
   %copy-start = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
   %copy-done = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%copy-start)
   %negate = f32[8,128]{1,0:T(8,128)S(1)} negate(%copy-done)
-  ROOT %add = f32[8,128]{1,0:T(8,128)} add(%negate, %x)
+  ROOT %add = f32[8,128]{1,0:T(8,128)} add(%negate, %x), backend_config={"window_config":{"estimated_cycles":"2130"}}
 }
 """
     program = hlo.Program(text)
@@ -138,6 +138,7 @@ ENTRY %main (x: f32[8,128]) -> f32[8,128] {
     assert moved == {"copy-start": size, "negate": 0, "add": 2 * size}
     kinds = [compiled.kind(step.instruction, False) for step in program.steps()]
     assert kinds == ["prefetch", "other", "other"]
+    assert [step.instruction.estimated_cycles for step in program.steps()] == [0, 0, 2130]
 
 
 def test_flop_are_two_per_multiplication(gpu):
