@@ -18,6 +18,11 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def platform(mesh: Mesh) -> str:
+    """Returns what the devices are, as JAX names it: "cpu", "gpu", "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of the state: a complete copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
     ("input_pipeline",),
     ("configs",),
-    ("sharding", "distributed", "visualize"),
+    ("sharding", "compiler", "distributed", "visualize"),
     ("models",),
     ("methods",),
     ("learner",),

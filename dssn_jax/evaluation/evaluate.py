@@ -15,7 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from configs.checks import shorten
-from dssn_jax import auto_config, sharding
+from dssn_jax import auto_config, compiler, sharding
 from dssn_jax.evaluation import inference, metrics
 from dssn_jax.learner.learner import Learner
 from dssn_jax.models.extent import Extent
@@ -77,9 +77,9 @@ class Evaluator:
         self._programs: dict[tuple, Program] = {}
         self._warned = False
         replicated, split = sharding.replicated(learner.mesh), sharding.batch_sharded(learner.mesh)
-        shardings = {"in_shardings": (replicated, split), "out_shardings": Scored(replicated, split, replicated)}
-        self._score = jax.jit(self._score_batch, **shardings)
-        self._predict = jax.jit(self._predict_batch, **shardings | {"out_shardings": split})
+        options = {"in_shardings": (replicated, split), "compiler_options": compiler.options(learner.mesh)}
+        self._score = jax.jit(self._score_batch, **options, out_shardings=Scored(replicated, split, replicated))
+        self._predict = jax.jit(self._predict_batch, **options, out_shardings=split)
 
     def batches(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dssn_jax import models, sharding
+from dssn_jax import compiler, models, sharding
 from dssn_jax.learner import optimizer, state, step
 from dssn_jax.learner.optimizer import Optimizer
 from dssn_jax.learner.state import TrainState
@@ -36,7 +36,7 @@ class Learner:
     @property
     def train_step(self) -> step.TrainStep:
         """The step as a pure function of views, without augmentation or devices."""
-        batches = Batches(devices=self.mesh.size, tiles=self.mesh.devices.flat[0].platform == "tpu")
+        batches = Batches(devices=self.mesh.size, tiles=sharding.platform(self.mesh) == "tpu")
         return step.TrainStep(Objective(self.network, self.method, batches), self.optimizer)
 
     def init_state(self, weights: dict | None = None) -> TrainState:
@@ -65,7 +65,8 @@ class Learner:
             return new_state, metrics | {"lr": self.optimizer.schedule(state.step)}
 
         replicated, split = sharding.replicated(self.mesh), sharding.batch_sharded(self.mesh)
-        return jax.jit(train_step, in_shardings=(replicated, split), out_shardings=replicated, donate_argnums=0)
+        shardings = {"in_shardings": (replicated, split), "out_shardings": replicated}
+        return jax.jit(train_step, **shardings, donate_argnums=0, compiler_options=compiler.options(self.mesh))
 
     def views(self, batch: Batch, rng: jax.Array, step: jax.Array) -> Views:
         """Returns what the step number `step` of the run with key `rng` sees of a batch."""
