@@ -73,6 +73,10 @@ VARIANTS = {
     "fixmatch_balanced": Variant("fixmatch_balanced"),
     "fixmatch_balanced-no-logit-adjustment": Variant("fixmatch_balanced", _UNADJUSTED),
     **{
+        f"fixmatch_balanced-logit-adjustment{value}": Variant("fixmatch_balanced", {"method.logit_adjustment": value})
+        for value in ("-0.2", "-0.25", "-0.3")
+    },
+    **{
         f"fixmatch_balanced-{name}": Variant("fixmatch_balanced", {**_UNADJUSTED, f"method.{key}": value})
         for name, key, value in (
             ("no-class-weights", "class_weight_power", "0.0"),
