@@ -74,7 +74,7 @@ VARIANTS = {
     "fixmatch_balanced-no-logit-adjustment": Variant("fixmatch_balanced", _UNADJUSTED),
     **{
         f"fixmatch_balanced-logit-adjustment{value}": Variant("fixmatch_balanced", {"method.logit_adjustment": value})
-        for value in ("-0.2", "-0.25", "-0.3")
+        for value in ("-0.2", "-0.25", "-0.33")
     },
     **{
         f"fixmatch_balanced-{name}": Variant("fixmatch_balanced", {**_UNADJUSTED, f"method.{key}": value})
