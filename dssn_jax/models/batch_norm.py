@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Activation = Callable[[jax.Array], jax.Array]
 # Activations that can follow batch norm -> where their results let gradients pass.
@@ -119,13 +118,11 @@ class BatchNorm(nn.Module):
         else:
             result, means, variances = _normalize_expansion(x, kernel, scale, bias, residual, static)
         if not self.is_initializing():
-            count, batches = _pixels(x, static.batches), static.batches.count
-            unbiased = variances * (count / max(count - 1, 1))
-            kept = 1 - self.momentum
-            # As if the batches followed one another.
-            weights = np.array([self.momentum * kept**later for later in reversed(range(batches))], self.param_dtype)
-            mean.value = kept**batches * mean.value + (weights[:, None] * means).sum(0)
-            var.value = kept**batches * var.value + (weights[:, None] * unbiased).sum(0)
+            count = _pixels(x, static.batches)
+            for batch in range(static.batches.count):
+                unbiased = variances[batch] * (count / max(count - 1, 1))
+                mean.value += self.momentum * (means[batch] - mean.value)
+                var.value += self.momentum * (unbiased - var.value)
         return result.astype(self.dtype)
 
     def folded(self) -> tuple[jax.Array, jax.Array]:
