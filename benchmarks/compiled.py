@@ -99,6 +99,7 @@ class Kernel(NamedTuple):
     seconds: float
     source: str  # "file:line function": the innermost line of this project.
     op_name: str
+    cycles: int  # That a compiler for TPUs expects; else 0.
 
 
 def read_target(name: str) -> Target:
@@ -127,7 +128,6 @@ def describe(config, target: Target, topology: str, options: dict) -> dict:
     compiled = lowered.compile(compiler_options=options)
     seconds = time.perf_counter() - started
     program = hlo.Program(compiled.as_text())
-    cycles = sum(step.times * step.instruction.estimated_cycles for step in program.steps() if not step.rare)
     return {
         "devices": len(chips),
         "images_per_device": (config.data.labeled_batch + config.data.unlabeled_batch) / len(chips),
@@ -135,7 +135,6 @@ def describe(config, target: Target, topology: str, options: dict) -> dict:
         **memory(compiled.memory_analysis(), target),
         **estimates(compiled.cost_analysis()),
         **summary(kernels(program, target)),
-        **({"estimated_mcycles": cycles / 1e6} if cycles else {}),
         "collectives": collectives(program, len(chips)),
         "loops_of_unknown_length": len(program.unbounded),
     }
@@ -185,6 +184,7 @@ def _kernel(program: hlo.Program, step: hlo.Step, target: Target) -> Kernel:
         seconds=step.times * max(moved / target.bytes_per_second, arithmetic),
         source=source(frames),
         op_name=origin.op_name,
+        cycles=step.times * instruction.estimated_cycles,
     )
 
 
@@ -229,12 +229,14 @@ def source(frames: list[hlo.Frame]) -> str:
 def summary(launched: list[Kernel]) -> dict:
     """Returns totals, tables by kind and by part, and the heaviest kernels and source lines."""
     total = _row(launched)
+    cycles = sum(each.cycles for each in launched)
     heaviest = sorted(launched, key=lambda each: -each.seconds)[:HEAVIEST]
     return {
         "gigabytes_moved": total["gigabytes"],
         "launches": total["launches"],
         "tflop": total["tflop"],
         "roofline_ms": total["ms"],
+        **({"estimated_mcycles": cycles / 1e6} if cycles else {}),
         "kinds": _table(launched, "kind"),
         "parts": _table(launched, "part"),
         "sources": _table(launched, "source")[:HEAVIEST],

@@ -40,7 +40,7 @@ class Batches(NamedTuple):
         """Returns the sums over the images and pixels of each batch, [count, C], for `x` [N, ..., C]."""
         if self.tiles:
             x = x.sum(range(1, x.ndim - 1))
-        by_device = x.reshape(self.devices, self.count, -1, *x.shape[1:])
+        by_device = self._by_device(x)
         return by_device.sum((0, *range(2, by_device.ndim - 1)))
 
     def per_image(self, values: jax.Array, images: int) -> jax.Array:
@@ -51,13 +51,16 @@ class Batches(NamedTuple):
 
     def pixels(self, x: jax.Array) -> jax.Array:
         """Moves the batches of `x` [N, H, W, C] apart: [count, pixels, C]."""
-        by_device = x.reshape(self.devices, self.count, -1, *x.shape[1:]).swapaxes(0, 1)
-        return by_device.reshape(self.count, -1, x.shape[-1])
+        return self._by_device(x).swapaxes(0, 1).reshape(self.count, -1, x.shape[-1])
 
     def join(self, pixels: jax.Array, like: jax.Array) -> jax.Array:
         """Returns what `pixels` moved apart, [N, H, W, D], for the sizes of `like`, [N, H, W, C]."""
         sizes = *like.shape[1:-1], pixels.shape[-1]
         return pixels.reshape(self.count, self.devices, -1, *sizes).swapaxes(0, 1).reshape(-1, *sizes)
+
+    def _by_device(self, x: jax.Array) -> jax.Array:
+        """Splits the axis of the images of `x` [N, ...] by device and batch: [devices, count, n, ...]."""
+        return x.reshape(self.devices, self.count, -1, *x.shape[1:])
 
 
 # How a network is applied: False for evaluation; True for training, with the batch statistics of all images; `Batches`
