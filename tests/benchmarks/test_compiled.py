@@ -12,7 +12,7 @@ from dssn_jax.methods import objective, strong_augment
 from tests.benchmarks.test_hlo import GPU
 from tests.benchmarks.test_scaling import NETWORK
 
-# Of the step that the last test compiles for four devices, with jax 0.10.2; a change that needs more says why.
+# Sizes of the step that the last test compiles for four devices with jax 0.10.2. A change that needs more says why.
 BOUNDS = {"gigabytes_moved": 0.1, "launches": 2760, "all-reduces": 49, "reduced megabytes": 1.77}
 GROWTH = 1.05  # For other releases of the compiler.
 TARGETS = sorted(file.stem for file in compiled.TARGETS.glob("*.json"))

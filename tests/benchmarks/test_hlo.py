@@ -1,4 +1,4 @@
-"""What `benchmarks.hlo` reads from compiled programs: of XLA for CPUs, and a schedule for GPUs written by hand."""
+"""`benchmarks.hlo` reads programs that XLA compiled for CPUs, and a schedule for GPUs that is written by hand."""
 
 import jax
 import jax.numpy as jnp

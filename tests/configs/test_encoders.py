@@ -62,7 +62,7 @@ def test_supervised(module, rows, steps):
 
 @pytest.mark.parametrize(("method", "group"), [("unimatch_v2", 2), ("fixmatch", 2), ("dssn", 2), ("supervised", 4)])
 def test_ohem(method, group):
-    """Of the labeled images of each of four GPUs at least 200000 pixels are kept, whatever their number."""
+    """At least 200000 pixels per GPU are kept on four GPUs, however many labeled images each has."""
     for encoder in ("dinov2_small", "dinov3_base"):
         config = cityscapes.get_config(f"encoder={encoder},method={method}")
         settings = config.method

@@ -31,7 +31,7 @@ def one_device(monkeypatch):
         (1, 1, 1, ((0, 0), (0, 0)), (9, 8)),
         (1, 2, 1, ((0, 0), (0, 0)), (9, 8)),
         (1, 1, 1, ((0, 0), (0, 0)), (30, 31)),  # Summed image by image.
-        (3, 1, 12, ((12, 12), (12, 12)), (11, 11)),  # Of nine elements the center alone reaches the image.
+        (3, 1, 12, ((12, 12), (12, 12)), (11, 11)),  # Only the center of the kernel reaches the image.
         (3, 1, 4, ((4, 4), (4, 4)), (5, 7)),
         (3, 2, 1, ((0, 1), (1, 1)), (10, 9)),
         (3, 2, 2, ((2, 2), (2, 1)), (3, 4)),

@@ -187,7 +187,7 @@ def test_angles_of_the_rotary_embedding():
     grid, dim = Extent(jnp.array([2, 3]), jnp.array([4, 4])), 8
     angles = vit.rope_angles(grid, (3, 4), dim, jnp.array(1.5))
     assert angles.shape == (2, 12, dim)
-    row, column = 1, 3  # Of the second image: centers at 0 and 0.75.
+    row, column = 1, 3  # In the second image its center is at (0, 0.75).
     by_hand = 1.5 * 2 * np.pi * np.array([0, 0, 0.75, 0.75]) / np.array([1, 10, 1, 10])
     np.testing.assert_allclose(angles[1, row * 4 + column], np.tile(by_hand, 2), atol=1e-12)
     np.testing.assert_allclose(angles[0, 0, :2], 1.5 * 2 * np.pi * np.array([-0.5, -0.05]))

@@ -86,7 +86,7 @@ def test_checkpoints_that_are_not_there_are_refused(workdir, config, name):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Coroutines that orbax abandons.
 def test_flipped_bits_are_noticed_in_every_file(workdir, config):
-    """What is read is what was saved, or the error names the checkpoint and the whole one."""
+    """A checkpoint is read as it was saved, or the error names it and an undamaged one."""
     rng, noticed = np.random.default_rng(0), 0
     for path in files_of(workdir, 4):
         whole = path.read_bytes()
@@ -106,7 +106,7 @@ def test_flipped_bits_are_noticed_in_every_file(workdir, config):
 
 
 def test_a_bit_of_the_arrays_is_named(workdir, config):
-    """Of the file with most bytes; advice leads to a run that continues."""
+    """The bit is in the largest file; following the advice of the error, the run continues."""
     largest = max(files_of(workdir, 4), key=lambda path: path.stat().st_size)
     flip(largest, 8 * (largest.stat().st_size // 2))
     with pytest.raises(DamagedError, match=r"checkpoints/4: .*; to continue training from it, remove .*checkpoints/4"):

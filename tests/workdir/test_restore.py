@@ -1,4 +1,4 @@
-"""What is read back from a work directory, and what is refused."""
+"""Work directories are read back, and unfit ones are refused."""
 
 import contextlib
 import json
