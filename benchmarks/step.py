@@ -50,7 +50,7 @@ ROWS = (
 SMALL_ROWS = tuple(
     (recipe, form, 2)
     for recipe in ("voc_r50", "coco_xception", "cityscapes_r50")
-    for form in ("jax_float32", "published", "channels_last", "bf16", "compiled", "jax_float32_lean")
+    for form in ("jax_float32", "jax", "published", "channels_last", "bf16", "compiled", "jax_float32_lean")
 )
 SMALL_CROP = 65
 COLUMNS = (

@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dssn_jax.models import platforms
+
 Activation = Callable[[jax.Array], jax.Array]
 # Activations that can follow batch norm -> where their results let gradients pass.
 _PASSES: dict[Activation, Activation] = {nn.relu: lambda y: y > 0, nn.relu6: lambda y: (y > 0) & (y < 6)}
@@ -363,7 +365,7 @@ def _row(matrix: jax.Array) -> jax.Array:
 
 def _multiply(rows: jax.Array, matrices: jax.Array, axis: int) -> jax.Array:
     """Returns the products of pixels [G, n, K] and a matrix per batch over its `axis`, [G, n, D]."""
-    return jax.lax.dot_general(rows, matrices, (((2,), (axis,)), ((0,), (0,))))
+    return platforms.dot_general(rows, matrices, (((2,), (axis,)), ((0,), (0,))))
 
 
 def _correlate(x: jax.Array, y: jax.Array, dtype) -> jax.Array:

@@ -2,10 +2,12 @@
 
 XLA's convolutions are the best there is for GPUs and TPUs, which get them. For CPUs it compiles matrix products better
 than convolutions of 1x1, several times so in the backward pass, and dilated convolutions of small maps multiply padding
-for the most part; the gradients of all other kernels are summed image by image. The results are the same but for
-rounding.
+for the most part; the gradients of all other kernels are summed image by image. In bfloat16, which many CPUs multiply
+several times as fast as float32 in matrix products alone, all convolutions without stride are such products. The
+results are the same but for rounding.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,13 +64,16 @@ def _suits_products(sizes: tuple[int, int], kernel: tuple[int, int], options: Op
     return 2 * reached <= output
 
 
-def _cpu_forms(x: tuple[int, ...], kernel: tuple[int, ...], options: Options) -> platforms.CpuForms:
-    """Returns how CPUs convolve arrays of these shapes."""
-    if _suits_products(x[1:3], kernel[:2], options):
+def _cpu_forms(x: jax.Array, kernel: jax.Array, options: Options) -> platforms.CpuForms:
+    """Returns how CPUs convolve these arrays."""
+    if _suits_products(x.shape[1:3], kernel.shape[:2], options):
         return platforms.CpuForms(products, platforms.gradients_of(products))
     # A loop over images would gather a batch that is spread over devices.
-    loops = x[-1] >= _FEW_CHANNELS and jax.device_count() == 1
-    return platforms.CpuForms(gradients=_gradients_by_image if loops else None)
+    if x.shape[-1] < _FEW_CHANNELS or jax.device_count() > 1:
+        return platforms.CpuForms()
+    if x.dtype == jnp.bfloat16 and options.strides == (1, 1):
+        return platforms.CpuForms(one_product, _one_product_gradients)
+    return platforms.CpuForms(gradients=_gradients_by_image)
 
 
 _conv = platforms.convolution(_cpu_forms)
@@ -80,16 +85,47 @@ def products(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
     Each is of an element of the kernel and the part of the image that it reaches; in bfloat16 the sum is in float32.
     """
     (rows, height), (columns, width) = (_taps(x.shape[axis + 1], kernel.shape[axis], options, axis) for axis in (0, 1))
-    total = jnp.zeros((x.shape[0], height, width, kernel.shape[-1]), jnp.promote_types(x.dtype, jnp.float32))
+    total = jnp.zeros((x.shape[0], height, width, kernel.shape[-1]), platforms.wide(x.dtype))
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             if row.count and column.count:
                 part = x[:, _inputs(row, options.strides[0]), _inputs(column, options.strides[1])]
                 target = slice(row.first, row.first + row.count), slice(column.first, column.first + column.count)
-                product = matmul(part, kernel[i, j]).astype(total.dtype)
+                product = matmul(part, kernel[i, j])
                 whole = product.shape == total.shape
                 total = total + product if whole else total.at[:, *target].add(product)
     return total.astype(x.dtype)
+
+
+def one_product(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
+    """Returns the convolution without stride of `x` [B, H, W, C] and `kernel` [k, l, C, D].
+
+    Each pixel is multiplied by all elements of the kernel at once; what an output adds up lies `dilation` pixels apart.
+    Large maps image by image, which stay in the cache.
+    """
+    (rows, columns, channels, features), (down, right) = kernel.shape, options.dilation
+    matrix = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
+
+    def convolve(padded: jax.Array) -> jax.Array:
+        height, width = padded.shape[1] - down * (rows - 1), padded.shape[2] - right * (columns - 1)
+        spread = matmul(padded, matrix).reshape(*padded.shape[:3], rows, columns, features)
+        elements = [(i, j) for i in range(rows) for j in range(columns)]
+        parts = (spread[:, i * down :, j * right :][:, :height, :width, i, j] for i, j in elements)
+        return functools.reduce(jnp.add, parts).astype(x.dtype)
+
+    padded = platforms.pad(x, options.padding)
+    if x.shape[1] * x.shape[2] <= _LONG:
+        return convolve(padded)
+    return lax.map(lambda image: convolve(image[None])[0], padded)
+
+
+def _one_product_gradients(x, kernel, gradient, options):
+    """Returns the gradients of `x`, a convolution with the kernel turned by 180 degrees, and of `kernel`."""
+    spans = [step * (size - 1) for step, size in zip(options.dilation, kernel.shape, strict=False)]
+    border = tuple((span - before, span - after) for span, (before, after) in zip(spans, options.padding, strict=True))
+    turned = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
+    by_x = one_product(gradient, turned, options._replace(padding=border))
+    return by_x, _kernel_gradient(x, kernel, gradient, options)
 
 
 def _gradients_by_image(x, kernel, gradient, options):
@@ -104,7 +140,7 @@ def _kernel_gradient(x: jax.Array, kernel: jax.Array, gradient: jax.Array, optio
     part of the image that the element reaches. On a CPU XLA's convolution takes one to three times as long.
     """
     (rows, columns), (down, right) = kernel.shape[:2], options.dilation
-    (height, width), wide = gradient.shape[1:3], jnp.promote_types(x.dtype, jnp.float32)
+    (height, width), wide = gradient.shape[1:3], platforms.wide(x.dtype)
 
     def reached(image: jax.Array, i: int, j: int) -> jax.Array:
         vertical = _inputs(Tap(i * down, 0, height), options.strides[0])
@@ -143,8 +179,8 @@ def _inputs(tap: Tap, stride: int) -> slice:
 
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns `x` [B, h, w, C] times `kernel` [C, D]: [B, h, w, D]."""
-    return jnp.einsum("nhwc,cd->nhwd", x, kernel)
+    """Returns `x` [B, h, w, C] times `kernel` [C, D]: [B, h, w, D]; for bfloat16 in float32, as its sums are."""
+    return jnp.einsum("nhwc,cd->nhwd", x, kernel, preferred_element_type=platforms.wide(x.dtype))
 
 
 def _matmul_forward(x, kernel):
@@ -153,10 +189,14 @@ def _matmul_forward(x, kernel):
 
 def _matmul_backward(saved, gradient):
     x, kernel = saved
-    by_x = jnp.einsum("nhwd,cd->nhwc", gradient, kernel)
-    if x.shape[1] * x.shape[2] <= _LONG:
-        return by_x, jnp.einsum("nhwc,nhwd->cd", x, gradient)
-    return by_x, jnp.einsum("nhwc,nhwd->ncd", x, gradient).sum(0)
+    narrow, wide = x.dtype != gradient.dtype, gradient.dtype
+    gradient = gradient.astype(x.dtype)
+    by_x = jnp.einsum("nhwd,cd->nhwc", gradient, kernel, preferred_element_type=wide).astype(x.dtype)
+    if narrow or x.shape[1] * x.shape[2] <= _LONG:
+        by_kernel = jnp.einsum("nhwc,nhwd->cd", x, gradient, preferred_element_type=wide)
+    else:
+        by_kernel = jnp.einsum("nhwc,nhwd->ncd", x, gradient).sum(0)
+    return by_x, by_kernel.astype(kernel.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

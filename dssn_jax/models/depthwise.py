@@ -21,7 +21,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Arr
 
 def shifted_products(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
     """Returns `depthwise_conv` as a sum of k * k products; in bfloat16 the sum is in float32."""
-    wide, (stride, _), (dilation, _) = jnp.promote_types(x.dtype, jnp.float32), options.strides, options.dilation
+    wide, (stride, _), (dilation, _) = platforms.wide(x.dtype), options.strides, options.dilation
     padded, weights = platforms.pad(x, options.padding).astype(wide), kernel.astype(wide)
     height, width = (size - dilation * (kernel.shape[0] - 1) for size in padded.shape[1:3])
 
@@ -56,7 +56,7 @@ def _kernel_gradient(padded, kernel, gradient, stride, dilation):
 
     XLA compiles k * k sums over pixels to loops that stride over the channels, up to 20 times as slow.
     """
-    wide = jnp.promote_types(padded.dtype, jnp.float32)
+    wide = platforms.wide(padded.dtype)
     (batch, rows, columns, channels), side = gradient.shape, dilation * (kernel.shape[0] - 1) + 1
 
     def add_pixel(i: jax.Array, total: jax.Array) -> jax.Array:

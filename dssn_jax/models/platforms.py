@@ -39,25 +39,43 @@ def plain(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
     )
 
 
-def convolution(on_cpu: Callable[[tuple, tuple, Options], CpuForms]) -> Callable:
-    """Returns `plain`, but for CPUs in the forms of `on_cpu(x.shape, kernel.shape, options)`.
+def convolution(on_cpu: Callable[[jax.Array, jax.Array, Options], CpuForms]) -> Callable:
+    """Returns `plain`, but for CPUs in the forms of `on_cpu(x, kernel, options)`, which asks for shapes and dtypes.
 
     It is traced once for all layers of one size.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
     def differentiable(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
-        return _by_platform(on_cpu(x.shape, kernel.shape, options).forward, plain, options, x, kernel)
+        return _by_platform(on_cpu(x, kernel, options).forward, plain, options, x, kernel)
 
     def forward(x, kernel, options):
         return differentiable(x, kernel, options), (x, kernel)
 
     def backward(options, saved, gradient):
-        forms = on_cpu(*(each.shape for each in saved), options)
+        forms = on_cpu(*saved, options)
         return _by_platform(forms.gradients, gradients_of(plain), options, *saved, gradient)
 
     differentiable.defvjp(forward, backward)
     return jax.jit(differentiable, static_argnums=2)
+
+
+def wide(dtype) -> jnp.dtype:
+    """Returns the dtype in which products of numbers of `dtype` are summed: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def dot_general(x: jax.Array, y: jax.Array, dimensions: tuple) -> jax.Array:
+    """Returns `lax.dot_general` in the dtype of `x`; `dimensions` are its `dimension_numbers`.
+
+    CPUs that multiply bfloat16 do so up to five times as fast as float32, but XLA lets them only if it is asked for the
+    sums in float32, which are rounded here. GPUs and TPUs round in the product's own kernel.
+    """
+    if x.dtype == wide(x.dtype):
+        return lax.dot_general(x, y, dimensions)
+    summed = functools.partial(lax.dot_general, dimension_numbers=dimensions, preferred_element_type=wide(x.dtype))
+    rounded = functools.partial(lax.dot_general, dimension_numbers=dimensions)
+    return lax.platform_dependent(x, y, cpu=lambda *each: summed(*each).astype(x.dtype), default=rounded)
 
 
 def pad(x: jax.Array, padding: Padding) -> jax.Array:

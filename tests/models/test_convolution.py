@@ -56,6 +56,27 @@ def test_products_are_a_convolution(x64, kernel, stride, dilation, padding, size
 
 
 @pytest.mark.parametrize(
+    ("kernel", "dilation", "padding", "size"),
+    [
+        (3, 1, ((1, 1), (1, 1)), (5, 4)),
+        (3, 1, ((0, 2), (1, 1)), (23, 24)),  # Image by image.
+        (3, 2, ((2, 2), (2, 2)), (6, 9)),
+        (5, 1, ((0, 0), (0, 1)), (7, 8)),
+    ],
+)
+def test_one_product_is_a_convolution(x64, kernel, dilation, padding, size):
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(2, *size, 3)), rng.normal(size=(kernel, kernel, 3, 4))
+    options = Options((1, 1), padding, (dilation, dilation))
+    expected, transpose = jax.vjp(lambda x, w: platforms.plain(x, w, options), x, weights)
+    gradient = rng.normal(size=expected.shape)
+    ours = convolution.one_product(x, weights, options)
+    by_arguments = convolution._one_product_gradients(jnp.asarray(x), weights, gradient, options)
+    for each, other in zip((ours, *by_arguments), (expected, *transpose(gradient)), strict=True):
+        np.testing.assert_allclose(each, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
     ("options", "size"),
     [
         ({"kernel": 1}, 9),
@@ -98,6 +119,8 @@ def test_layers_convolve_as_pytorch(x64, one_device, options, size):
         ({"kernel": 3, "dilation": 12}, 0),
         ({"kernel": 3, "groups": 8}, 0),
         ({"kernel": 3}, 2),  # All but the gradient of the kernel.
+        ({"kernel": 3, "dtype": jnp.bfloat16}, 0),
+        ({"kernel": 3, "stride": 2, "dtype": jnp.bfloat16}, 2),
     ],
 )
 def test_only_accelerators_get_all_convolutions(one_device, platform, options, on_cpu):
@@ -135,11 +158,28 @@ def test_shifted_products_are_a_grouped_convolution(x64, kernel, stride, dilatio
         np.testing.assert_allclose(each, expected, rtol=0, atol=1e-12)
 
 
-def test_bfloat16_sums_products_in_float32():
+@pytest.mark.parametrize("channels_out", [1, 16], ids=["depthwise", "dense"])
+def test_bfloat16_sums_products_in_float32(one_device, channels_out):
+    """The result is the sum of exact products, rounded once."""
     rng = np.random.default_rng(0)
-    x, weights = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1, 9, 9, 8), (5, 5, 1, 8)))
-    options = Options((1, 1), ((2, 2), (2, 2)), (1, 1))
-    ours = depthwise.depthwise_conv(x, weights, options)
+    groups, features = (8, 8) if channels_out == 1 else (1, channels_out)
+    x, weights = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1, 9, 9, 8), (5, 5, 8 // groups, features))
+    )
+    dimensions = {"rhs_dilation": (1, 1), "feature_group_count": groups}
+    ours = convolution.conv_general_dilated(x, weights, (1, 1), "SAME", **dimensions)
     assert ours.dtype == jnp.bfloat16
+    options = Options((1, 1), ((2, 2), (2, 2)), (1, 1))
     exact = platforms.plain(x.astype(jnp.float32), weights.astype(jnp.float32), options)
-    np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
+    np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_cpus_alone_round_products_after_their_sum(platform):
+    """XLA multiplies bfloat16 fast on a CPU if the product has float32 sums; elsewhere the kernel rounds."""
+    x, y = jnp.zeros((2, 8, 8), jnp.bfloat16), jnp.zeros((2, 8, 8), jnp.bfloat16)
+    dimensions = (((2,), (1,)), ((0,), (0,)))
+    product = jax.jit(lambda x, y: platforms.dot_general(x, y, dimensions))
+    lines = product.trace(x, y).lower(lowering_platforms=(platform,)).as_text().splitlines()
+    (line,) = (line for line in lines if "stablehlo.dot_general" in line)
+    assert line.endswith("tensor<2x8x8xf32>" if platform == "cpu" else "tensor<2x8x8xbf16>")
