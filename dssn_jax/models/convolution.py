@@ -20,7 +20,9 @@ from dssn_jax.models.depthwise import depthwise_conv
 from dssn_jax.models.platforms import Options
 
 _FEW_CHANNELS = 8  # With fewer, products leave most of a vector register empty.
-_LONG = 512  # Products over more pixels per image than this are summed image by image: otherwise one core does it all.
+# Products of more pixels per image than this are computed image by image: sums over them, which otherwise one core does
+# alone, and those in `one_product`, which otherwise leave the cache.
+_LONG = 512
 
 
 class Tap(NamedTuple):
@@ -110,8 +112,8 @@ def one_product(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
         height, width = padded.shape[1] - down * (rows - 1), padded.shape[2] - right * (columns - 1)
         spread = matmul(padded, matrix).reshape(*padded.shape[:3], rows, columns, features)
         elements = [(i, j) for i in range(rows) for j in range(columns)]
-        parts = (spread[:, i * down :, j * right :][:, :height, :width, i, j] for i, j in elements)
-        return functools.reduce(jnp.add, parts).astype(x.dtype)
+        shifted = (spread[:, i * down :, j * right :][:, :height, :width, i, j] for i, j in elements)
+        return functools.reduce(jnp.add, shifted).astype(x.dtype)
 
     padded = platforms.pad(x, options.padding)
     if x.shape[1] * x.shape[2] <= _LONG:
@@ -189,14 +191,12 @@ def _matmul_forward(x, kernel):
 
 def _matmul_backward(saved, gradient):
     x, kernel = saved
-    narrow, wide = x.dtype != gradient.dtype, gradient.dtype
-    gradient = gradient.astype(x.dtype)
-    by_x = jnp.einsum("nhwd,cd->nhwc", gradient, kernel, preferred_element_type=wide).astype(x.dtype)
-    if narrow or x.shape[1] * x.shape[2] <= _LONG:
-        by_kernel = jnp.einsum("nhwc,nhwd->cd", x, gradient, preferred_element_type=wide)
-    else:
-        by_kernel = jnp.einsum("nhwc,nhwd->ncd", x, gradient).sum(0)
-    return by_x, by_kernel.astype(kernel.dtype)
+    multiply = functools.partial(jnp.einsum, preferred_element_type=gradient.dtype)
+    rounded = gradient.astype(x.dtype)
+    by_x = multiply("nhwd,cd->nhwc", rounded, kernel).astype(x.dtype)
+    if x.dtype == gradient.dtype and x.shape[1] * x.shape[2] > _LONG:
+        return by_x, multiply("nhwc,nhwd->ncd", x, rounded).sum(0)
+    return by_x, multiply("nhwc,nhwd->cd", x, rounded).astype(kernel.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -73,9 +73,9 @@ def dot_general(x: jax.Array, y: jax.Array, dimensions: tuple) -> jax.Array:
     """
     if x.dtype == wide(x.dtype):
         return lax.dot_general(x, y, dimensions)
-    summed = functools.partial(lax.dot_general, dimension_numbers=dimensions, preferred_element_type=wide(x.dtype))
-    rounded = functools.partial(lax.dot_general, dimension_numbers=dimensions)
-    return lax.platform_dependent(x, y, cpu=lambda *each: summed(*each).astype(x.dtype), default=rounded)
+    product = functools.partial(lax.dot_general, dimension_numbers=dimensions)
+    summed = functools.partial(product, preferred_element_type=wide(x.dtype))
+    return lax.platform_dependent(x, y, cpu=lambda *each: summed(*each).astype(x.dtype), default=product)
 
 
 def pad(x: jax.Array, padding: Padding) -> jax.Array:

@@ -22,7 +22,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 class Attack:
     """One command line in a prepared folder."""
 
-    name: str  # What is attacked and how, such as "config.data.crop=-1".
+    name: str  # The attacked input and its change, such as "config.data.crop=-1".
     mode: str
     argv: list[str]
     culprits: tuple[str, ...]  # An error must contain one of them.
@@ -36,7 +36,7 @@ class Attack:
 
 @dataclasses.dataclass
 class Outcome:
-    """What came of an attack."""
+    """Verdict on an attack."""
 
     good: bool
     text: str  # One line.
@@ -44,7 +44,7 @@ class Outcome:
 
 @dataclasses.dataclass
 class Result:
-    """What a command did."""
+    """Exit code and output of a command, and what it changed."""
 
     code: int | None  # None: it raised.
     stdout: str

@@ -253,7 +253,7 @@ def _mask(place: Place, rng: random.Random, mode: str) -> Attack:
     name = rng.choice([*fixtures.LABELED, *fixtures.VAL]).replace("images", "masks")
     path, split, verify = place.root / name, _split_of(name), _refused
     how = rng.choice([*_BAD_FILES, *_BAD_MASKS, "all ignored", "other ids", "bit flipped", "a link"])
-    if how == "all ignored":  # Of one image it is legitimate; of all labeled images nothing is left to learn.
+    if how == "all ignored":  # Legitimate for one image; with all labeled ones ignored no pixel has a label.
         alone = rng.random() < 0.3
         for each in [path] if alone else (place.root / "masks").iterdir():
             each.write_bytes(encoded(np.full(fixtures.SIZE, 255, np.uint8), "PNG"))

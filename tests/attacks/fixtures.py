@@ -1,4 +1,4 @@
-"""What is attacked: a tiny data set, runs, files of weights; and the results of commands that are not attacked.
+"""A tiny data set, runs and files of weights to attack, and the results of the same commands without an attack.
 
 `build` makes them once per session; `Place` is the folder of one attack with copies of them.
 """

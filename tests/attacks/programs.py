@@ -8,7 +8,7 @@ import time
 
 from tests.attacks.fixtures import ROOT, Place
 
-STEPS = 4  # Those of the runs in the fixtures, whose results are the oracle.
+STEPS = 4  # Steps of the runs in the fixtures; results are compared with theirs.
 _CODE = "from dssn_jax.commands import cli; cli()"
 PATIENCE = 120  # Seconds that a program may take on a busy machine.
 

@@ -70,7 +70,7 @@ def run(place: fixtures.Place, attack: attacks.Attack) -> attacks.Outcome:
             code = commands.run(attack.argv)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
-        except BaseException as error:  # What the user would see as a traceback.
+        except BaseException as error:  # The user would see a traceback.
             frame = (traceback.extract_tb(error.__traceback__) or [None])[-1]
             where = f" ({pathlib.Path(frame.filename).name}:{frame.lineno})" if frame else ""
             raised = f"{type(error).__name__}: {str(error)[:300]}{where}".replace("\n", " ")

@@ -1,4 +1,4 @@
-"""What `benchmarks.scaling` makes of the collectives of a compiled step."""
+"""Estimates of `benchmarks.scaling` from the collectives of a compiled step."""
 
 import json
 
