@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dssn_jax.models import platforms
 from dssn_jax.models.convolution import conv_general_dilated
 from dssn_jax.models.extent import Extent, zero_outside
 
@@ -85,7 +86,7 @@ def _max_pool_backward(saved, gradient):
 def _to_largest(x: jax.Array, index: jax.Array, gradient: jax.Array) -> jax.Array:
     """Returns the gradient of `x`, of which the sizes are read alone: sums of what its windows send to each pixel."""
     height, width = x.shape[1:3]
-    total = jnp.zeros((), jnp.promote_types(gradient.dtype, jnp.float32))
+    total = jnp.zeros((), platforms.wide(gradient.dtype))
     for number, (down, right) in enumerate(_WINDOW):
         part = jnp.where(index == number, gradient, 0).astype(total.dtype)
         spread = [(0, 0, 0)] * 4

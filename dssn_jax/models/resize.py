@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dssn_jax.models import platforms
 from dssn_jax.models.extent import Extent
 
 
@@ -33,7 +34,7 @@ def upsample(
     Logits narrower than float32 carry too few bits to be worth full-precision products: these use the accelerator's
     default precision.
     """
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    dtype = platforms.wide(logits.dtype)
     if logits.shape[1:3] == (height, width):
         return logits.astype(dtype)
     precision = jax.lax.Precision.HIGHEST if logits.dtype == dtype else None
@@ -73,7 +74,7 @@ def _enlarge(x: jax.Array, factors: tuple[int, int], precision) -> jax.Array:
     height, width = ((size - 1) * factor + 1 for size, factor in zip(x.shape[1:3], factors, strict=True))
 
     def by_pixel(x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(platforms.wide(x.dtype))
         return _stretch(_stretch(wide, factors[0], 1), factors[1], 2).astype(x.dtype)
 
     products = functools.partial(_by_products, height=height, width=width, precision=precision)
@@ -118,7 +119,7 @@ def _stretch(x: jax.Array, factor: int, axis: int) -> jax.Array:
 
 def _stretch_transposed(gradient: jax.Array, factor: int, axis: int) -> jax.Array:
     """Returns the gradient of what `_stretch` stretched, in the dtype of `gradient`."""
-    wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
+    wide = gradient.astype(platforms.wide(gradient.dtype))
     sizes = list(wide.shape)
     sizes[axis] = (sizes[axis] - 1) // factor + 1
     stretch = functools.partial(_stretch, factor=factor, axis=axis)

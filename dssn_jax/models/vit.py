@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from configs.checks import ConfigError
+from dssn_jax.models import platforms
 from dssn_jax.models.attention import attend
 from dssn_jax.models.extent import Extent, strided, zero_outside
 
@@ -180,7 +181,7 @@ class ViT(nn.Module):
         square = embedding[0, 1:].reshape(self.side, self.side, self.width)
         if extent is None and shape == (self.side, self.side):
             return first, square[None].astype(self.dtype)
-        square = square.astype(jnp.promote_types(self.dtype, jnp.float32))
+        square = square.astype(platforms.wide(self.dtype))
         grid = _grid(shape, strided(extent, self.patch))
         return first, resize_positions(square, grid, shape, self.offset, self.antialias).astype(self.dtype)
 
@@ -196,7 +197,7 @@ class ViT(nn.Module):
 
     def _rotation(self, shape: tuple[int, int], extent: Extent | None, train: bool) -> tuple[jax.Array, jax.Array]:
         """Returns cosines and sines [1 or B, T, head dimension] of the rotary embedding; the prefix is not rotated."""
-        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        dtype = platforms.wide(self.dtype)
         factor = jnp.ones((), dtype)
         if self._rescales(train):
             bound = math.log(self.rope_rescale)
