@@ -266,12 +266,17 @@ def _printable(text: str) -> str:
 
 def _call(mode: Mode, values: flags.FlagValues, given: dict) -> None:
     """Joins the other processes, sets up logging and calls the function of `mode` with the flags `given`."""
-    from dssn_jax import distributed  # Imports JAX.
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:
+        raise ConfigError(f"JAX refuses one of its environment variables: {error}") from None
+    from dssn_jax import distributed
     from dssn_jax.workdir import recorder
 
     recorder.quiet_libraries()
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's global flags.
     distributed.initialize(*(values[name].value for name in ("coordinator", "processes", "process")))
+    distributed.start_devices()
     inputs = [given.pop(name) for name in mode.inputs]
     module, _, function = mode.entry.partition(":")
     stop_logging = recorder.log_to()

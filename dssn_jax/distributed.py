@@ -83,6 +83,20 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
         raise ConfigError(f"the processes of this run could not connect ({coordinator or cluster}): {reason}") from None
 
 
+def start_devices() -> None:
+    """Initializes the devices of this process; call it after `initialize`.
+
+    Raises ConfigError if JAX cannot: no such platform, a TPU that another process holds, a driver that does not fit.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # The latter, without a message, for a platform without its plugin.
+        reason = shorten(error) or "no plugin of this platform is installed"
+        wanted = os.environ.get("JAX_PLATFORMS")
+        setting = f" (JAX_PLATFORMS={wanted})" if wanted else ""
+        raise ConfigError(f"JAX found no devices{setting}: {reason}") from None
+
+
 def is_first() -> bool:
     """Whether this is process 0, which writes what is written once: logs, summaries, images."""
     return jax.process_index() == 0

@@ -189,7 +189,7 @@ def prepare_folder(out: pathlib.Path, comparison: Comparison, command: str) -> N
     path = out / compare_results.COMPARISON
     base, earlier = comparison.configure(VARIANTS["dssn"]), []
     if path.exists():
-        saved = restore.read_json(out, compare_results.COMPARISON)
+        saved = compare_results.read_comparison(out)
         if changes := _changes(restore.with_defaults(saved["base"]), base):
             raise ConfigError(
                 f"{out} has runs of another comparison, of {saved['config']}: {'; '.join(changes)}. Choose another "

@@ -16,7 +16,7 @@ from experiments import compare_plots
 
 RUNS = "runs"  # Folder of the work directories.
 RESULT = "result.json"  # In the work directory of a finished run: which run it is.
-COMPARISON = "comparison.json"  # What all runs share.
+COMPARISON = "comparison.json"  # What all runs share: {"config": str, "commands": [str], "base": {...}}.
 BASELINE = "supervised"
 _ORDER = (BASELINE, "fixmatch", "unimatch", "dssn")  # Of the rows; other variants follow.
 MOST_CLASSES = 40  # With more, the table by class is too wide to read; results.json has it.
@@ -66,6 +66,18 @@ class Statistic(NamedTuple):
     mean: float
     std: float | None
     n: int
+
+
+def read_comparison(out: pathlib.Path) -> dict[str, Any]:
+    """Returns what the runs in `out` share; raises WorkdirError for a file that `experiments.compare` did not write."""
+    comparison = restore.read_json(out, COMPARISON)
+    for key, kind in (("config", str), ("commands", list), ("base", dict)):
+        if not isinstance(comparison.get(key), kind):
+            raise restore.WorkdirError(
+                f"{out / COMPARISON}: no {kind.__name__} {key!r} in it; expected the file that a comparison writes "
+                "there, not its results. Delete it and repeat the command: finished runs are kept"
+            )
+    return comparison
 
 
 def read(out: pathlib.Path) -> list[Outcome]:
@@ -186,7 +198,7 @@ def write(out: pathlib.Path) -> None:
 
 def write_tables(out: pathlib.Path) -> list[dict]:
     """Writes results.json and results.md of the finished runs in `out`; returns the rows."""
-    comparison, outcomes = restore.read_json(out, COMPARISON), read(out)
+    comparison, outcomes = read_comparison(out), read(out)
     rows, rare = summarize(outcomes), rare_classes(outcomes)
     content = {key: comparison[key] for key in ("config", "commands")}
     content["devices"] = sorted({outcome.run_info["devices"] for outcome in outcomes})

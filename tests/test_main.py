@@ -209,9 +209,9 @@ def test_ctrl_c_is_no_traceback_and_a_full_disk_names_the_command(monkeypatch, c
         assert message in capsys.readouterr().err
 
 
-def run_main(*options):
+def run_main(*options, **variables):
     command = [sys.executable, "-X", "importtime", "main.py", *options]
-    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
+    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE, **variables}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -227,6 +227,21 @@ def test_help_and_typos_are_answered_without_jax(options, code, message):
     assert done.returncode == code and message in done.stdout + done.stderr
     imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "ml_collections" in imported and not imported & {"jax", "grain", "orbax", "flax", "tensorflow", "PIL"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("JAX_PLATFORMS", "gpus", "JAX found no devices (JAX_PLATFORMS=gpus): Unable to initialize backend 'gpus'"),
+        ("JAX_PLATFORMS", "cuda", "JAX found no devices (JAX_PLATFORMS=cuda): "),
+        ("JAX_ENABLE_X64", "maybe", "'maybe' for environment 'JAX_ENABLE_X64'"),
+    ],
+)
+def test_devices_that_are_not_there_are_no_traceback(name, value, message, tmp_path):
+    done = run_main(CONFIG, f"--workdir={tmp_path / 'run'}", **{name: value})
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error: ") and message in last
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from dssn_jax.evaluation import metrics
 from dssn_jax.methods import method as methods
 from dssn_jax.training.loop import DivergedError
 from dssn_jax.validate import validate_training
-from dssn_jax.workdir import checkpoint, recorder
+from dssn_jax.workdir import checkpoint, recorder, restore
 from experiments import compare, compare_plots, compare_results, compilations, prediction_picture
 from input_pipeline.batch import labeled_rows
 
@@ -280,6 +281,23 @@ def test_tables_are_made_from_the_runs_alone(comparison, keep_programs, tmp_path
     assert changed["last"].mean == pytest.approx(row["last"].mean + 5)
     text = f"{changed['last'].mean:.2f} ± {changed['last'].std:.2f}"
     assert text not in first["results.md"] and text in (tmp_path / "results.md").read_text()
+
+
+def test_a_file_of_results_in_place_of_the_comparison_is_named(comparison, keep_programs, tmp_path):
+    runs = compare.plan(["dssn"], ["4"], {}, 1)
+    execute(comparison, tmp_path, FakeTraining(), runs)
+    path = tmp_path / compare_results.COMPARISON
+    path.write_text((tmp_path / "results.json").read_text())
+    message = f"{re.escape(str(path))}: no dict 'base' in it"
+    with pytest.raises(restore.WorkdirError, match=message):
+        compare.prepare_folder(tmp_path, comparison, "the command")
+    path.write_text(json.dumps({"config": CONFIG, "commands": "one", "base": {}}))
+    with pytest.raises(restore.WorkdirError, match="no list 'commands' in it"):
+        compare_results.write_tables(tmp_path)
+    path.unlink()
+    training = FakeTraining()
+    execute(comparison, tmp_path, training, runs)
+    assert not training.names and "base" in json.loads(path.read_text())
 
 
 def test_the_plot_shows_means_and_deviations(comparison, keep_programs, tmp_path):
