@@ -88,6 +88,7 @@ VARIANTS = {
     "fixmatch_balanced-half-labeled": Variant("fixmatch_balanced", {"method.labeled_batch_factor": "1"}),
     "fixmatch_balanced-partner-other": Variant("fixmatch_balanced", {"views.mix_partner": "other"}),
     "fixmatch_balanced-paste-classes": Variant("fixmatch_balanced", {"views.paste_classes": "2"}),
+    "fixmatch_balanced-half-strong-weight": Variant("fixmatch_balanced", {"method.strong_weight": "0.5"}),
     "fixmatch_balanced-aligned": Variant("fixmatch_balanced", {"method.align_classes": "True", **_MOMENTUM}),
     "fixmatch_balanced-class-aware": Variant("fixmatch_balanced", {"method.selection": "class_aware"}),
     **{

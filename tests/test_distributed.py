@@ -14,6 +14,7 @@ import pytest
 
 from configs.checks import ConfigError
 from dssn_jax import distributed
+from dssn_jax.workdir import files
 from tests.conftest import ONE_DEVICE
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -43,15 +44,20 @@ def finish(*processes, code=0):
     return printed
 
 
-@pytest.mark.slow
-def test_two_processes_of_four_devices_then_one_of_one_train_and_evaluate_as_one_of_one(tmp_path):
-    """One of two processes gets SIGTERM; both save and stop, and a single process resumes."""
+def start_two(workdir, *options):
+    """Starts `start` as two processes of four devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    join = [f"--coordinator={coordinator}", "--processes=2"]
+    join = [f"--coordinator={coordinator}", "--processes=2", *options]
+    return [start(workdir, FOUR_DEVICES, *join, f"--process={i}") for i in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_then_one_of_one_train_and_evaluate_as_one_of_one(tmp_path):
+    """One of two processes gets SIGTERM; both save and stop, and a single process resumes."""
     finish(start(tmp_path / "one", ONE_DEVICE))
-    two = [start(tmp_path / "two", FOUR_DEVICES, *join, f"--process={i}") for i in range(2)]
+    two = start_two(tmp_path / "two")
     assert any("2 processes x 4 devices x 1 " in line for line in two[0].stdout)
     assert any("step 11/30" in line for line in two[0].stdout)
     two[1].send_signal(signal.SIGTERM)
@@ -70,6 +76,15 @@ def test_two_processes_of_four_devices_then_one_of_one_train_and_evaluate_as_one
     for expected, values in zip(one, two, strict=True):
         for name in expected.keys() - timing:
             assert values[name] == pytest.approx(expected[name], rel=1e-9), name
+
+
+@pytest.mark.slow
+def test_all_processes_of_a_run_end_if_another_run_holds_the_work_directory(tmp_path):
+    with files.lock(tmp_path):
+        first, second = finish(*start_two(tmp_path), code=1)
+    assert f"error: {tmp_path}: process {os.getpid()} on {socket.gethostname()} trains in this work directory" in first
+    assert f"error: {tmp_path}: not locked by the first process" in second
+    assert "Traceback" not in first + second and [file.name for file in tmp_path.iterdir()] == [files.LOCK]
 
 
 @pytest.mark.parametrize(
