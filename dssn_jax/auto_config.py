@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import statistics
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -37,6 +38,13 @@ _PASSES = 100  # Over the unlabeled images, as in the VOC recipe.
 _STEPS = (4000, 40000)  # Least and most; with fewer SGD does not converge. The VOC recipe has 130 000.
 _EVALUATIONS, _EVALUATION_SHARE = 20, 0.2  # Most evaluations per run, and the greatest share of its work.
 _STEP_COST = 7  # Cost of a DSSN step per image, in forward passes, backward pass included.
+# Files of Linux with the memory that a container may use and uses, in both versions of control groups, and the entry of
+# memory.stat that counts cached files: those make room.
+_CONTAINER = pathlib.Path("/sys/fs/cgroup")
+_CONTAINER_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
 _MEMORY_SHARE = 0.85  # Planned share of the memory: libraries need some, and compilers plan differently.
 
 
@@ -268,13 +276,20 @@ def evaluation_cost(config, val: Source) -> float:
 def free_memory() -> int:
     """Returns the free bytes of memory of this machine, or of the container that this process runs in."""
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo, group = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup/memory.max")
+    meminfo = pathlib.Path("/proc/meminfo")
     if meminfo.exists():
         lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
         free = min(free, int(lines["MemAvailable"].split()[0]) << 10)
-    if group.exists() and group.read_text().strip().isdigit():
-        free = min(free, int(group.read_text()))
-    return free
+    return max(0, min([free, *_left_in_container(_CONTAINER)]))
+
+
+def _left_in_container(folder: pathlib.Path) -> Iterator[int]:
+    """Yields what a container may still use, in bytes, cached files not counted; nothing without a limit."""
+    for limit, usage, cache in _CONTAINER_FILES:
+        text = (folder / limit).read_text().strip() if (folder / limit).exists() else ""
+        if text.isdigit():
+            used = dict(line.split() for line in (folder / limit).with_name("memory.stat").read_text().splitlines())
+            yield int(text) - int((folder / usage).read_text()) + int(used.get(cache, 0))
 
 
 def _get(config, key: str):

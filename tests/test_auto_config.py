@@ -303,3 +303,23 @@ def test_memory_of_this_machine():
     """A share of what is free, divided among the simulated devices."""
     one, all_ = (auto_config.memory_of(jax.devices()[:count]) for count in (1, 4))
     assert GIB // 8 < 4 * all_ < 1.5 * one < 4000 * GIB
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_what_the_container_has_left(version, tmp_path, monkeypatch):
+    names = {
+        1: ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+        2: ("memory.max", "memory.current", "memory.stat"),
+    }
+    limit, usage, used = (tmp_path / name for name in names[version])
+    monkeypatch.setattr(auto_config, "_CONTAINER", tmp_path)
+    machine = auto_config.free_memory()
+    (tmp_path / "memory").mkdir()
+    limit.write_text("9000000\n")
+    usage.write_text("7000000\n")
+    used.write_text("anon 1\ninactive_file 500\ntotal_inactive_file 500\n")
+    assert auto_config.free_memory() == 2000500
+    usage.write_text("9900000\n")
+    assert auto_config.free_memory() == 0
+    limit.write_text({1: f"{2**63 - 4096}\n", 2: "max\n"}[version])  # No limit.
+    assert auto_config.free_memory() == pytest.approx(machine, rel=0.5)
