@@ -16,7 +16,7 @@ set on the command line (`--config.data.crop=321`; a tuple as `--config.data.sca
 
 def page() -> str:
     """Returns the page, in Markdown."""
-    parts = [_INTRODUCTION]
+    sections = [_INTRODUCTION]
     for path, section in _sections(KEYS):
         lines = [
             f"## {path or 'run'}",
@@ -27,8 +27,8 @@ def page() -> str:
             "|---|---|---|---|",
         ]
         lines += [_row(name, key) for name, key in section.items() if not isinstance(key, Section)]
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
+        sections.append("\n".join(lines) + "\n")
+    return "\n".join(sections)
 
 
 def _sections(section: Section, path: str = "") -> Iterator[tuple[str, Section]]:

@@ -55,8 +55,8 @@ def test_draws_have_the_probabilities_of_the_equation():
     drawn = np.array([rare.draw(present, 2, rng) for _ in range(20000)])
     np.testing.assert_allclose(np.bincount(drawn[:, 0], minlength=4) / 20000, p, atol=0.015)
     for a, b in ((0, 2), (0, 3), (2, 3), (3, 0)):
-        found = np.mean((drawn == (a, b)).all(1))
-        assert found == pytest.approx(p[a] * p[b] / (1 - p[a]), abs=0.015)
+        share = np.mean((drawn == (a, b)).all(1))
+        assert share == pytest.approx(p[a] * p[b] / (1 - p[a]), abs=0.015)
     assert sorted(rare.draw(present, 9, rng)) == [0, 2, 3] and len(rare.draw(~present, 3, rng)) == 1
     assert len(rare.draw(np.zeros(4, bool), 3, rng)) == 0
 

@@ -64,8 +64,8 @@ def assert_tokens(kind, tensors, images, expected):
     state_dict = {f"backbone.{name}": value for name, value in tensors.items()}
     variables = names.from_state_dict(state_dict, variables_of(kind))
     variables = {collection: tree["encoder"] for collection, tree in variables.items()}
-    found = jax.jit(encoder_of(kind).apply, static_argnums=2)(variables, images, False)[-1]
-    np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=2e-4, atol=2e-4)
+    result = jax.jit(encoder_of(kind).apply, static_argnums=2)(variables, images, False)[-1]
+    np.testing.assert_allclose(result.reshape(expected.shape), expected, rtol=2e-4, atol=2e-4)
 
 
 def images_for(kind):
@@ -348,15 +348,15 @@ def test_whole_checkpoints_come_and_go_exactly(checkpoint, monkeypatch, capsys, 
     assert "epoch 58" in log and "previous_best_ema 80.5" in log and "copy of the student" not in log
     networks = restore(run).networks
     for network, key in (("student", "model"), ("teacher", "model_ema")):
-        found = names.to_state_dict(networks[network])
-        assert_same({f"module.{name}": value for name, value in found.items()}, content[key])
+        tensors = names.to_state_dict(networks[network])
+        assert_same({f"module.{name}": value for name, value in tensors.items()}, content[key])
     assert commands.run(["--mode=convert", f"--from={run}", f"--to={back}", "--form=unimatch_v2"]) == 0
-    found = torch.load(back, weights_only=True)
-    assert found.keys() == {"model", "model_ema", "epoch", "previous_best", "previous_best_ema", "best_epoch"}
-    assert (found["epoch"], found["previous_best"], found["previous_best_ema"]) == (58, 79.25, 80.5)
+    saved = torch.load(back, weights_only=True)
+    assert saved.keys() == {"model", "model_ema", "epoch", "previous_best", "previous_best_ema", "best_epoch"}
+    assert (saved["epoch"], saved["previous_best"], saved["previous_best_ema"]) == (58, 79.25, 80.5)
     for key in ("model", "model_ema"):
-        assert found[key].keys() == content[key].keys()
-        assert all(torch.equal(found[key][name], value) for name, value in content[key].items())
+        assert saved[key].keys() == content[key].keys()
+        assert all(torch.equal(saved[key][name], value) for name, value in content[key].items())
     # From file to file, and one of the two networks alone.
     convert.convert(str(back), str(tmp_path / "again.pth"), form="unimatch_v2")
     again = torch.load(tmp_path / "again.pth", weights_only=True)
