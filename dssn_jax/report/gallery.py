@@ -78,6 +78,7 @@ def draw(run: Run, images: int) -> Gallery:
     except (UserError, OSError) as error:
         logger.warning("%s: no pictures: %s", run.label, error)
         return Gallery(f"No pictures: {error}")
+    logger.info("%s: drawing training images as the training step reads them; their program is compiled", run.label)
     try:
         return Gallery(note, validation, _draw_training(restored, val))
     except (UserError, OSError) as error:
