@@ -29,8 +29,8 @@ For TPUs "optimal_seconds", "bytes accessed" and "flops" are the compiler's own 
 The first two count what is brought into vector memory beside other kernels like any other work, so that a program of
 --level=O1, which brings nothing, looks better than it is; `estimated_mcycles`, the sum of the cycles that the same
 compiler writes beside its kernels, does not.
-Triton's products are off for GPUs (`compiler_options` of the target): without autotuning, which needs a device, the
-compiler cannot tile some of them.
+Triton's products are off for GPUs (`compiler_options` of the target): autotuning, which chooses between them and those
+of cuBLAS, needs a device.
 """
 
 import argparse
