@@ -1,4 +1,4 @@
-"""What the compiler makes of the training step for a chip that is not there: memory, bytes, launches, collectives.
+"""Compiles the training step for a chip that is not there: memory, bytes moved, launches, collectives.
 
     make compilers
     .venv-cuda/bin/python -m benchmarks.compiled --target=h100 --config=configs/pascal.py --config.model.dtype=bfloat16

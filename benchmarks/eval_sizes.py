@@ -1,4 +1,4 @@
-"""What padding to a few sizes saves an evaluation: `python -m benchmarks.eval_sizes`.
+"""Times an evaluation with and without padding to a few sizes: `python -m benchmarks.eval_sizes`.
 
 Evaluates a network on generated images of many sizes, first padded to at most `config.eval.buckets` sizes, then one by
 one at their own sizes, with a program for each. Prints the compiled programs, seconds and mean IoU of both, and checks

@@ -21,7 +21,7 @@ _ON_CHIP = "S(1)"  # In a layout: the memory space of a TPU's vector memory.
 _HEADER = re.compile(r"(ENTRY )?%?([\w.$-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.$-]+) = ")
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
-# What a schedule lists without any work behind it. The second half of an asynchronous pair is work of its first.
+# Instructions of a schedule that do no work. An asynchronous pair counts once, at its first half.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "opt-barrier",
     "optimization-barrier", "partition-id", "replica-id", "domain",

@@ -38,8 +38,8 @@ _PASSES = 100  # Over the unlabeled images, as in the VOC recipe.
 _STEPS = (4000, 40000)  # Least and most; with fewer SGD does not converge. The VOC recipe has 130 000.
 _EVALUATIONS, _EVALUATION_SHARE = 20, 0.2  # Most evaluations per run, and the greatest share of its work.
 _STEP_COST = 7  # Cost of a DSSN step per image, in forward passes, backward pass included.
-# Files of Linux with the memory that a container may use and uses, in both versions of control groups, and the entry of
-# memory.stat that counts cached files: those make room.
+# Control groups of Linux, version 2 and 1: the files with the limit and the use of memory, and the entry of memory.stat
+# with cached files, which are counted as used but can be dropped.
 _CONTAINER = pathlib.Path("/sys/fs/cgroup")
 _CONTAINER_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
@@ -284,12 +284,13 @@ def free_memory() -> int:
 
 
 def _left_in_container(folder: pathlib.Path) -> Iterator[int]:
-    """Yields what a container may still use, in bytes, cached files not counted; nothing without a limit."""
-    for limit, usage, cache in _CONTAINER_FILES:
-        text = (folder / limit).read_text().strip() if (folder / limit).exists() else ""
+    """Yields the bytes that a container may still use, cached files not counted; nothing without a limit."""
+    for limit, usage, cached in _CONTAINER_FILES:
+        path = folder / limit
+        text = path.read_text().strip() if path.exists() else ""
         if text.isdigit():
-            used = dict(line.split() for line in (folder / limit).with_name("memory.stat").read_text().splitlines())
-            yield int(text) - int((folder / usage).read_text()) + int(used.get(cache, 0))
+            stat = dict(line.split() for line in path.with_name("memory.stat").read_text().splitlines())
+            yield int(text) - int((folder / usage).read_text()) + int(stat.get(cached, 0))
 
 
 def _get(config, key: str):

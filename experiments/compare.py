@@ -56,8 +56,8 @@ _BALANCED = {f"method.{key}": str(_ENTRY[key]) for key in ("class_weight_power",
 _BALANCED |= {f"data.{key}": str(value) for key, value in _ENTRY["data"].items()}
 _MOMENTUM = {"method.selection_momentum": "0.98"}  # Runs of a comparison are short.
 _UNADJUSTED = {"method.logit_adjustment": "0.0"}
-# What can be compared. Variants with overrides are ablations: a method without a part, or with another form of it;
-# that of the supervised baseline shows what the same parts are worth without unlabeled images.
+# Values of --methods. Variants with overrides are ablations: a method without a part, or with another form of it; the
+# supervised ones measure the same parts without unlabeled images.
 VARIANTS = {
     "supervised": Variant("supervised"),
     "fixmatch": Variant("fixmatch"),
@@ -121,7 +121,7 @@ class Run(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What all runs share: the config file with its arguments, and values of keys."""
+    """The config file with its arguments, and the values of keys, that are common to all runs."""
 
     config: str
     overrides: dict[str, str]

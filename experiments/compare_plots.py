@@ -5,7 +5,7 @@ import pathlib
 
 from dssn_jax.workdir import files
 
-_METHOD_COLOR, _ABLATION_COLOR = "C0", "C4"  # Of the color cycle of matplotlib.
+_METHOD_COLOR, _ABLATION_COLOR = "C0", "C4"  # Names in matplotlib's color cycle.
 
 
 def write(rows: list[dict], measures: dict[str, str], out: pathlib.Path) -> None:

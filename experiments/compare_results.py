@@ -16,9 +16,10 @@ from experiments import compare_plots
 
 RUNS = "runs"  # Folder of the work directories.
 RESULT = "result.json"  # In the work directory of a finished run: which run it is.
-COMPARISON = "comparison.json"  # What all runs share: {"config": str, "commands": [str], "base": {...}}.
+COMPARISON = "comparison.json"  # Config file, commands and base configuration, common to all runs.
+_COMPARISON_TYPES = {"config": str, "commands": list, "base": dict}
 BASELINE = "supervised"
-_ORDER = (BASELINE, "fixmatch", "unimatch", "dssn")  # Of the rows; other variants follow.
+_ORDER = (BASELINE, "fixmatch", "unimatch", "dssn")  # Order of the rows; other variants follow.
 MOST_CLASSES = 40  # With more, the table by class is too wide to read; results.json has it.
 RARE = 0.25  # Share of the classes, the rarest of the validation images, whose IoU is tabled.
 # best: the largest mean IoU of all evaluations, of student or teacher, as the paper reports it; selected on the
@@ -69,9 +70,9 @@ class Statistic(NamedTuple):
 
 
 def read_comparison(out: pathlib.Path) -> dict[str, Any]:
-    """Returns what the runs in `out` share; raises WorkdirError for a file that `experiments.compare` did not write."""
+    """Returns the content of `COMPARISON` in `out`; raises WorkdirError if keys are missing or of another type."""
     comparison = restore.read_json(out, COMPARISON)
-    for key, kind in (("config", str), ("commands", list), ("base", dict)):
+    for key, kind in _COMPARISON_TYPES.items():
         if not isinstance(comparison.get(key), kind):
             raise restore.WorkdirError(
                 f"{out / COMPARISON}: no {kind.__name__} {key!r} in it; expected the file that a comparison writes "

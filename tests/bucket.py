@@ -1,11 +1,12 @@
 """A simulated bucket of Google Cloud Storage on this machine."""
 
 import contextlib
-import socket
 from collections.abc import Iterator
 
 from gcp_storage_emulator import server
 from gcp_storage_emulator.handlers import objects
+
+from tests.conftest import free_port
 
 
 def _download(request, response, storage, *args, **kwargs):
@@ -22,9 +23,7 @@ _plain_download, objects.download = objects.download, _download
 @contextlib.contextmanager
 def simulated(name: str) -> Iterator[dict[str, str]]:
     """Serves an empty bucket; yields the environment variables that direct libraries to it."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with server.create_server("localhost", port, in_memory=True, default_bucket=name):
         address = f"http://localhost:{port}"
         yield {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}

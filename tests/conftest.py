@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import os
 import pathlib
+import socket
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,6 +43,13 @@ def pytest_collection_modifyitems(items):
     rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
     root = pathlib.Path(__file__).parent
     items.sort(key=lambda item: rank.get(item.path.relative_to(root).as_posix(), len(rank)))
+
+
+def free_port() -> int:
+    """Returns a port of this machine that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,7 +15,7 @@ import pytest
 from configs.checks import ConfigError
 from dssn_jax import distributed
 from dssn_jax.workdir import files
-from tests.conftest import ONE_DEVICE
+from tests.conftest import ONE_DEVICE, free_port
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOUR_DEVICES = f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"
@@ -44,12 +44,9 @@ def finish(*processes, code=0):
     return printed
 
 
-def start_two(workdir, *options):
-    """Starts `start` as two processes of four devices each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
-    join = [f"--coordinator={coordinator}", "--processes=2", *options]
+def start_two(workdir):
+    """Starts the run of `start` as two processes of four devices each."""
+    join = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
     return [start(workdir, FOUR_DEVICES, *join, f"--process={i}") for i in range(2)]
 
 

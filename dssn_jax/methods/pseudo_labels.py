@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dssn_jax.methods.losses import LEAST_SHARE
+from dssn_jax.models import platforms
 
 
 class _Stateless:
@@ -203,7 +204,7 @@ def _move(means, batch, valid: jax.Array, momentum: float):
 
 def _probabilities(logits: jax.Array) -> jax.Array:
     """Returns the probabilities of logits, in at least float32."""
-    return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    return jax.nn.softmax(logits.astype(platforms.wide(logits.dtype)))
 
 
 def _mean(values: jax.Array, valid: jax.Array) -> jax.Array:

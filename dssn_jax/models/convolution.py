@@ -20,8 +20,8 @@ from dssn_jax.models.depthwise import depthwise_conv
 from dssn_jax.models.platforms import Options
 
 _FEW_CHANNELS = 8  # With fewer, products leave most of a vector register empty.
-# Products of more pixels per image than this are computed image by image: sums over them, which otherwise one core does
-# alone, and those in `one_product`, which otherwise leave the cache.
+# Images with more pixels than this are multiplied one at a time: XLA sums over the pixels of all images on a single
+# core, and the products that `one_product` makes of all images do not fit the cache.
 _LONG = 512
 
 
@@ -102,8 +102,8 @@ def products(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
 def one_product(x: jax.Array, kernel: jax.Array, options: Options) -> jax.Array:
     """Returns the convolution without stride of `x` [B, H, W, C] and `kernel` [k, l, C, D].
 
-    Each pixel is multiplied by all elements of the kernel at once; what an output adds up lies `dilation` pixels apart.
-    Large maps image by image, which stay in the cache.
+    Multiplies each pixel by all elements of the kernel at once and adds the products of pixels that are `dilation`
+    apart, for large maps image by image.
     """
     (rows, columns, channels, features), (down, right) = kernel.shape, options.dilation
     matrix = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dssn_jax.models import platforms
+
 
 class Extent(NamedTuple):
     """Valid (unpadded) height and width of each image in a padded batch; the rest is padding below and to the right.
@@ -48,7 +50,7 @@ def zero_outside(x: jax.Array, extent: Extent | None) -> jax.Array:
 
 def mean_inside(x: jax.Array, extent: Extent | None) -> jax.Array:
     """Returns the mean over the pixels inside `extent`: [B, H, W, C] -> [B, 1, 1, C], in at least float32."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = platforms.wide(x.dtype)
     if extent is None:
         return x.mean((1, 2), keepdims=True, dtype=dtype)
     pixels = jnp.maximum(extent.height * extent.width, 1)[:, None, None, None]

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dssn_jax.models import platforms
 from dssn_jax.models.batch_norm import Train
 from dssn_jax.models.extent import Extent
 from dssn_jax.models.resize import upsample
@@ -50,7 +51,7 @@ class Network(nn.Module):
     @property
     def image_dtype(self):
         """The dtype of normalized images and of full-size logits: `dtype`, but at least float32."""
-        return jnp.promote_types(self.dtype, jnp.float32)
+        return platforms.wide(self.dtype)
 
     @property
     def draws(self) -> bool:

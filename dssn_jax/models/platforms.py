@@ -61,7 +61,7 @@ def convolution(on_cpu: Callable[[jax.Array, jax.Array, Options], CpuForms]) -> 
 
 
 def wide(dtype) -> jnp.dtype:
-    """Returns the dtype in which products of numbers of `dtype` are summed: float32, or float64 for float64."""
+    """Returns `dtype`, but at least float32: the dtype of sums, means and probabilities of numbers of `dtype`."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
