@@ -33,8 +33,7 @@ from absl import flags
 
 from configs.checks import ConfigError, score_changes
 from configs.methods import METHODS
-from dssn_jax import auto_config, commands
-from dssn_jax.distributed import PreemptedError
+from dssn_jax import auto_config, commands, distributed
 from dssn_jax.training import loop
 from dssn_jax.validate import validate_training
 from dssn_jax.workdir import checkpoint, recorder, restore
@@ -261,7 +260,7 @@ def execute_all(
         workdir = out / compare_results.RUNS / run.name
         try:
             best = execute(run, config, workdir, functools.partial(train, deadline=deadline), programs)
-        except PreemptedError as stopped:
+        except distributed.PreemptedError as stopped:
             if time.monotonic() < deadline:
                 raise
             print(stopped, flush=True)
@@ -302,6 +301,7 @@ def compare(arguments: argparse.Namespace) -> None:
     else:
         if arguments.config is None or arguments.splits is None:
             raise ConfigError("--config and --splits are required without --table-only")
+        distributed.start_devices()
         comparison = Comparison(arguments.config, parse_settings(arguments.set, "--set"))
         grid = {key: text.split(",") for key, text in parse_settings(arguments.grid, "--grid").items()}
         variants = choose_variants(arguments.methods, comparison, arguments.splits[0])

@@ -3,7 +3,11 @@
 import dataclasses
 import json
 import math
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -22,6 +26,7 @@ from experiments import compare, compare_plots, compare_results, compilations, p
 from input_pipeline.batch import labeled_rows
 
 CONFIG = "configs/shapes.py:steps=20"
+ROOT = pathlib.Path(__file__).parents[2]
 NEVER = math.inf
 # Classes of the shapes by pixels in the made-up validation images: ring and cross are the rarest.
 PIXELS = np.array([700, 120, 100, 60, 10, 30])
@@ -298,6 +303,15 @@ def test_a_file_of_results_in_place_of_the_comparison_is_named(comparison, keep_
     training = FakeTraining()
     execute(comparison, tmp_path, training, runs)
     assert not training.names and "base" in json.loads(path.read_text())
+
+
+def test_devices_that_are_not_there_end_a_comparison(tmp_path):
+    out = tmp_path / "runs"
+    command = ["-m", "experiments.compare", f"--config={CONFIG}", "--splits", "4", f"--out={out}"]
+    environment = {**os.environ, "JAX_PLATFORMS": "gpus"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and not out.exists() and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: JAX found no devices (JAX_PLATFORMS=gpus)")
 
 
 def test_the_plot_shows_means_and_deviations(comparison, keep_programs, tmp_path):
