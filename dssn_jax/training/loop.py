@@ -239,11 +239,14 @@ class Trainer:
         means["lr"] = float(fetched[-1]["lr"])
         timing = self._timer.read(self._run.length.steps - self._step)
         images_per_second = sum(batch_sizes(self._config).values()) / timing.seconds_per_step
+        pace = f"first step, with its compilation: {duration(timing.seconds_per_step)}"
+        if timing.seconds_left is not None:
+            speed = f"{images_per_second:.1f} images/s, waiting {timing.waiting:.0%}"
+            pace = f"{speed} | {duration(timing.seconds_left)} left"
         logger.info(
-            "step %d/%d epoch %.1f | %s | %s | %.1f images/s, waiting %.0f%% | %s left",
+            "step %d/%d epoch %.1f | %s | %s | %s",
             self._step, self._run.length.steps, self._step / self._run.length.steps_per_epoch, _terms(means),
-            self._score_text(metrics.last_scores(self._scores)), images_per_second, 100 * timing.waiting,
-            duration(timing.seconds_left),
+            self._score_text(metrics.last_scores(self._scores)), pace,
         )  # fmt: skip
         values = {**means, "images_per_second": images_per_second, "waiting": timing.waiting}
         if SHARES in means:

@@ -10,13 +10,13 @@ class Timing(NamedTuple):
 
     seconds_per_step: float
     waiting: float  # Share of the time for which the devices waited for data.
-    seconds_left: float
+    seconds_left: float | None  # None after the first step alone, which compiles.
 
 
 class StepTimer:
     """Measures steps. Evaluations and checkpoints do not count toward the speed, but toward the time left.
 
-    The first step, which compiles, does not count toward the time left.
+    The first step does not count toward the time left, because it compiles.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -41,8 +41,10 @@ class StepTimer:
             self._step_seconds += seconds
             self._step_count += counted
         per_step = seconds / max(counted, 1)
-        average = self._step_seconds / self._step_count if self._step_count else per_step
-        left = steps_left * (average + self._other_seconds / max(self.steps, 1))
+        left = None
+        if self._step_count:
+            average = self._step_seconds / self._step_count
+            left = steps_left * (average + self._other_seconds / self.steps)
         return Timing(per_step, waited / max(seconds, 1e-9), left)
 
     def count_other_work(self) -> None:

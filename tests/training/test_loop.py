@@ -88,6 +88,7 @@ def test_a_run_leaves_its_scores_logs_and_checkpoints(tiny_config, tmp_path):
     log = (tmp_path / "log.txt").read_text()
     assert "6 steps (4 per epoch) of 4 labeled + 4 unlabeled images (1 processes x 4 devices x 1 + 1 images" in log
     for part in (
+        "first step, with its compilation: ",
         "step 6/6",
         "loss_fp2",
         "contrast_image",
