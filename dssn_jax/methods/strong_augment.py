@@ -319,10 +319,9 @@ def _floor_255(x: jax.Array) -> jax.Array:
 
 def _rgb(h: jax.Array, s: jax.Array, v: jax.Array) -> jax.Array:
     """Converts from HSV as Pillow: three int32 [N, H, W, 1] -> uint8 [N, H, W, 3]."""
-    sector, fraction = 6 * h // 255, 6 * h % 255
-    # Each channel passes through six sectors in turn and is darkened by `amount`, in units of 1 / 255.
-    position = (sector + jnp.array([5, 3, 1])) % 6
-    amount = jnp.select([position == 0, position < 3, position == 3], [fraction, 255, 255 - fraction], 0)
+    # A channel is darkened by `amount` / 255, a trapezoid over its turn of six sectors of 255: up, full, down, none.
+    turn = (6 * h + 255 * jnp.array([5, 3, 1])) % (6 * 255)
+    amount = jnp.clip(jnp.minimum(turn, 4 * 255 - turn), 0, 255)
     one = 255 * 255
     return ((2 * v * (one - s * amount) + one) // (2 * one)).astype(jnp.uint8)
 

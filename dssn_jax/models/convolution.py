@@ -191,12 +191,22 @@ def _matmul_forward(x, kernel):
 
 def _matmul_backward(saved, gradient):
     x, kernel = saved
-    multiply = functools.partial(jnp.einsum, preferred_element_type=gradient.dtype)
     rounded = gradient.astype(x.dtype)
-    by_x = multiply("nhwd,cd->nhwc", rounded, kernel).astype(x.dtype)
-    if x.dtype == gradient.dtype and x.shape[1] * x.shape[2] > _LONG:
-        return by_x, multiply("nhwc,nhwd->ncd", x, rounded).sum(0)
-    return by_x, multiply("nhwc,nhwd->cd", x, rounded).astype(kernel.dtype)
+    by_x = jnp.einsum("nhwd,cd->nhwc", rounded, kernel, preferred_element_type=gradient.dtype).astype(x.dtype)
+    return by_x, _channel_products(x, rounded, gradient.dtype).astype(kernel.dtype)
+
+
+def _channel_products(x: jax.Array, y: jax.Array, wide: jnp.dtype) -> jax.Array:
+    """Returns the products of each channel of `x` [B, h, w, C] and of `y` [B, h, w, D], summed in `wide`: [C, D].
+
+    XLA transposes the first factor, so the map with fewer channels is it.
+    """
+    if x.shape[-1] > y.shape[-1]:
+        return _channel_products(y, x, wide).T
+    multiply = functools.partial(jnp.einsum, preferred_element_type=wide)
+    if x.dtype == wide and x.shape[1] * x.shape[2] > _LONG:
+        return multiply("nhwc,nhwd->ncd", x, y).sum(0)
+    return multiply("nhwc,nhwd->cd", x, y)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -25,6 +25,7 @@ def one_device(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.parametrize(("channels", "features"), [(3, 4), (4, 3)])
 @pytest.mark.parametrize(
     ("kernel", "stride", "dilation", "padding", "size"),
     [
@@ -37,9 +38,9 @@ def one_device(monkeypatch):
         (3, 2, 2, ((2, 2), (2, 1)), (3, 4)),
     ],
 )
-def test_products_are_a_convolution(x64, kernel, stride, dilation, padding, size):
+def test_products_are_a_convolution(x64, kernel, stride, dilation, padding, size, channels, features):
     rng = np.random.default_rng(0)
-    x, weights = rng.normal(size=(2, *size, 3)), rng.normal(size=(kernel, kernel, 3, 4))
+    x, weights = rng.normal(size=(2, *size, channels)), rng.normal(size=(kernel, kernel, channels, features))
     options = Options((stride, stride), padding, (dilation, dilation))
 
     def plain(x, weights):
