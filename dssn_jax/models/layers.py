@@ -62,17 +62,36 @@ def _pool(x: jax.Array) -> jax.Array:
 
 
 def _largest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the largest values of the windows, and which of `_WINDOW` they are, uint8."""
-    largest, index = None, None
-    for number, (down, right) in enumerate(_WINDOW):
-        value = jax.lax.pad(x, jnp.array(-jnp.inf, x.dtype), _shifts(x.shape, down, right))
-        value = value[:, ::2, ::2]
-        if largest is None:
-            largest, index = value, jnp.zeros(value.shape, jnp.uint8)
-        else:
-            index = jnp.where(value > largest, jnp.uint8(number), index)
-            largest = jnp.maximum(largest, value)
+    """Returns the largest values of the windows, and which of the nine pixels they are, row by row, uint8.
+
+    The first is the largest of three columns, then of three rows. Every second pixel is taken before padding, because
+    CPUs write out what is padded.
+    """
+    columns = [(_in_windows(x, 2, offset, -jnp.inf), jnp.uint8(number)) for number, offset in enumerate(_OFFSETS)]
+    largest, column = _first_largest(columns)
+    rows = [
+        (_in_windows(largest, 1, offset, -jnp.inf), _in_windows(column, 1, offset, 0) + jnp.uint8(3 * number))
+        for number, offset in enumerate(_OFFSETS)
+    ]
+    return _first_largest(rows)
+
+
+def _first_largest(candidates: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """Returns the largest of the values and its index, of pairs (value, index); the first if several are equal."""
+    (largest, index), *others = candidates
+    for value, number in others:
+        index = jnp.where(value > largest, number, index)
+        largest = jnp.maximum(largest, value)
     return largest, index
+
+
+def _in_windows(x: jax.Array, axis: int, offset: int, fill: float) -> jax.Array:
+    """Returns the pixels that windows have at an offset from their centers along an axis, `fill` beyond the border."""
+    windows, before = (x.shape[axis] + 1) // 2, max(-offset, 0)
+    pixels = jax.lax.slice_in_dim(x, offset % 2, None, 2, axis)
+    padding = [(0, 0, 0)] * x.ndim
+    padding[axis] = (before, windows - before - pixels.shape[axis], 0)
+    return jax.lax.pad(pixels, jnp.array(fill, x.dtype), padding)
 
 
 def _max_pool_backward(saved, gradient):
@@ -85,26 +104,30 @@ def _max_pool_backward(saved, gradient):
 
 def _to_largest(x: jax.Array, index: jax.Array, gradient: jax.Array) -> jax.Array:
     """Returns the gradient of `x`, of which the sizes are read alone: sums of what its windows send to each pixel."""
-    height, width = x.shape[1:3]
-    total = jnp.zeros((), platforms.wide(gradient.dtype))
-    for number, (down, right) in enumerate(_WINDOW):
-        part = jnp.where(index == number, gradient, 0).astype(total.dtype)
-        spread = [(0, 0, 0)] * 4
-        for axis, offset, size in ((1, down, height), (2, right, width)):
-            spread[axis] = (offset, size - offset - 2 * part.shape[axis] + 1, 1)
-        total += jax.lax.pad(part, jnp.zeros((), part.dtype), spread)
-    return total.astype(gradient.dtype)
+    wide = platforms.wide(gradient.dtype)
+    sent = [jnp.where(index == number, gradient, 0).astype(wide) for number in range(9)]
+    rows = [_from_windows(sent[first : first + 3], 2, x.shape[2]) for first in (0, 3, 6)]
+    return _from_windows(rows, 1, x.shape[1]).astype(gradient.dtype)
+
+
+def _from_windows(sent: list[jax.Array], axis: int, size: int) -> jax.Array:
+    """Returns the `size` pixels along an axis, given what windows send to the pixels at `_OFFSETS`.
+
+    A pixel at an even place is the center of a window; the others lie between two.
+    """
+    before, center, after = sent
+    padding = [(0, 0, 0)] * before.ndim
+    padding[axis] = (-1, 1, 0)  # Window i + 1 sends to pixel 2 i + 1, before its center.
+    between = after + jax.lax.pad(before, jnp.zeros((), before.dtype), padding)
+    shape = list(center.shape)
+    shape[axis] *= 2
+    pixels = jnp.stack([center, between], axis + 1).reshape(shape)
+    return jax.lax.slice_in_dim(pixels, 0, size, axis=axis)
 
 
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
-# Where the pixels of a window of `max_pool` are, relative to its center.
-_WINDOW = tuple((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1))
-
-
-def _shifts(shape: tuple[int, ...], down: int, right: int) -> list[tuple[int, int, int]]:
-    """Returns the padding with which row i of the result is row i + down of an image, and likewise for columns."""
-    return [(0, 0, 0), (-down, down, 0), (-right, right, 0), (0, 0, 0)]
+_OFFSETS = (-1, 0, 1)  # Where the pixels of a window of `max_pool` are along an axis, relative to its center.
 
 
 def average_pool(x: jax.Array, window: int, stride: int, extent: Extent | None = None) -> jax.Array:
