@@ -2,7 +2,7 @@
 
 XLA's convolutions are the best there is for GPUs and TPUs, which get them. For CPUs it compiles matrix products better
 than convolutions of 1x1, several times so in the backward pass, and dilated convolutions of small maps multiply padding
-for the most part; the gradients of all other kernels are summed image by image. In bfloat16, which many CPUs multiply
+for the most part; the gradients of all other kernels are sums of products. In bfloat16, which many CPUs multiply
 several times as fast as float32 in matrix products alone, all convolutions without stride are such products. The
 results are the same but for rounding.
 """
@@ -21,7 +21,7 @@ from dssn_jax.models.platforms import Options
 
 _FEW_CHANNELS = 8  # With fewer, products leave most of a vector register empty.
 # Images with more pixels than this are multiplied one at a time: XLA sums over the pixels of all images on a single
-# core, and the products that `one_product` makes of all images do not fit the cache.
+# core, and what all images together need does not fit the cache.
 _LONG = 512
 
 
@@ -75,7 +75,7 @@ def _cpu_forms(x: jax.Array, kernel: jax.Array, options: Options) -> platforms.C
         return platforms.CpuForms()
     if x.dtype == jnp.bfloat16 and options.strides == (1, 1):
         return platforms.CpuForms(one_product, _one_product_gradients)
-    return platforms.CpuForms(gradients=_gradients_by_image)
+    return platforms.CpuForms(gradients=_kernel_by_products)
 
 
 _conv = platforms.convolution(_cpu_forms)
@@ -130,7 +130,7 @@ def _one_product_gradients(x, kernel, gradient, options):
     return by_x, _kernel_gradient(x, kernel, gradient, options)
 
 
-def _gradients_by_image(x, kernel, gradient, options):
+def _kernel_by_products(x, kernel, gradient, options):
     by_x = jax.vjp(lambda x: platforms.plain(x, kernel, options), x)[1](gradient)[0]
     return by_x, _kernel_gradient(x, kernel, gradient, options)
 
@@ -138,25 +138,26 @@ def _gradients_by_image(x, kernel, gradient, options):
 def _kernel_gradient(x: jax.Array, kernel: jax.Array, gradient: jax.Array, options: Options) -> jax.Array:
     """Returns the gradient of `kernel`, given that of the result of the convolution [B, h, w, D].
 
-    An image at a time, which stays in the cache: a matrix product per element of the kernel, of the gradient and the
-    part of the image that the element reaches. On a CPU XLA's convolution takes one to three times as long.
+    A matrix product per element of the kernel, of the gradient and the part of the image that the element reaches; of
+    large maps an image at a time, which stays in the cache. On a CPU XLA's convolution takes one to three times as
+    long.
     """
     (rows, columns), (down, right) = kernel.shape[:2], options.dilation
-    (height, width), wide = gradient.shape[1:3], platforms.wide(x.dtype)
+    (batch, height, width, features), wide = gradient.shape, platforms.wide(x.dtype)
 
-    def reached(image: jax.Array, i: int, j: int) -> jax.Array:
+    def reached(images: jax.Array, i: int, j: int) -> jax.Array:
         vertical = _inputs(Tap(i * down, 0, height), options.strides[0])
         horizontal = _inputs(Tap(j * right, 0, width), options.strides[1])
-        return image[vertical, horizontal].reshape(-1, image.shape[-1])
+        return images[:, vertical, horizontal].reshape(-1, images.shape[-1])
 
-    def add_image(total: jax.Array, image: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        padded, by_result = image[0], image[1].reshape(height * width, -1).T
+    def add_images(total: jax.Array, images: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        padded, by_result = images[0], images[1].reshape(-1, features).T
         pixels = (reached(padded, i, j) for i in range(rows) for j in range(columns))
         return total + jnp.stack([jnp.matmul(by_result, each, preferred_element_type=wide) for each in pixels]), None
 
-    padded = platforms.pad(x, options.padding)
-    total = jnp.zeros((rows * columns, gradient.shape[-1], x.shape[-1]), wide)
-    total, _ = lax.scan(add_image, total, (padded, gradient))
+    together = 1 if height * width > _LONG else batch
+    groups = [each.reshape(-1, together, *each.shape[1:]) for each in (platforms.pad(x, options.padding), gradient)]
+    total, _ = lax.scan(add_images, jnp.zeros((rows * columns, features, x.shape[-1]), wide), tuple(groups))
     return jnp.swapaxes(total, 1, 2).reshape(kernel.shape).astype(kernel.dtype)
 
 
