@@ -198,16 +198,13 @@ def _matmul_backward(saved, gradient):
 
 
 def _channel_products(x: jax.Array, y: jax.Array, wide: jnp.dtype) -> jax.Array:
-    """Returns the products of each channel of `x` [B, h, w, C] and of `y` [B, h, w, D], summed in `wide`: [C, D].
-
-    XLA transposes the first factor, so the map with fewer channels is it.
-    """
-    if x.shape[-1] > y.shape[-1]:
-        return _channel_products(y, x, wide).T
+    """Returns the products of each channel of `x` [B, h, w, C] and of `y` [B, h, w, D], summed in `wide`: [C, D]."""
     multiply = functools.partial(jnp.einsum, preferred_element_type=wide)
-    if x.dtype == wide and x.shape[1] * x.shape[2] > _LONG:
-        return multiply("nhwc,nhwd->ncd", x, y).sum(0)
-    return multiply("nhwc,nhwd->cd", x, y)
+    if x.dtype != wide or x.shape[1] * x.shape[2] <= _LONG:
+        return multiply("nhwc,nhwd->cd", x, y)
+    if x.shape[-1] > y.shape[-1]:  # XLA transposes the first factor, so the one with fewer channels is it.
+        return multiply("nhwd,nhwc->ndc", y, x).sum(0).T
+    return multiply("nhwc,nhwd->ncd", x, y).sum(0)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -25,6 +25,15 @@ def test_max_pooling_and_its_gradient_are_flaxes(height, width):
     np.testing.assert_array_equal(gradient(weights)[0], expected_gradient(weights)[0])
 
 
+@pytest.mark.parametrize(("height", "width"), [(9, 9), (8, 8), (5, 6), (1, 2)])
+def test_largest_values_by_axis_are_those_of_the_windows(height, width):
+    """GPUs have one of the two forms, CPUs the other."""
+    x = np.random.default_rng(0).integers(-3, 3, (2, height, width, 4)).astype(np.float32)
+    for ours, expected in zip(layers._largest_by_axis(x), layers._largest(x), strict=True):
+        assert ours.dtype == expected.dtype
+        np.testing.assert_array_equal(ours, expected)
+
+
 def test_tpus_have_their_own_instructions_for_max_pooling():
     def gradient(x):
         return jax.grad(lambda x: layers.max_pool(x).sum())(x)
