@@ -20,7 +20,7 @@ from input_pipeline.sources.shapes import ShapesSource
 from tests.reference import photometric
 
 COLUMNS = ("what", "crop", "batch", "device_ms", "pillow_ms", "ratio")
-PARAMETERS = {"posterize": 6, "solarize": 128}  # Of the operations; others: 0.5.
+PARAMETERS = {"posterize": 6, "solarize": 128}  # Parameters of the operations; all others are called with 0.5.
 PILLOW_VIEWS = 10  # Views per measurement with Pillow: they differ in the operations drawn.
 
 

@@ -318,7 +318,8 @@ def _flop(instruction: Instruction, arrays: list[Array]) -> float:
     if instruction.opcode == "dot" or target.startswith("__cublas$"):
         contracted = instruction.integers("lhs_contracting_dims") or instruction.integers("lhs_contracting_dimensions")
         return 2.0 * math.prod(instruction.arrays[0].sizes) * math.prod(arrays[0].sizes[axis] for axis in contracted)
-    if target.startswith("__cudnn$fmha"):  # Of query and key [B, T, heads, d]: 2 products, 5 in the backward pass.
+    if target.startswith("__cudnn$fmha"):
+        # Attention of query and key [B, T, heads, d] is 2 products forward and 5 backward.
         return (10.0 if "Backward" in target else 4.0) * math.prod(arrays[0].sizes) * arrays[1].sizes[1]
     if instruction.opcode != "convolution" and not target.startswith("__cudnn$conv"):
         return 0.0

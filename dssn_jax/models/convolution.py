@@ -194,11 +194,15 @@ def _matmul_backward(saved, gradient):
     x, kernel = saved
     rounded = gradient.astype(x.dtype)
     by_x = jnp.einsum("nhwd,cd->nhwc", rounded, kernel, preferred_element_type=gradient.dtype).astype(x.dtype)
-    return by_x, _channel_products(x, rounded, gradient.dtype).astype(kernel.dtype)
+    return by_x, _channel_products(x, rounded).astype(kernel.dtype)
 
 
-def _channel_products(x: jax.Array, y: jax.Array, wide: jnp.dtype) -> jax.Array:
-    """Returns the products of each channel of `x` [B, h, w, C] and of `y` [B, h, w, D], summed in `wide`: [C, D]."""
+def _channel_products(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the products of each channel of `x` [B, h, w, C] and of `y` [B, h, w, D], summed over pixels: [C, D].
+
+    For bfloat16 the sums are in float32.
+    """
+    wide = platforms.wide(x.dtype)
     multiply = functools.partial(jnp.einsum, preferred_element_type=wide)
     if x.dtype != wide or x.shape[1] * x.shape[2] <= _LONG:
         return multiply("nhwc,nhwd->cd", x, y)
