@@ -96,6 +96,12 @@ def test_data_and_configurations_import_no_jax():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_a_run_imports_no_pytorch():
+    """Even where it is installed: importing it takes as long as the rest of the start."""
+    code = "import sys, dssn_jax.training.loop, dssn_jax.workdir.board\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("module", modules(*PRODUCT))
 def test_module_imports(module):
     importlib.import_module(module)

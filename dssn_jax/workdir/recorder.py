@@ -12,17 +12,12 @@ import functools
 import json
 import logging
 import os
-import pathlib
 import sys
 import time
-import uuid
 from collections.abc import Callable
 
 import numpy as np
 from etils import epath
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from dssn_jax import distributed
 from dssn_jax.workdir import files
@@ -181,7 +176,7 @@ class Recorder:
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Records a uint8 [H, W, 3] picture."""
         if distributed.is_first():
-            self._board.add(step, summary.image(name, image, dataformats="HWC"))
+            self._board.picture(step, name, image)
 
     def sync(self) -> None:
         """Copies everything recorded so far to the work directory, if that is in an object store."""
@@ -194,9 +189,11 @@ class Recorder:
             self._board.close()
 
     @functools.cached_property
-    def _board(self) -> "_Board":
-        """The TensorBoard file, which begins with the first record."""
-        return _Board(self._workdir.append_dir / "tensorboard", self._after)
+    def _board(self):
+        """The TensorBoard file (a `Board`), which begins with the first record."""
+        from dssn_jax.workdir.board import Board  # Its library takes long to import.
+
+        return Board(self._workdir.append_dir / "tensorboard", self._after)
 
     def _write(self, step: int, values: dict) -> None:
         if distributed.is_first():
@@ -207,36 +204,8 @@ class Recorder:
     def _show(self, step: int, values: dict[str, float]) -> None:
         if distributed.is_first():
             for name, value in values.items():
-                self._board.add(step, summary.scalar(name, value))
+                self._board.scalar(step, name, value)
             self._board.flush()
-
-
-class _Board:
-    """A file of TensorBoard, written by the calling thread: tensorboardX's own waits forever when a disk is full."""
-
-    def __init__(self, folder: pathlib.Path, after: int):
-        """Opens a file whose records replace those of earlier files after the step `after`."""
-        self._folder = folder
-        with files.name_in_errors(folder):
-            folder.mkdir(exist_ok=True)
-            self._writer = event_file_writer.EventsWriter(str(folder / "events"), f".{uuid.uuid4().hex}")
-        self._write(Event(step=after + 1, session_log=SessionLog(status=SessionLog.START)))
-
-    def add(self, step: int, content: Summary) -> None:
-        self._write(Event(step=step, summary=content))
-
-    def flush(self) -> None:
-        with files.name_in_errors(self._folder):
-            self._writer.flush()
-
-    def close(self) -> None:
-        with files.name_in_errors(self._folder):
-            self._writer.close()
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        with files.name_in_errors(self._folder):
-            self._writer.write_event(event)
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict]:
