@@ -11,7 +11,6 @@ convolutional encoder takes the rates of COCO. Published mIoU: docs/encoders.md.
 
 from configs import arguments, encoders
 
-SPLITS = ("1_64", "1_32", "1_16", "1_8", "1_4", "1_2")
 # The first name in each line of the benchmark's list of objects, in its order.
 CLASSES = (
     "wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed", "windowpane", "grass", "cabinet", "sidewalk",
@@ -35,7 +34,7 @@ def get_config(argument: str | None = None):
     values = arguments.parse(
         argument, split="1_8", encoder="dinov2_base", decoder="", method="unimatch_v2", crop=513
     )  # fmt: skip
-    config = arguments.recipe("ade20k", values, CLASSES, SPLITS)
+    config = arguments.recipe("ade20k", values, CLASSES)
     config.data.splits = "splits/ade20k"
     if encoders.find_family(values["encoder"]) is None:
         config.optimizer.lr = 0.004

@@ -38,7 +38,7 @@ def parse(argument: str | None, **default_values) -> dict:
     return values
 
 
-def recipe(dataset: str, values: dict, classes: Sequence[str], splits: Sequence[str] = ()) -> ConfigDict:
+def recipe(dataset: str, values: dict, classes: Sequence[str]) -> ConfigDict:
     """Returns the defaults with the arguments of a config file, for the data set's own settings to follow.
 
     A file that sets keys of `config.views` or `config.data` passes the result to `finish`. Vision transformers have the
@@ -48,12 +48,9 @@ def recipe(dataset: str, values: dict, classes: Sequence[str], splits: Sequence[
       dataset: name of the data set, for the name of the run and the published schedule.
       values: parsed arguments, with at least encoder, method and crop; decoder is optional.
       classes: class names.
-      splits: names of the published splits, if the argument split must be one of them.
 
     Raises ConfigError for a value that a key does not accept.
     """
-    if splits:
-        check_choice("split", values["split"], splits)
     config = defaults.get_config()
     config.name = describe(dataset, values)
     config.data.split = values.get("split", "")

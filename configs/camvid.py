@@ -11,7 +11,6 @@ rate for random initial weights; with a vision transformer, one by whether weigh
 from configs import arguments, encoders
 from configs.checks import ConfigError
 
-SPLITS = ("1_16", "1_8", "1_4", "full")
 CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car", "pedestrian", "bicyclist",
 )  # fmt: skip
@@ -21,7 +20,7 @@ def get_config(argument: str | None = None):
     values = arguments.parse(argument, split="1_8", encoder="resnet50", decoder="", method="dssn", crop=321, reduce=1)
     if values["reduce"] < 1:
         raise ConfigError(f"config argument reduce={values['reduce']}; expected at least 1")
-    config = arguments.recipe("camvid", values, CLASSES, SPLITS)
+    config = arguments.recipe("camvid", values, CLASSES)
     config.optimizer.lr = 0.02 if encoders.find_family(values["encoder"]) is None else 0.0
     config.optimizer.lr_mults = ()
     config.data.scale = tuple(scale / values["reduce"] for scale in config.data.scale)

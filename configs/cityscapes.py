@@ -12,7 +12,6 @@ ResNet-50 75.41, 77.31, 78.05, 78.73. With DINOv2: docs/encoders.md.
 
 from configs import arguments, encoders
 
-SPLITS = ("1_30", "1_16", "1_8", "1_4", "1_2")
 CLASSES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
     "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
@@ -25,7 +24,7 @@ _MIN_KEPT = 100000  # Hard pixels of OHEM per image of the recipe's crop: 200000
 
 def get_config(argument: str | None = None):
     values = arguments.parse(argument, split="1_8", encoder="resnet101", decoder="", method="dssn", crop=_CROP)
-    config = arguments.recipe("cityscapes", values, CLASSES, SPLITS)
+    config = arguments.recipe("cityscapes", values, CLASSES)
     config.data.splits = "splits/cityscapes"
     config.eval.mode = "sliding_window"
     config.method.labeled_loss = "ohem"

@@ -8,7 +8,6 @@ and DINOv3).
 
 from configs import arguments, encoders
 
-SPLITS = ("1_512", "1_256", "1_128", "1_64", "1_32")
 CLASSES = (
     "background", "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
     "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep",
@@ -23,7 +22,7 @@ CLASSES = (
 
 def get_config(argument: str | None = None):
     values = arguments.parse(argument, split="1_128", encoder="xception", decoder="", method="dssn", crop=513)
-    config = arguments.recipe("coco", values, CLASSES, SPLITS)
+    config = arguments.recipe("coco", values, CLASSES)
     config.data.splits = "splits/coco"
     if encoders.find_family(values["encoder"]) is None:
         config.optimizer.lr = 0.004

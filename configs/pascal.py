@@ -14,9 +14,6 @@ Published mIoU (%), ResNet-101, crop 513, better of student and teacher: 92: 75.
 
 from configs import arguments, encoders
 
-SPLITS = (
-    "92", "183", "366", "732", "1464", "1_16", "1_8", "1_4", "1_2", "u2pl_1_16", "u2pl_1_8", "u2pl_1_4", "u2pl_1_2",
-)  # fmt: skip
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor",
@@ -25,7 +22,7 @@ CLASSES = (
 
 def get_config(argument: str | None = None):
     values = arguments.parse(argument, split="183", encoder="resnet101", decoder="", method="dssn", crop=513)
-    config = arguments.recipe("pascal", values, CLASSES, SPLITS)
+    config = arguments.recipe("pascal", values, CLASSES)
     config.data.splits = "splits/pascal"
     if encoders.find_family(values["encoder"]) is None:
         config.views.operations = (1, 3)

@@ -1,5 +1,6 @@
 """Settings that must precede the first use of JAX (CPU, four simulated devices) and small programs to share."""
 
+import gc
 import importlib.metadata
 import logging
 import os
@@ -37,6 +38,12 @@ LONGEST_FIRST = (
     "training/test_loop.py", "learner/test_step.py", "test_golden.py", "test_distributed.py", "test_faults.py",
     "learner/test_tpu.py", "input_pipeline/test_pipeline.py",
 )  # fmt: skip
+
+
+def pytest_collection_finish():
+    """Collects garbage less often: traces are made of many small objects that live, as do all modules so far."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items):

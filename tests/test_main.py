@@ -65,7 +65,6 @@ def test_help_lists_modes_and_flags(capsys):
         (["--mode=tran"], ["unknown --mode 'tran'", "'train'"]),
         (["--chekpoint=best"], ["chekpoint", "checkpoint"]),
         (["runs"], ["unexpected argument 'runs'"]),
-        (["--config=configs/pascal.py:split=184"], ["unknown split '184'", "'183'"]),
         (["--config=configs/shapes.py:encoder=resnet5"], ["config.model.encoder 'resnet5'", "'resnet50'"]),
         (["--config=configs/shapes.py", "--config.data.croop=3"], ["'data.croop'", "'crop'"]),
         (["--config=configs/shapes.py", "-config.data.croop", "3"], ["'data.croop'", "'crop'"]),
@@ -383,3 +382,17 @@ def test_split_and_records(own_images, tmp_path):
     assert (tmp_path / "packed/index.json").is_file()
     command = ["--mode=check", f"{config},split=2", "--config.data.source=array_record"]
     assert commands.run([*command, f"--config.data.root={tmp_path / 'packed'}"]) == 0
+
+
+def test_lists_of_a_published_data_set(own_images, tmp_path, capsys):
+    """A split of its own is chosen as the log says."""
+    lines = [f"images/{i}.png masks/{i}.png\n" for i in range(8)]
+    for name, chosen in (("1_8/labeled", lines[:4]), ("1_8/unlabeled", lines[4:6]), ("val", lines[6:])):
+        path = own_images / f"splits/{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(chosen))
+    options = [f"--config.data.root={own_images}", f"--to={tmp_path / 'lists'}"]
+    assert commands.run(["--mode=split", "--config=configs/camvid.py", "--subsets=2", *options]) == 0
+    *_, argument, _, key = capsys.readouterr().out.split()
+    assert (argument, key) == ("split=2", f"--config.data.splits={tmp_path / 'lists'}")
+    assert commands.run(["--mode=check", f"--config=configs/camvid.py:{argument}", key, options[0]]) == 0

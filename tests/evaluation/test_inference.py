@@ -15,8 +15,8 @@ from dssn_jax.models.resize import resize
 SIZES = np.array([(33, 48), (48, 33), (17, 29), (40, 41), (1, 20)])
 
 
-@pytest.fixture
-def setting(tiny_config):
+@pytest.fixture(scope="module")
+def exact_setting(tiny_config):
     """(network, variables, images padded to 48x48 with noise, extent) in float64."""
     with jax.enable_x64(True):
         config = tiny_config(model__dtype="float64", model__param_dtype="float64")
@@ -25,7 +25,14 @@ def setting(tiny_config):
         variables = jax.jit(network.init)(jax.random.PRNGKey(0), images[:1])
         # Running statistics that are not those of the start, so that zeros outside do not stay zeros.
         variables = {**variables, "batch_stats": jax.tree.map(lambda x: x + 0.3, variables["batch_stats"])}
-        yield network, variables, images, Extent(*jnp.asarray(SIZES.T, jnp.int32))
+        return network, variables, images, Extent(*jnp.asarray(SIZES.T, jnp.int32))
+
+
+@pytest.fixture
+def setting(exact_setting):
+    """`exact_setting`, for computations in float64."""
+    with jax.enable_x64(True):
+        yield exact_setting
 
 
 def alone(images, row):
@@ -46,10 +53,11 @@ def window_by_window(network, variables, image, window):
     """The original's loop: windows at the right and bottom edges are cut short."""
     total = np.zeros((*image.shape[1:3], network.num_classes))
     stride = int(window * 2 / 3)
+    apply = jax.jit(network.apply)
     for y in range(0, image.shape[1], stride):
         for x in range(0, image.shape[2], stride):
             part = (slice(y, y + window), slice(x, x + window))
-            total[part] += np.asarray(jax.nn.softmax(network.apply(variables, image[:, *part])))[0]
+            total[part] += np.asarray(jax.nn.softmax(apply(variables, image[:, *part])))[0]
     return total
 
 

@@ -28,17 +28,23 @@ def root(tmp_path):
     return workdirs.make_root(tmp_path / "root", SIZES)
 
 
-@pytest.fixture
-def run(tiny_config, root, tmp_path):
-    """(configuration, work directory) of a run that saved only its initial state."""
-    options = {"data__source": "folder", "data__root": str(root), "data__split": "few"}
-    config = tiny_config("dssn", **options, eval__batch=4, eval__buckets=1)
-    state = learners.build(config).init_state()
+@pytest.fixture(scope="module")
+def state(tiny_config):
+    """A state whose networks predict several classes in each image."""
+    state = learners.build(tiny_config()).init_state()
     params = state.student["params"]
     classifier = params["decoder"]["classifier"]
-    classifier = {**classifier, "kernel": 300 * classifier["kernel"]}  # Predicts several classes in each image.
+    classifier = {**classifier, "kernel": 300 * classifier["kernel"]}
     variables = {**state.student, "params": {**params, "decoder": {**params["decoder"], "classifier": classifier}}}
-    workdirs.save(tmp_path / "run", config, state.replace(student=variables, teacher=variables))
+    return state.replace(student=variables, teacher=variables)
+
+
+@pytest.fixture
+def run(tiny_config, state, root, tmp_path):
+    """(configuration, work directory) of a run that saved only `state`."""
+    options = {"data__source": "folder", "data__root": str(root), "data__split": "few"}
+    config = tiny_config(**options, eval__batch=4, eval__buckets=1)
+    workdirs.save(tmp_path / "run", config, state)
     return config, tmp_path / "run"
 
 
