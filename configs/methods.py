@@ -18,12 +18,12 @@ METHODS = {
         image_contrast_weight=0.0, feature_contrast_weight=0.0, selection="threshold",
     ),
     # FixMatch for few labels and rare classes: an EMA teacher that labels after 80 steps, twice as many labeled
-    # images, pasted into the strong views with their labels, drawn and weighted by the rarity of their classes; logit
-    # adjustment takes a part of the weights' effect on predictions back (docs/results/camvid.md).
+    # images, drawn and weighted by the rarity of their classes; logit adjustment takes a part of the weights' effect on
+    # predictions back (docs/results/camvid.md).
     "fixmatch_balanced": dict(
         labeled_batch_factor=2, strong_views=1, feature_views=0, teacher="ema", strong_weight=1.0, feature_weight=0.0,
         image_contrast_weight=0.0, feature_contrast_weight=0.0, selection="threshold", class_weight_power=0.5,
-        logit_adjustment=-0.3, ema=dict(warmup_steps=80, batch_stats_epochs=0), views=dict(mix_partner="labeled"),
+        logit_adjustment=-0.3, ema=dict(warmup_steps=80, batch_stats_epochs=0), views=dict(mix_partner="other"),
         data=dict(labeled_sampling="rare", rare_temperature=0.1),
     ),
     # Two strong views and one feature view. Yang et al., CVPR 2023.

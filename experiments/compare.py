@@ -55,6 +55,23 @@ _BALANCED = {f"method.{key}": str(_ENTRY[key]) for key in ("class_weight_power",
 _BALANCED |= {f"data.{key}": str(value) for key, value in _ENTRY["data"].items()}
 _MOMENTUM = {"method.selection_momentum": "0.98"}  # Runs of a comparison are short.
 _UNADJUSTED = {"method.logit_adjustment": "0.0"}
+_LABELED = {"views.mix_partner": "labeled"}
+# What fixmatch_balanced is tried without, or with.
+_PARTS = {
+    "no-logit-adjustment": _UNADJUSTED,
+    **{f"logit-adjustment{value}": {"method.logit_adjustment": value} for value in ("-0.2", "-0.25", "-0.33")},
+    "no-class-weights": {**_UNADJUSTED, "method.class_weight_power": "0.0"},
+    "half-class-weights": {**_UNADJUSTED, "method.class_weight_power": "0.25"},
+    "weigh-pseudo-labels": {**_UNADJUSTED, "method.weigh_pseudo_labels": "True"},
+    "no-rare-sampling": {"data.labeled_sampling": "uniform"},
+    "half-labeled": {"method.labeled_batch_factor": "1"},
+    "half-strong-weight": {"method.strong_weight": "0.5"},
+    "aligned": {"method.align_classes": "True", **_MOMENTUM},
+    "class-aware": {"method.selection": "class_aware"},
+    "adaptive": {"method.selection": "adaptive", **_MOMENTUM},
+    "soft": {"method.selection": "soft", **_MOMENTUM},
+    "class-balanced": {"method.selection": "class_balanced", **_MOMENTUM},
+}
 # Values of --methods. Variants with overrides are ablations: a method without a part, or with another form of it; the
 # supervised ones measure the same parts without unlabeled images.
 VARIANTS = {
@@ -70,31 +87,15 @@ VARIANTS = {
     "dssn-partner-same": Variant("dssn", {"views.mix_partner": "same"}),
     "dssn-partner-other": Variant("dssn", {"views.mix_partner": "other"}),
     "fixmatch_balanced": Variant("fixmatch_balanced"),
-    "fixmatch_balanced-no-logit-adjustment": Variant("fixmatch_balanced", _UNADJUSTED),
+    **{f"fixmatch_balanced-{name}": Variant("fixmatch_balanced", keys) for name, keys in _PARTS.items()},
+    # The recipe, and its parts, with labeled images pasted instead of unlabeled ones.
+    "fixmatch_balanced-partner-labeled": Variant("fixmatch_balanced", _LABELED),
+    "fixmatch_balanced-partner-labeled-paste-classes": Variant(
+        "fixmatch_balanced", {**_LABELED, "views.paste_classes": "2"}
+    ),
     **{
-        f"fixmatch_balanced-logit-adjustment{value}": Variant("fixmatch_balanced", {"method.logit_adjustment": value})
-        for value in ("-0.2", "-0.25", "-0.33")
-    },
-    **{
-        f"fixmatch_balanced-{name}": Variant("fixmatch_balanced", {**_UNADJUSTED, f"method.{key}": value})
-        for name, key, value in (
-            ("no-class-weights", "class_weight_power", "0.0"),
-            ("half-class-weights", "class_weight_power", "0.25"),
-            ("weigh-pseudo-labels", "weigh_pseudo_labels", "True"),
-        )
-    },
-    "fixmatch_balanced-no-rare-sampling": Variant("fixmatch_balanced", {"data.labeled_sampling": "uniform"}),
-    "fixmatch_balanced-half-labeled": Variant("fixmatch_balanced", {"method.labeled_batch_factor": "1"}),
-    "fixmatch_balanced-partner-other": Variant("fixmatch_balanced", {"views.mix_partner": "other"}),
-    "fixmatch_balanced-paste-classes": Variant("fixmatch_balanced", {"views.paste_classes": "2"}),
-    "fixmatch_balanced-half-strong-weight": Variant("fixmatch_balanced", {"method.strong_weight": "0.5"}),
-    "fixmatch_balanced-aligned": Variant("fixmatch_balanced", {"method.align_classes": "True", **_MOMENTUM}),
-    "fixmatch_balanced-class-aware": Variant("fixmatch_balanced", {"method.selection": "class_aware"}),
-    **{
-        f"fixmatch_balanced-{name.replace('_', '-')}": Variant(
-            "fixmatch_balanced", {"method.selection": name, **_MOMENTUM}
-        )
-        for name in ("adaptive", "soft", "class_balanced")
+        f"fixmatch_balanced-partner-labeled-{name}": Variant("fixmatch_balanced", {**_LABELED, **keys})
+        for name, keys in _PARTS.items()
     },
     "supervised-balanced": Variant("supervised", _BALANCED),
     "supervised-balanced-no-logit-adjustment": Variant("supervised", {**_BALANCED, **_UNADJUSTED}),

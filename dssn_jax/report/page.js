@@ -9,7 +9,7 @@ let axis = "step";
 
 // Returns the layout of a chart, in the colors of the light or the dark page.
 function themed(spec) {
-  const style = getComputedStyle(document.documentElement);
+  const style = getComputedStyle(document.body);
   const color = (name) => style.getPropertyValue(name).trim();
   const lines = { gridcolor: color("--line"), zerolinecolor: color("--line"), linecolor: color("--line"), automargin: true };
   const layout = structuredClone(spec.layout);

@@ -27,7 +27,7 @@ def test_the_method_is_chosen_with_a_reason_unless_it_is_given(tmp_path, argumen
     config = custom.get_config(f"root={make_root(tmp_path, {'a': (0,)})}{arguments}")
     assert (config.method.name, bool(config.method.reason)) == (method, "method=" not in arguments)
     assert config.name.endswith(f"method={method}")
-    assert config.views.mix_partner == {"fixmatch_balanced": "labeled"}.get(method, "reversed")
+    assert config.views.mix_partner == {"fixmatch_balanced": "other"}.get(method, "reversed")
 
 
 @pytest.mark.parametrize(
