@@ -16,6 +16,7 @@ and continued runs; that folder may be deleted.
 """
 
 import argparse
+import fnmatch
 import functools
 import itertools
 import json
@@ -31,7 +32,8 @@ from typing import NamedTuple
 import jax
 from absl import flags
 
-from configs.checks import ConfigError, score_changes
+from configs.checks import ConfigError, score_changes, suggest
+from configs.kinds import show
 from configs.methods import METHODS
 from dssn_jax import auto_config, commands, distributed
 from dssn_jax.training import loop
@@ -78,6 +80,7 @@ VARIANTS = {
     "supervised": Variant("supervised"),
     "fixmatch": Variant("fixmatch"),
     "unimatch": Variant("unimatch"),
+    "unimatch_v2": Variant("unimatch_v2"),
     "dssn": Variant("dssn"),
     "dssn-threshold": Variant("dssn", {"method.selection": "threshold"}),
     "dssn-no-image-contrast": Variant("dssn", {"method.image_contrast_weight": "0.0"}),
@@ -159,16 +162,28 @@ def parse_settings(texts: Sequence[str], option: str) -> dict[str, str]:
     return settings
 
 
-def choose_variants(names: Sequence[str], comparison: Comparison, split: str) -> list[str]:
-    """Returns the variants of `names`, where "all" means those whose overrides change something in the config."""
-    changing = {}
-    for name in VARIANTS if "all" in names else names:
-        variant = VARIANTS[name]
-        plain = comparison.configure(variant._replace(overrides={}), split)
-        changing[name] = not variant.overrides or _changes(plain, comparison.configure(variant, split))
-        if name in names and not changing[name]:
-            raise ConfigError(f"--methods {name}: the same as {variant.method}, whose values this config already has")
-    return [name for name, changes in changing.items() if changes]
+def choose_variants(patterns: Sequence[str], comparison: Comparison, split: str) -> list[str]:
+    """Returns the variants that match `patterns`, such as "dssn" or "dssn*", and change something in the config.
+
+    Raises ConfigError for a pattern without such a variant.
+    """
+    chosen = []
+    for pattern in patterns:
+        matched = fnmatch.filter(VARIANTS, pattern)
+        if not matched:
+            raise ConfigError(f"--methods: unknown method {show(pattern)}{suggest(pattern, VARIANTS)}")
+        changing = [name for name in matched if _is_another(VARIANTS[name], comparison, split)]
+        if not changing:
+            method = VARIANTS[matched[0]].method
+            raise ConfigError(f"--methods {pattern}: the same as {method}, whose values this config already has")
+        chosen += changing
+    return list(dict.fromkeys(chosen))
+
+
+def _is_another(variant: Variant, comparison: Comparison, split: str) -> bool:
+    """Returns whether `variant` is a method itself, or its overrides change something in the config."""
+    plain = comparison.configure(variant._replace(overrides={}), split)
+    return not variant.overrides or bool(_changes(plain, comparison.configure(variant, split)))
 
 
 def plan(variants: Sequence[str], splits: Sequence[str], grid: dict[str, list[str]], seeds: int) -> list[Run]:
@@ -276,7 +291,11 @@ def execute_all(
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="config file, with arguments for all runs after a colon")
-    parser.add_argument("--methods", nargs="+", choices=[*VARIANTS, "all"], default=list(METHODS))
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS),
+        help="methods of configs/methods.py (default: all of them), or variants of them (VARIANTS in this module); "
+        "'dssn*', in quotes, is dssn and all its variants",
+    )  # fmt: skip
     parser.add_argument("--splits", nargs="+", help="values of the config file's argument split (shapes: labeled)")
     parser.add_argument("--seeds", type=int, default=3, help="number of runs per cell, with seeds 0, 1, ...")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config keys of all runs")

@@ -16,6 +16,7 @@ from PIL import Image
 
 from configs import shapes
 from configs.checks import ConfigError, differences
+from configs.methods import METHODS
 from dssn_jax.distributed import PreemptedError
 from dssn_jax.evaluation import metrics
 from dssn_jax.methods import method as methods
@@ -100,7 +101,7 @@ def test_variants_differ_in_one_part_and_train_on_equally_many_images(file):
         {},
         set(),
     )
-    for name in compare.choose_variants(["all"], comparison, "8" if "shapes" in file else "1_8"):
+    for name in compare.choose_variants(["*"], comparison, "8" if "shapes" in file else "1_8"):
         config = comparison.configure(compare.VARIANTS[name])
         validate_training(config, device_count=1)
         built[name] = methods.from_config(config, steps_per_epoch=10)
@@ -119,11 +120,20 @@ def test_variants_differ_in_one_part_and_train_on_equally_many_images(file):
     assert threshold.selection.threshold == 0.95
 
 
+def test_methods_are_chosen_by_patterns():
+    comparison = compare.Comparison("configs/shapes.py", {})
+    assert compare.choose_variants(METHODS, comparison, "8") == list(METHODS)
+    chosen = compare.choose_variants(["supervised", "dssn-no-*", "dssn-no-teacher"], comparison, "8")
+    assert chosen == ["supervised", *(name for name in compare.VARIANTS if name.startswith("dssn-no-"))]
+    with pytest.raises(ConfigError, match="unknown method 'dsn'; did you mean 'dssn'"):
+        compare.choose_variants(["supervised", "dsn"], comparison, "8")
+
+
 def test_the_partner_that_the_config_has_is_no_variant():
     shapes_, camvid = compare.Comparison("configs/shapes.py", {}), compare.Comparison("configs/camvid.py", {})
-    assert "dssn-partner-same" in compare.choose_variants(["all"], shapes_, "8")
-    assert "dssn-partner-other" not in compare.choose_variants(["all"], shapes_, "8")
-    assert "dssn-partner-other" in compare.choose_variants(["all"], camvid, "1_8")
+    assert "dssn-partner-same" in compare.choose_variants(["*"], shapes_, "8")
+    assert "dssn-partner-other" not in compare.choose_variants(["*"], shapes_, "8")
+    assert "dssn-partner-other" in compare.choose_variants(["*"], camvid, "1_8")
     with pytest.raises(ConfigError, match="dssn-partner-same: the same as dssn"):
         compare.choose_variants(["dssn", "dssn-partner-same"], camvid, "1_8")
 
