@@ -1,4 +1,4 @@
-"""The TensorBoard file of a run; only processes that record import this module."""
+"""The TensorBoard file of a run. Import this module before threads start: it hides PyTorch while it imports."""
 
 import pathlib
 import sys

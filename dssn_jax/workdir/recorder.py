@@ -140,8 +140,11 @@ class Recorder:
 
     def __init__(self, workdir: files.Folder, step: int):
         """Continues after `step`: what an interrupted run recorded later is dropped."""
+        from dssn_jax.workdir.board import Board  # Its library takes long, and programs that record nothing do without.
+
+        self._open_board = lambda: Board(workdir.append_dir / "tensorboard", step)
         self._workdir, self._path, self._confusion = workdir, workdir.append_dir / METRICS, workdir.path / CONFUSION
-        kept, self._after = [line for line in read_metrics(workdir.path) if line["step"] <= step], step
+        kept = [line for line in read_metrics(workdir.path) if line["step"] <= step]
         if distributed.is_first():
             with files.atomic_write(self._path) as part:
                 part.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -191,9 +194,7 @@ class Recorder:
     @functools.cached_property
     def _board(self):
         """The TensorBoard file (a `Board`), which begins with the first record."""
-        from dssn_jax.workdir.board import Board  # Its library takes long to import.
-
-        return Board(self._workdir.append_dir / "tensorboard", self._after)
+        return self._open_board()
 
     def _write(self, step: int, values: dict) -> None:
         if distributed.is_first():
