@@ -58,7 +58,7 @@ _BALANCED |= {f"data.{key}": str(value) for key, value in _ENTRY["data"].items()
 _MOMENTUM = {"method.selection_momentum": "0.98"}  # Runs of a comparison are short.
 _UNADJUSTED = {"method.logit_adjustment": "0.0"}
 _LABELED = {"views.mix_partner": "labeled"}
-# What fixmatch_balanced is tried without, or with.
+# Ablations of fixmatch_balanced: end of the name -> values of keys.
 _PARTS = {
     "no-logit-adjustment": _UNADJUSTED,
     **{f"logit-adjustment{value}": {"method.logit_adjustment": value} for value in ("-0.2", "-0.25", "-0.33")},
