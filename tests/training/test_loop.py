@@ -186,9 +186,9 @@ def saved_steps(log):
 def test_a_run_is_not_continued_with_what_would_change_it(tiny_config, trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     changes = {**LONG, "train__steps": 14, "optimizer__lr": 0.01}
-    with pytest.raises(ConfigError, match=r"step 12; .*lr: 0.02, now 0.01; the length.*: 12 steps, now 14.*resume"):
+    with pytest.raises(ConfigError, match=r"step 12; .*lr: 0.05, now 0.01; the length.*: 12 steps, now 14.*resume"):
         loop.train(tiny_config(**changes), tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["lr"] == 0.02
+    assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["lr"] == 0.05
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(contextlib.closing(files.Folder(tmp_path)))
         trainer = loop.Trainer(plan(tiny_config(**changes, train__resume="changed")), folder, stack)
