@@ -182,8 +182,10 @@ def choose_variants(patterns: Sequence[str], comparison: Comparison, split: str)
 
 def _is_another(variant: Variant, comparison: Comparison, split: str) -> bool:
     """Returns whether `variant` is a method itself, or its overrides change something in the config."""
+    if not variant.overrides:
+        return True
     plain = comparison.configure(variant._replace(overrides={}), split)
-    return not variant.overrides or bool(_changes(plain, comparison.configure(variant, split)))
+    return bool(_changes(plain, comparison.configure(variant, split)))
 
 
 def plan(variants: Sequence[str], splits: Sequence[str], grid: dict[str, list[str]], seeds: int) -> list[Run]:

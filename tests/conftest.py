@@ -41,7 +41,7 @@ LONGEST_FIRST = (
 
 
 def pytest_collection_finish():
-    """Collects garbage less often: traces are made of many small objects that live, as do all modules so far."""
+    """Collects garbage less often, and not what is imported: tracing makes many small objects, which stay in use."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
 

@@ -385,7 +385,7 @@ def test_split_and_records(own_images, tmp_path):
 
 
 def test_lists_of_a_published_data_set(own_images, tmp_path, capsys):
-    """A split of its own is chosen as the log says."""
+    """The config argument and the key that the log names choose lists of one's own."""
     lines = [f"images/{i}.png masks/{i}.png\n" for i in range(8)]
     for name, chosen in (("1_8/labeled", lines[:4]), ("1_8/unlabeled", lines[4:6]), ("val", lines[6:])):
         path = own_images / f"splits/{name}.txt"

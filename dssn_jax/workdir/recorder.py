@@ -140,7 +140,7 @@ class Recorder:
 
     def __init__(self, workdir: files.Folder, step: int):
         """Continues after `step`: what an interrupted run recorded later is dropped."""
-        from dssn_jax.workdir.board import Board  # Its library takes long, and programs that record nothing do without.
+        from dssn_jax.workdir.board import Board  # Imports tensorboardX, which only runs need.
 
         self._open_board = lambda: Board(workdir.append_dir / "tensorboard", step)
         self._workdir, self._path, self._confusion = workdir, workdir.append_dir / METRICS, workdir.path / CONFUSION

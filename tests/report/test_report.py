@@ -128,7 +128,8 @@ def test_the_page_in_a_browser(page, tmp_path):
         "selected",
     ):
         assert re.search(rf">\s*{text}\b", dom), text
-    assert set(re.findall(r"<text[^>]*font-family: ([^,;]+)", dom)) == {"system-ui"}  # That of the page.
+    # Charts have the font of the page.
+    assert set(re.findall(r"<text[^>]*font-family: ([^,;]+)", dom)) == {"system-ui"}
     for index in (0, 1):  # The colors of both runs, of buttons and bars at least.
         color = np.array([int(charts.color(index)[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(screenshot - color).max(-1) < 3).sum() > 2000

@@ -125,7 +125,7 @@ def test_the_log_shows_the_labeled_images_per_step(tiny_config, tmp_path):
 
 
 LONG = {
-    "method": "fixmatch", "method__teacher": "ema",  # Whose step compiles faster than that of DSSN.
+    "method": "fixmatch", "method__teacher": "ema",  # Its step compiles faster than DSSN's.
     "train__steps": 12, "train__eval_every": 7, "train__checkpoint_every": 3, "train__pictures": 0,
     "method__selection": "adaptive",  # Whose statistics are part of the state.
 }  # fmt: skip
