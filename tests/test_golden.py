@@ -29,7 +29,8 @@ def test_golden_numbers_hold(folder, file):
 
 @pytest.mark.parametrize("changed", ["out/fixed_0/loss_u_s2", "out/never_computed"])
 def test_a_wrong_or_missing_output_fails(changed, tmp_path):
-    stored = dict(np.load(FOLDER / "losses.npz"))
+    with np.load(FOLDER / "losses.npz") as archive:
+        stored = dict(archive)
     stored[changed] = stored.get(changed, np.float64(1)) * (1 + 1e-7)
     np.savez(tmp_path / "losses.npz", **stored)
     shutil.copy(FOLDER / "golden.json", tmp_path)

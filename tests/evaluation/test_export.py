@@ -65,7 +65,8 @@ def test_the_example_of_the_guide(trained, tmp_path):
     normalized = ((images / 255 - mean) / std).astype(np.float32)
     apply = jax.jit(learner.network.apply)
     expected = np.asarray(jax.nn.softmax(apply(networks["teacher"], normalized)))
-    outputs = np.load(tmp_path / "outputs.npz")
+    with np.load(tmp_path / "outputs.npz") as archive:
+        outputs = dict(archive)
     assert outputs["class_ids"].dtype == np.uint8 and outputs["class_ids"].shape == (3, 40, 50)
     # Rounding may flip a pixel between two equally likely classes.
     assert (outputs["class_ids"] != expected.argmax(-1)).mean() < 0.002
