@@ -271,15 +271,15 @@ def _call(mode: Mode, values: flags.FlagValues, given: dict) -> None:
     except ValueError as error:
         raise ConfigError(f"JAX refuses one of its environment variables: {error}") from None
     from dssn_jax import distributed
-    from dssn_jax.workdir import recorder
+    from dssn_jax.workdir import logs
 
-    recorder.quiet_libraries()
+    logs.quiet_libraries()
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's global flags.
     distributed.initialize(*(values[name].value for name in ("coordinator", "processes", "process")))
     distributed.start_devices()
     inputs = [given.pop(name) for name in mode.inputs]
     module, _, function = mode.entry.partition(":")
-    stop_logging = recorder.log_to()
+    stop_logging = logs.log_to()
     try:
         getattr(importlib.import_module(module), function)(*inputs, **given)
     finally:

@@ -38,8 +38,8 @@ from configs.methods import METHODS
 from dssn_jax import auto_config, commands, distributed
 from dssn_jax.training import loop
 from dssn_jax.validate import validate_training
-from dssn_jax.workdir import checkpoint, recorder, restore
-from dssn_jax.workdir.recorder import duration
+from dssn_jax.workdir import checkpoint, logs, records
+from dssn_jax.workdir.logs import duration
 from experiments import compare_results
 from experiments.compilations import Compilations, keep_programs
 from input_pipeline.errors import UserError
@@ -208,7 +208,7 @@ def prepare_folder(out: pathlib.Path, comparison: Comparison, command: str) -> N
     base, earlier = comparison.configure(VARIANTS["dssn"]), []
     if path.exists():
         saved = compare_results.read_comparison(out)
-        if changes := _changes(restore.with_defaults(saved["base"]), base):
+        if changes := _changes(records.with_defaults(saved["base"]), base):
             raise ConfigError(
                 f"{out} has runs of another comparison, of {saved['config']}: {'; '.join(changes)}. Choose another "
                 "--out"
@@ -216,14 +216,14 @@ def prepare_folder(out: pathlib.Path, comparison: Comparison, command: str) -> N
         earlier = saved["commands"]
     out.mkdir(parents=True, exist_ok=True)
     content = {"config": comparison.config, "commands": list(dict.fromkeys([*earlier, command]))}
-    recorder.write_json(path, content | {"base": json.loads(base.to_json())})
+    records.write_json(path, content | {"base": json.loads(base.to_json())})
 
 
 def is_finished(workdir: pathlib.Path, config) -> bool:
     """Returns whether the run of `config` in `workdir` is finished; raises ConfigError if it is another run."""
-    if not (workdir / restore.CONFIG).exists():
+    if not (workdir / records.CONFIG).exists():
         return False
-    saved = restore.read_config(workdir)
+    saved = records.read_config(workdir)
     if changes := _changes(saved, auto_config.copy_choices(config, saved)):
         raise ConfigError(
             f"{workdir} is a run of another configuration: {'; '.join(changes)}. Delete it, or choose another --out"
@@ -240,7 +240,7 @@ def execute(run: Run, config, workdir: pathlib.Path, train: Callable, programs: 
     except loop.DivergedError as error:
         result["diverged"] = str(error)
     counts = programs.take()
-    recorder.write_json(workdir / compare_results.RESULT, result | counts)
+    records.write_json(workdir / compare_results.RESULT, result | counts)
     print("programs: {compiled} compiled, {loaded} loaded, {compile_seconds:.1f} s".format(**counts), flush=True)
     return summary.get("best_step")
 
@@ -338,7 +338,7 @@ def compare(arguments: argparse.Namespace) -> None:
 def main() -> None:
     arguments = parse_arguments()
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's flags.
-    recorder.quiet_libraries()
+    logs.quiet_libraries()
     try:
         compare(arguments)
     except (UserError, OSError) as error:

@@ -11,7 +11,7 @@ import tabulate
 
 from dssn_jax.evaluation.metrics import NETWORKS
 from dssn_jax.learner.state import deployed
-from dssn_jax.workdir import files, recorder, restore
+from dssn_jax.workdir import files, records
 from experiments import compare_plots
 
 RUNS = "runs"  # Folder of the work directories.
@@ -71,10 +71,10 @@ class Statistic(NamedTuple):
 
 def read_comparison(out: pathlib.Path) -> dict[str, Any]:
     """Returns the content of `COMPARISON` in `out`; raises WorkdirError if keys are missing or of another type."""
-    comparison = restore.read_json(out, COMPARISON)
+    comparison = records.read_json(out, COMPARISON)
     for key, kind in _COMPARISON_TYPES.items():
         if not isinstance(comparison.get(key), kind):
-            raise restore.WorkdirError(
+            raise records.WorkdirError(
                 f"{out / COMPARISON}: no {kind.__name__} {key!r} in it; expected the file that a comparison writes "
                 "there, not its results. Delete it and repeat the command: finished runs are kept"
             )
@@ -88,9 +88,9 @@ def read(out: pathlib.Path) -> list[Outcome]:
 
 
 def _read_outcome(workdir: pathlib.Path) -> Outcome:
-    result = restore.read_json(workdir, RESULT)
+    result = records.read_json(workdir, RESULT)
     diverged = result.get("diverged", "")
-    summary = {} if diverged else restore.read_json(workdir, "summary.json")
+    summary = {} if diverged else records.read_json(workdir, "summary.json")
     networks = [name for name in NETWORKS if name in summary]
     scores = {f"{name}_{which}": summary[name][which]["miou"] for name in networks for which in COMPARED}
     iou, shares = {}, {}
@@ -98,12 +98,12 @@ def _read_outcome(workdir: pathlib.Path) -> Outcome:
         network = deployed(networks)
         scores |= {"best": max(scores[f"{name}_best"] for name in networks), "last": scores[f"{network}_last"]}
         iou = summary[network]["last"]["iou"]
-        pixels = np.array(restore.read_json(workdir, recorder.CONFUSION)[network]).sum(1)
+        pixels = np.array(records.read_json(workdir, records.CONFUSION)[network]).sum(1)
         shares = dict(zip(iou, (pixels / pixels.sum()).tolist(), strict=True))
     return Outcome(
         **{key: result[key] for key in ("variant", "changes", "split", "values", "seed")},
         diverged=diverged,
-        run_info=restore.read_json(workdir, recorder.RUN),
+        run_info=records.read_json(workdir, records.RUN),
         scores=scores,
         iou=iou,
         shares=shares,
@@ -204,7 +204,7 @@ def write_tables(out: pathlib.Path) -> list[dict]:
     content = {key: comparison[key] for key in ("config", "commands")}
     content["devices"] = sorted({outcome.run_info["devices"] for outcome in outcomes})
     runs = [outcome._asdict() for outcome in outcomes]
-    recorder.write_json(out / "results.json", {**content, "rare": rare, "rows": _plain(rows), "runs": runs})
+    records.write_json(out / "results.json", {**content, "rare": rare, "rows": _plain(rows), "runs": runs})
     with files.atomic_write(out / "results.md") as part:
         part.write_text(_markdown(rows, rare, content, len(outcomes)))
     return rows

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from dssn_jax.learner import learner as learners
-from dssn_jax.workdir import recorder, restore
+from dssn_jax.workdir import logs, records
 from dssn_jax.workdir.checkpoint import Checkpointer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def finish(process: subprocess.Popen) -> None:
 
 def final_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """Returns the arrays of the latest checkpoint by their path in the state."""
-    config = restore.read_config(workdir)
+    config = records.read_config(workdir)
     checkpoints = Checkpointer(workdir, read_only=True)
     state, _ = checkpoints.restore(checkpoints.resolve("latest"), learners.build(config).abstract_state(), config)
     checkpoints.close()
@@ -58,7 +58,7 @@ def final_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:
     """Returns the logged loss of each step."""
-    return {line["step"]: line["loss"] for line in recorder.read_metrics(workdir) if "loss" in line}
+    return {line["step"]: line["loss"] for line in records.read_metrics(workdir) if "loss" in line}
 
 
 def kill_at_random(workdir: pathlib.Path, kills: int, start_run, seconds: tuple[float, float], seed: int) -> None:
@@ -105,7 +105,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     arguments = parser.parse_args()
-    recorder.quiet_libraries()
+    logs.quiet_libraries()
     return 0 if compare(arguments.kills, arguments.steps, arguments.seed) else 1
 
 

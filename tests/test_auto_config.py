@@ -10,7 +10,7 @@ from configs import ade20k, camvid, cityscapes, coco, custom, encoders, methods,
 from configs.checks import ConfigError
 from dssn_jax import auto_config, models
 from dssn_jax.validate import validate_training
-from dssn_jax.workdir import restore
+from dssn_jax.workdir import records, restore
 from input_pipeline.sources.open import Sources, open_sources
 from tests.input_pipeline.own_images import make_root
 
@@ -252,7 +252,7 @@ def test_a_continued_run_keeps_its_choices(configure, fill_in, tmp_path):
     assert restore.inherit_choices(configure(crop=65), tmp_path / "run").data.crop == 65
     assert restore.inherit_choices(configure(), tmp_path / "other").data.crop == 0
     (tmp_path / "run/config.json").write_text("{")
-    with pytest.raises(restore.WorkdirError, match="config.json: damaged"):
+    with pytest.raises(records.WorkdirError, match="config.json: damaged"):
         restore.inherit_choices(configure(), tmp_path / "run")
 
 

@@ -20,8 +20,8 @@ from dssn_jax.evaluation import inference, metrics
 from dssn_jax.learner.learner import Learner
 from dssn_jax.models.extent import Extent
 from dssn_jax.validate import validate_evaluation
-from dssn_jax.workdir import recorder
-from dssn_jax.workdir.recorder import duration, logger
+from dssn_jax.workdir import records
+from dssn_jax.workdir.logs import duration, logger
 from dssn_jax.workdir.restore import inherit_choices, restore
 from input_pipeline.errors import DataError, first_messages, printable
 from input_pipeline.eval_batches import EvalBatch, EvalOptions, eval_batches, padded_sizes
@@ -303,6 +303,6 @@ def evaluate(workdir: epath.PathLike, *, config, checkpoint: str = "best") -> di
     scores = {name: metrics.scores_of(confusion, config.data.classes) for name, confusion in confusions.items()}
     logger.info("scores in percent\n%s", metrics.class_table(scores))
     path = epath.Path(workdir) / f"eval_{step}.json"
-    recorder.write_json(path, {"name": config.name, "step": step, "mode": config.eval.mode, **scores})
+    records.write_json(path, {"name": config.name, "step": step, "mode": config.eval.mode, **scores})
     logger.info("wrote %s", path)
     return scores

@@ -12,8 +12,8 @@ from dssn_jax.evaluation.inference import Inference
 from dssn_jax.learner.learner import Learner
 from dssn_jax.weights import names
 from dssn_jax.weights.files import StateDictError
-from dssn_jax.workdir import files, recorder
-from dssn_jax.workdir.recorder import logger
+from dssn_jax.workdir import files, records
+from dssn_jax.workdir.logs import logger
 from dssn_jax.workdir.restore import pick_network, restore
 from input_pipeline.errors import first_names
 
@@ -78,7 +78,7 @@ def export(
         "calling_convention_version": exported.calling_convention_version,
         "jax": jax.__version__,
     }
-    recorder.write_json(beside, description)
+    records.write_json(beside, description)
     with files.atomic_write(path) as part:
         part.write_bytes(exported.serialize())
     logger.info("wrote %s (%.1f MB) and %s.json", path, path.stat().length / 1e6, path)

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from configs.checks import ConfigError
 from dssn_jax import visualize
 from dssn_jax.evaluation.evaluate import Evaluator, MemoryLimitError
-from dssn_jax.workdir import files, recorder
-from dssn_jax.workdir.recorder import logger
-from dssn_jax.workdir.restore import pick_network, read_config, restore
+from dssn_jax.workdir import files, records
+from dssn_jax.workdir.logs import logger
+from dssn_jax.workdir.restore import pick_network, restore
 from input_pipeline.errors import UserError, printable
 from input_pipeline.eval_batches import EvalBatch
 from input_pipeline.sources.folder import ImagesSource
@@ -59,7 +59,7 @@ def predict(
       UnreadableError, at the end, if an image could not be read, or needs more memory than there is. Before anything
       is written: CheckpointError, WorkdirError, ConfigError or DataError.
     """
-    config = read_config(workdir) if config is None else config
+    config = records.read_config(workdir) if config is None else config
     source, names = find_images(images, config.data.root)
     _check_output(epath.Path(to), images, source)
     writer = Writer(epath.Path(to), _output_names(names), len(config.data.classes), confidence)
@@ -73,7 +73,7 @@ def predict(
     )
     epath.Path(to).mkdir(parents=True, exist_ok=True)
     description = {"made_by": MADE_BY, "name": config.name, "network": network, "step": step}
-    recorder.write_json(epath.Path(to) / DESCRIPTION, description | {"classes": list(config.data.classes)})
+    records.write_json(epath.Path(to) / DESCRIPTION, description | {"classes": list(config.data.classes)})
     with (
         ThreadPoolExecutor(config.data.threads) as pool,
         tqdm(total=len(source.readable), unit="image", file=sys.stdout, mininterval=1) as bar,

@@ -10,8 +10,8 @@ from dssn_jax.prepare import check_report
 from dssn_jax.prepare.check import Report, check_data
 from dssn_jax.prepare.make_splits import SplitSummary, make_splits
 from dssn_jax.prepare.pack import PackResult, pack_files
-from dssn_jax.workdir import recorder
-from dssn_jax.workdir.recorder import logger
+from dssn_jax.workdir import records
+from dssn_jax.workdir.logs import logger
 from input_pipeline.errors import UserError
 
 
@@ -33,7 +33,7 @@ def check(config, *, to: str | None = None) -> Report:
     report = check_data(config)
     print(check_report.to_text(report))
     if path is not None:
-        recorder.write_json(path, check_report.to_json(report))
+        records.write_json(path, check_report.to_json(report))
         logger.info("wrote %s", path)
     if report.defects:
         raise DefectsError(f"the data of {config.data.root}: {report.defects} to fix, see above")

@@ -18,7 +18,7 @@ from dssn_jax.learner.learner import Learner
 from dssn_jax.learner.state import deployed
 from dssn_jax.report.runs import Run
 from dssn_jax.training.image_summaries import ImageSummaries
-from dssn_jax.workdir.recorder import logger
+from dssn_jax.workdir.logs import logger
 from dssn_jax.workdir.restore import Restored, restore
 from input_pipeline.batch import Batch
 from input_pipeline.errors import UserError, printable

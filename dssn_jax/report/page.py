@@ -14,7 +14,7 @@ from dssn_jax.evaluation.metrics import METRICS
 from dssn_jax.report import charts, gallery, runs
 from dssn_jax.report.runs import Run
 from dssn_jax.workdir import files
-from dssn_jax.workdir.recorder import duration, logger
+from dssn_jax.workdir.logs import duration, logger
 
 FOLDER = pathlib.Path(__file__).parent
 MADE_BY = "dssn_jax report"  # Marks the page, which a later one may replace.

@@ -13,9 +13,9 @@ from etils import epath
 
 from dssn_jax.evaluation import metrics
 from dssn_jax.training.class_shares import SHARES
-from dssn_jax.workdir import files, recorder, restore
-from dssn_jax.workdir.recorder import logger
-from dssn_jax.workdir.restore import WorkdirError
+from dssn_jax.workdir import files, records, restore
+from dssn_jax.workdir.logs import logger
+from dssn_jax.workdir.records import WorkdirError
 
 # Types of the entries of `dssn_jax.training.run.run_info` that the page shows.
 _INFO = {"parameters": int, "images": dict, "devices": str, "steps": int, "steps_per_epoch": int}
@@ -104,10 +104,10 @@ def _labels(paths: list[epath.Path]) -> list[str]:
 
 
 def _read(workdir: epath.Path, label: str) -> Run:
-    config, path = restore.read_config(workdir), workdir / recorder.METRICS
+    config, path = records.read_config(workdir), workdir / records.METRICS
     restore.check_run(workdir)
     metrics.ranking(config)
-    lines = [line for line in recorder.read_metrics(workdir) if _is_usable(line, len(config.data.classes))]
+    lines = [line for line in records.read_metrics(workdir) if _is_usable(line, len(config.data.classes))]
     return Run(
         label=label,
         workdir=workdir,
@@ -135,16 +135,16 @@ def _is_usable(line: dict, classes: int) -> bool:
 
 def _info(workdir: epath.Path) -> dict:
     """Returns what is recorded about a run; entries of another type than the program writes are left out."""
-    info = _optional_json(workdir, recorder.RUN)
+    info = _optional_json(workdir, records.RUN)
     usable = {name: value for name, value in info.items() if isinstance(value, _INFO.get(name, object))}
     if usable != info:
-        logger.warning("%s: left out, of another type than expected: %s", workdir / recorder.RUN, {*info} - {*usable})
+        logger.warning("%s: left out, of another type than expected: %s", workdir / records.RUN, {*info} - {*usable})
     return usable
 
 
 def _confusions(workdir: epath.Path, classes: int) -> dict[str, np.ndarray]:
     """Returns the recorded confusion matrices by network; what is none of as many classes is left out."""
-    content = _optional_json(workdir, recorder.CONFUSION)
+    content = _optional_json(workdir, records.CONFUSION)
     confusions = {}
     for network in (name for name in metrics.NETWORKS if name in content):
         rows = content[network]
@@ -153,7 +153,7 @@ def _confusions(workdir: epath.Path, classes: int) -> dict[str, np.ndarray]:
             confusions[network] = np.array(rows)
         else:
             logger.warning(
-                "%s: %s is left out: no %dx%d counts", workdir / recorder.CONFUSION, network, classes, classes
+                "%s: %s is left out: no %dx%d counts", workdir / records.CONFUSION, network, classes, classes
             )
     return confusions
 
@@ -162,7 +162,7 @@ def _optional_json(workdir: epath.Path, name: str) -> dict:
     """Returns the content of a JSON file; {} if it does not exist (yet) or, with a warning, is damaged."""
     try:
         exists = os.path.lexists(workdir / name) or (workdir / name).exists()  # A broken link is damage.
-        return restore.read_json(workdir, name) if exists else {}
+        return records.read_json(workdir, name) if exists else {}
     except WorkdirError as error:
         logger.warning("left out: %s", error)
         return {}

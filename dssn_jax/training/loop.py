@@ -32,9 +32,9 @@ from dssn_jax.training.prefetch import DevicePrefetcher
 from dssn_jax.training.run import Run, batch_sizes, check_labels, describe, plan, run_info
 from dssn_jax.training.timer import StepTimer
 from dssn_jax.weights import pretrained
-from dssn_jax.workdir import checkpoint, files, recorder, restore
+from dssn_jax.workdir import checkpoint, files, logs, recorder, records, restore
 from dssn_jax.workdir.checkpoint import DivergedError
-from dssn_jax.workdir.recorder import duration, logger
+from dssn_jax.workdir.logs import duration, logger
 from input_pipeline.batch import Batch
 from input_pipeline.pipeline import train_dataset, train_iterator
 from input_pipeline.sources.open import digest
@@ -65,10 +65,10 @@ def train(config, workdir: epath.PathLike, deadline: float = math.inf) -> dict:
             weights = pretrained.load(config, run.learner.abstract_state().student)
         run = run._replace(notes=[*run.notes, *check_labels(run.sources)])
     with contextlib.ExitStack() as stack:
-        folder = files.Folder(workdir, continued=(recorder.LOG, recorder.DEBUG_LOG))
+        folder = files.Folder(workdir, continued=(logs.LOG, logs.DEBUG_LOG))
         stack.callback(folder.close)
-        stack.callback(recorder.log_to(folder.append_dir))
-        stack.callback(recorder.keep_library_warnings(folder.append_dir))
+        stack.callback(logs.log_to(folder.append_dir))
+        stack.callback(logs.keep_library_warnings(folder.append_dir))
         trainer = Trainer(run, folder, stack, weights, deadline)
         del weights  # The state has its own copy; a second one would stay on the device for the whole run.
         return trainer.train()
@@ -119,7 +119,7 @@ class Trainer:
             logger.info(note)
         logger.info(describe(config, info))
         if step is None:
-            restore.check_unfinished(self._workdir)
+            records.check_unfinished(self._workdir)
             state = learner.init_state(weights and weights.variables)
             logger.info("starting from %s", weights.report if weights else _RANDOM_WEIGHTS)
         else:
@@ -132,8 +132,8 @@ class Trainer:
             for change in checks.differences(meta["config"], config):
                 logger.info("changed since that checkpoint: %s", change)
         if step is None or not self._is_finished(step):
-            recorder.write_json(self._workdir / restore.CONFIG, config)
-            recorder.write_json(self._workdir / recorder.RUN, info)
+            records.write_json(self._workdir / records.CONFIG, config)
+            records.write_json(self._workdir / records.RUN, info)
         return state
 
     def _is_finished(self, step: int) -> bool:
@@ -143,7 +143,7 @@ class Trainer:
     def train(self) -> dict:
         """Trains to the last step; returns the summary."""
         steps = self._run.length.steps
-        if self._is_finished(self._step) and (summary := restore.summary_of(self._workdir, self._step)):
+        if self._is_finished(self._step) and (summary := records.summary_of(self._workdir, self._step)):
             logger.info("finished before, after %d steps; nothing is changed in %s", self._step, self._workdir)
             return summary
         while self._step < steps:
@@ -284,11 +284,11 @@ class Trainer:
     def _summarize(self) -> dict:
         seconds = self._recorder.seconds
         summary = {"name": self._config.name, "steps": self._step, "seconds": seconds, **self._scores}
-        recorder.write_json(self._workdir / restore.SUMMARY, summary)
+        records.write_json(self._workdir / records.SUMMARY, summary)
         last = metrics.last_scores(self._scores)
         if last:
             logger.info("scores after step %d, in percent\n%s", self._step, metrics.class_table(last))
-        logger.info("finished %d steps; %s", self._step, self._workdir / restore.SUMMARY)
+        logger.info("finished %d steps; %s", self._step, self._workdir / records.SUMMARY)
         return summary
 
 
@@ -297,7 +297,7 @@ def _check_continues(workdir: epath.Path, step: int, saved: dict, current: dict)
 
     A finished run must be the same in everything that its scores may depend on.
     """
-    before = json.loads(restore.with_defaults(saved["config"]).to_json())
+    before = json.loads(records.with_defaults(saved["config"]).to_json())
     finished = step >= current["steps"]
     changes = (checks.score_changes if finished else checks.inexact_changes)(before, current["config"])
     if saved["steps"] != current["steps"]:

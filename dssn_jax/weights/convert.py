@@ -23,9 +23,9 @@ from dssn_jax.validate import validate_model, validate_training
 from dssn_jax.weights import files, forms, names, pretrained
 from dssn_jax.weights.files import StateDictError
 from dssn_jax.weights.pretrained import Weights
-from dssn_jax.workdir import recorder, restore
+from dssn_jax.workdir import records
 from dssn_jax.workdir.checkpoint import Checkpointer, new_scores
-from dssn_jax.workdir.recorder import logger
+from dssn_jax.workdir.logs import logger
 
 PARTS = ("network", "encoder")
 UNIMATCH_V2 = "unimatch_v2"  # The form of a file with two networks: a checkpoint of UniMatch V2.
@@ -249,7 +249,7 @@ def _save(target: pathlib.Path, state: state_lib.TrainState, meta: dict) -> None
         saved.save(0, state, meta)
         saved.wait()
         saved.close()
-        recorder.write_json(part / restore.CONFIG, meta["config"])
+        records.write_json(part / records.CONFIG, meta["config"])
         os.rename(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -20,7 +20,7 @@ from dssn_jax.learner.learner import init_variables
 from dssn_jax.weights import files, forms, names
 from dssn_jax.weights.files import StateDictError
 from dssn_jax.workdir.checkpoint import Checkpointer
-from dssn_jax.workdir.recorder import logger
+from dssn_jax.workdir.logs import logger
 from dssn_jax.workdir.restore import restore
 from input_pipeline.errors import UserError, first_names
 

@@ -2,29 +2,20 @@
 
 import contextlib
 import json
-import os
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
-from configs import checks, defaults
+from configs import checks
 from dssn_jax import auto_config
 from dssn_jax.learner import learner as learner_lib
 from dssn_jax.learner.state import TrainState, deployed
 from dssn_jax.methods import method
 from dssn_jax.validate import validate_model
-from dssn_jax.workdir import files
+from dssn_jax.workdir import records
 from dssn_jax.workdir.checkpoint import FOLDER, Checkpointer, CheckpointError, exists
-from dssn_jax.workdir.recorder import logger
-from input_pipeline.errors import DataError, UserError
-
-CONFIG = "config.json"
-SUMMARY = "summary.json"
-
-
-class WorkdirError(UserError):
-    """A folder that is no work directory of a run, or is damaged; the message names it and what is expected."""
+from dssn_jax.workdir.logs import logger
 
 
 class Restored(NamedTuple):
@@ -52,7 +43,7 @@ def restore(
     """
     with contextlib.closing(Checkpointer(workdir, read_only=True)) as saved:
         step = saved.resolve(checkpoint)
-        trained = with_defaults(saved.meta(step)["config"])
+        trained = records.with_defaults(saved.meta(step)["config"])
         if config is None:
             _check_run(workdir, step, trained)
         config = trained if config is None else inherit_choices(config, workdir)
@@ -72,18 +63,18 @@ def check_run(workdir: epath.PathLike) -> None:
         return
     with contextlib.suppress(CheckpointError), contextlib.closing(Checkpointer(workdir, read_only=True)) as saved:
         step = saved.resolve("latest")
-        _check_run(workdir, step, with_defaults(saved.meta(step)["config"]))
+        _check_run(workdir, step, records.with_defaults(saved.meta(step)["config"]))
 
 
 def _check_run(workdir: epath.PathLike, step: int, trained) -> None:
     """Raises WorkdirError if the checkpoint of `step` has taken the place of one of this run."""
-    if not (epath.Path(workdir) / CONFIG).exists():
+    if not (epath.Path(workdir) / records.CONFIG).exists():
         return
     try:
-        _compare(workdir, trained, read_config(workdir))
+        _compare(workdir, trained, records.read_config(workdir))
     except checks.ConfigError as error:
         folder = epath.Path(workdir) / FOLDER / str(step)
-        raise WorkdirError(f"{folder} is of another run than {CONFIG} beside it: {error}") from None
+        raise records.WorkdirError(f"{folder} is of another run than {records.CONFIG} beside it: {error}") from None
 
 
 def _compare(workdir: epath.PathLike, trained, config) -> None:
@@ -103,57 +94,6 @@ def _compare(workdir: epath.PathLike, trained, config) -> None:
         logger.warning("not as in the training of %s: %s", workdir, change)
 
 
-def read_json(workdir: epath.PathLike, name: str) -> dict:
-    """Returns the content of a JSON file of `workdir`; raises WorkdirError."""
-    path = epath.Path(workdir) / name
-    if not epath.Path(workdir).is_dir():
-        raise WorkdirError(f"{workdir}: no such folder; expected the work directory of a training run")
-    if os.path.islink(path) and not path.exists():
-        raise WorkdirError(f"{path}: a broken link; expected a file")
-    if not path.exists():
-        raise WorkdirError(f"{workdir}: no {name} in it; expected the work directory of a training run")
-    try:
-        content = json.loads(files.read_bytes(path))
-    except DataError as error:
-        raise WorkdirError(str(error)) from None
-    except (ValueError, RecursionError) as error:  # Not UTF-8, not JSON, or nested without end.
-        raise WorkdirError(f"{path}: damaged, not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise WorkdirError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
-    return content
-
-
-def read_config(workdir: epath.PathLike):
-    """Returns the configuration of a run, with defaults for keys that are newer than the run; raises WorkdirError."""
-    try:
-        config = with_defaults(read_json(workdir, CONFIG))
-        checks.check_values(config)
-    except (TypeError, ValueError, OverflowError, KeyError, AttributeError, checks.ConfigError) as error:
-        raise WorkdirError(f"{epath.Path(workdir) / CONFIG}: not a configuration of this program: {error}") from None
-    return config
-
-
-def check_unfinished(workdir: epath.PathLike) -> None:
-    """Raises WorkdirError if `workdir`, which has no checkpoint, holds the summary of a finished run."""
-    path = epath.Path(workdir) / SUMMARY
-    if path.exists():
-        raise WorkdirError(f"{path}: of a finished run, whose checkpoints are gone; remove it to start the run again")
-
-
-def summary_of(workdir: epath.PathLike, steps: int) -> dict | None:
-    """Returns the summary of a run of `steps` that finished; None if there is none, or a damaged one."""
-    with contextlib.suppress(WorkdirError):
-        summary = read_json(workdir, SUMMARY)
-        return summary if summary.get("steps") == steps else None
-
-
-def with_defaults(saved: dict):
-    """Returns the configuration that was saved as JSON, with defaults for keys that are newer than it."""
-    config = defaults.get_config()
-    config.update(saved)  # Lists become tuples again.
-    return config
-
-
 def inherit_choices(config, workdir: epath.PathLike):
     """Returns a copy of `config` whose unset keys have the values that the run in `workdir`, if any, chose for them.
 
@@ -161,7 +101,7 @@ def inherit_choices(config, workdir: epath.PathLike):
     """
     if not auto_config.unset_keys(config) or not exists(workdir):
         return config.copy_and_resolve_references()
-    return auto_config.copy_choices(config, read_config(workdir))
+    return auto_config.copy_choices(config, records.read_config(workdir))
 
 
 def pick_network(networks, name: str | None = None) -> str:

@@ -18,7 +18,7 @@ from dssn_jax.learner import learner as learners
 from dssn_jax.models.resize import resize
 from dssn_jax.weights.files import StateDictError
 from dssn_jax.workdir import checkpoint, restore
-from dssn_jax.workdir.recorder import write_json
+from dssn_jax.workdir.records import write_json
 from tests.evaluation import workdirs
 
 GUIDE = pathlib.Path(__file__).parents[2] / "docs/using_a_model.md"

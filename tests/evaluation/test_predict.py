@@ -15,7 +15,7 @@ from dssn_jax.evaluation import metrics
 from dssn_jax.evaluation.evaluate import Evaluator, evaluate
 from dssn_jax.evaluation.predict import UnreadableError, predict
 from dssn_jax.learner import learner as learners
-from dssn_jax.workdir import checkpoint, restore
+from dssn_jax.workdir import checkpoint, records
 from input_pipeline.errors import DataError
 from tests.evaluation import workdirs
 
@@ -105,7 +105,7 @@ def test_the_configuration_is_read_from_the_work_directory(run, root, tmp_path):
     _, workdir = run
     assert predict(workdir, str(root / "images/d.jpg"), to=tmp_path / "out", network="student") == 1
     assert (tmp_path / "out/class_ids/d.png").exists()
-    with pytest.raises(restore.WorkdirError, match="no such folder"):
+    with pytest.raises(records.WorkdirError, match="no such folder"):
         predict(tmp_path / "nowhere", str(root / "images/d.jpg"), to=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from dssn_jax.workdir import checkpoint, recorder
+from dssn_jax.workdir import checkpoint, records
 
 
 def save(workdir, config, state, step: int = 3) -> None:
@@ -15,7 +15,7 @@ def save(workdir, config, state, step: int = 3) -> None:
     scores = checkpoint.new_scores() | {"best_step": step, "best_score": 50.0}
     with contextlib.closing(checkpoint.Checkpointer(workdir)) as saved:
         saved.save(step, state, {"config": settings, "steps": step, "records": {}, "scores": scores})
-    recorder.write_json(workdir / "config.json", settings)
+    records.write_json(workdir / "config.json", settings)
 
 
 def make_root(root, sizes: dict[str, tuple[int, int]]):

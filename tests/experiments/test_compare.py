@@ -22,7 +22,7 @@ from dssn_jax.evaluation import metrics
 from dssn_jax.methods import method as methods
 from dssn_jax.training.loop import DivergedError
 from dssn_jax.validate import validate_training
-from dssn_jax.workdir import checkpoint, recorder, restore
+from dssn_jax.workdir import checkpoint, records
 from experiments import compare, compare_plots, compare_results, compilations, prediction_picture
 from input_pipeline.batch import labeled_rows
 
@@ -60,9 +60,9 @@ class FakeTraining:
     def __call__(self, config, workdir, deadline):
         self.names.append(workdir.name)
         workdir.mkdir(parents=True, exist_ok=True)
-        recorder.write_json(workdir / "config.json", json.loads(config.to_json()))
+        records.write_json(workdir / "config.json", json.loads(config.to_json()))
         images = {"labeled": config.data.shapes.labeled, "unlabeled": 512, "val": 128}
-        recorder.write_json(workdir / "run.json", {"images": images, "steps": config.train.steps, "devices": "1 x cpu"})
+        records.write_json(workdir / "run.json", {"images": images, "steps": config.train.steps, "devices": "1 x cpu"})
         if len(self.names) == self._stop_at:
             raise PreemptedError("stopped")
         if self._diverging and self._diverging in workdir.name:
@@ -73,11 +73,11 @@ class FakeTraining:
             confusions = {name: self._confusion() for name in self._networks(config)}
             evaluated = {name: metrics.scores_of(each, config.data.classes) for name, each in confusions.items()}
             metrics.update_scores(scores, step, evaluated)
-        recorder.write_json(
+        records.write_json(
             workdir / "confusion.json", {"step": 20, **{name: each.tolist() for name, each in confusions.items()}}
         )
         summary = {"steps": 20, "seconds": 7.0, **scores}
-        recorder.write_json(workdir / "summary.json", summary)
+        records.write_json(workdir / "summary.json", summary)
         return summary
 
     def _networks(self, config) -> list[str]:
@@ -304,10 +304,10 @@ def test_a_file_of_results_in_place_of_the_comparison_is_named(comparison, keep_
     path = tmp_path / compare_results.COMPARISON
     path.write_text((tmp_path / "results.json").read_text())
     message = f"{re.escape(str(path))}: no dict 'base' in it"
-    with pytest.raises(restore.WorkdirError, match=message):
+    with pytest.raises(records.WorkdirError, match=message):
         compare.prepare_folder(tmp_path, comparison, "the command")
     path.write_text(json.dumps({"config": CONFIG, "commands": "one", "base": {}}))
-    with pytest.raises(restore.WorkdirError, match="no list 'commands' in it"):
+    with pytest.raises(records.WorkdirError, match="no list 'commands' in it"):
         compare_results.write_tables(tmp_path)
     path.unlink()
     training = FakeTraining()

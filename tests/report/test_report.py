@@ -19,8 +19,8 @@ from dssn_jax.evaluation import metrics
 from dssn_jax.report import charts, gallery, runs
 from dssn_jax.report.page import report
 from dssn_jax.training.run import plan, run_info
-from dssn_jax.workdir import checkpoint, files, recorder
-from dssn_jax.workdir.restore import WorkdirError
+from dssn_jax.workdir import checkpoint, files, recorder, records
+from dssn_jax.workdir.records import WorkdirError
 from input_pipeline.pipeline import train_dataset
 from input_pipeline.sources.open import open_sources
 from tests.input_pipeline.own_images import make_root
@@ -59,7 +59,7 @@ def record(config, workdir, steps):
     saved.save(steps, state, {"config": settings, "scores": scores | {"best_step": steps}})
     saved.close()
     for name, content in (("config", settings), ("run", run_info(run)), ("summary", scores)):
-        recorder.write_json(workdir / f"{name}.json", content)
+        records.write_json(workdir / f"{name}.json", content)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from dssn_jax.learner import learner as learners
 from dssn_jax.training import loop
 from dssn_jax.training.run import plan
 from dssn_jax.weights import convert
-from dssn_jax.workdir import checkpoint, files, recorder, restore
+from dssn_jax.workdir import checkpoint, files, logs, records, restore
 from input_pipeline.errors import DataError, UserError
 from tests.conftest import ONE_DEVICE
 
@@ -36,19 +36,19 @@ ENVIRONMENT = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
 
 def latest_state(workdir):
     """Returns the state of the latest checkpoint."""
-    config = restore.read_config(workdir)
+    config = records.read_config(workdir)
     with contextlib.closing(checkpoint.Checkpointer(workdir, read_only=True)) as saved:
         state, _ = saved.restore(saved.resolve("latest"), learners.build(config).abstract_state(), config)
     return jax.device_get(state)
 
 
 def losses(workdir):
-    return {line["step"]: line["loss"] for line in recorder.read_metrics(workdir) if "loss" in line}
+    return {line["step"]: line["loss"] for line in records.read_metrics(workdir) if "loss" in line}
 
 
 def check_class_shares(workdir, config):
     """The checkpoint has the sums of what each step recorded, but for the warm-up of one step."""
-    lines = [line for line in recorder.read_metrics(workdir) if "pseudo_labels" in line]
+    lines = [line for line in records.read_metrics(workdir) if "pseudo_labels" in line]
     assert [line["step"] for line in lines] == list(losses(workdir))
     percent = np.array([line["pseudo_labels"] for line in lines])
     assert percent.shape == (6, 6) and (percent >= 0).all() and percent.sum(1).max() <= 100.001
@@ -76,7 +76,7 @@ def test_a_run_leaves_its_scores_logs_and_checkpoints(tiny_config, tmp_path):
         assert last["miou"] == pytest.approx(np.mean(list(last["iou"].values())))
     assert list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
     check_class_shares(tmp_path, config)
-    evaluated = [line for line in recorder.read_metrics(tmp_path) if "iou_teacher" in line]
+    evaluated = [line for line in records.read_metrics(tmp_path) if "iou_teacher" in line]
     confusion = json.loads((tmp_path / "confusion.json").read_text())
     assert [line["step"] for line in evaluated] == [3, 6] and confusion["step"] == 6
     for network in ("student", "teacher"):
@@ -205,7 +205,7 @@ def test_a_run_that_cannot_start_leaves_nothing_open(tiny_config, trained, tmp_p
         names = {thread.name for thread in threading.enumerate()}
         return (
             {name for name in names if "prefetch" in name},
-            recorder.logger.handlers,
+            logs.logger.handlers,
             signal.getsignal(signal.SIGTERM),
         )
 

@@ -16,7 +16,7 @@ from configs.checks import ConfigError
 from dssn_jax import distributed
 from dssn_jax.evaluation import evaluate
 from dssn_jax.training import loop
-from dssn_jax.workdir import checkpoint, files, recorder, restore
+from dssn_jax.workdir import checkpoint, files, records
 from tests import bucket
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -66,7 +66,7 @@ def test_a_full_disk_names_the_file(tmp_path):
 
 HOLD = """
 import sys, time
-from dssn_jax.workdir import files
+from dssn_jax.workdir import files, records
 folder = files.Folder(sys.argv[1])
 print("locked", flush=True)
 time.sleep(600)
@@ -148,12 +148,12 @@ def test_a_run_on_a_bucket_is_stopped_and_continued_as_on_a_disk(tiny_config, gs
     assert not list(tmp_path.glob("append_dir_*"))
     continued = loop.train(config, "gs://runs/a/1")
     assert continued["student"] == uninterrupted["student"]
-    local, remote = (recorder.read_metrics(workdir) for workdir in (tmp_path, "gs://runs/a/1"))
+    local, remote = (records.read_metrics(workdir) for workdir in (tmp_path, "gs://runs/a/1"))
     assert [(line["step"], line.get("loss")) for line in local] == [(line["step"], line.get("loss")) for line in remote]
     log = (gs / "a/1/log.txt").read_text()
     assert "starting from random weights" in log and "continuing from step 4" in log
     assert any(path.name.startswith("events") for path in (gs / "a/1/tensorboard").iterdir())
 
-    scores = evaluate.evaluate("gs://runs/a/1", config=restore.read_config("gs://runs/a/1"), checkpoint="latest")
+    scores = evaluate.evaluate("gs://runs/a/1", config=records.read_config("gs://runs/a/1"), checkpoint="latest")
     assert json.loads((gs / "a/1/eval_6.json").read_text())["student"] == scores["student"]
     assert scores["student"]["miou"] == pytest.approx(uninterrupted["student"]["last"]["miou"])

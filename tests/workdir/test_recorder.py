@@ -1,14 +1,11 @@
-"""Records of a run, and what becomes of the warnings of libraries."""
+"""Records of a run."""
 
 import contextlib
-import logging
 import pathlib
-import warnings
 
-import absl.logging
 import pytest
 
-from dssn_jax.workdir import files, recorder
+from dssn_jax.workdir import files, recorder, records
 
 
 def record(workdir, after, **losses):
@@ -20,7 +17,7 @@ def record(workdir, after, **losses):
 
 
 def recorded(workdir):
-    return [(line["step"], line["loss"]) for line in recorder.read_metrics(workdir)]
+    return [(line["step"], line["loss"]) for line in records.read_metrics(workdir)]
 
 
 def test_recorder_drops_what_came_after_the_resumed_step(tmp_path):
@@ -34,7 +31,7 @@ def test_recorder_drops_what_came_after_the_resumed_step(tmp_path):
 def test_numbers_by_class(tmp_path):
     with contextlib.closing(files.Folder(tmp_path)) as folder, contextlib.closing(recorder.Recorder(folder, 0)) as log:
         log.scalars(1, {"loss": 0.5, "pseudo_labels": {"road": 25.0, "l\u2028ine": 0.0}})
-    (line,) = recorder.read_metrics(tmp_path)
+    (line,) = records.read_metrics(tmp_path)
     assert line["loss"] == 0.5 and line["pseudo_labels"] == [25.0, 0.0]
     (board,) = (tmp_path / "tensorboard").iterdir()
     assert b"pseudo_labels/road" in board.read_bytes() and "\u2028".encode() not in board.read_bytes()
@@ -75,54 +72,3 @@ def test_a_full_disk_names_the_file(tmp_path):
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
         with pytest.raises(OSError, match=r"No space left on device: '.*/metrics.jsonl'"):
             record.scalars(1, {"loss": 1.0})
-    (tmp_path / "log.txt").symlink_to("/dev/full")
-    undo = recorder.log_to(tmp_path)
-    with pytest.raises(OSError, match=r"No space left on device: '.*/log.txt'"):
-        recorder.logger.info("a line")
-    undo()
-
-
-def test_duration():
-    assert [recorder.duration(seconds) for seconds in (0, 61, 3600 * 5 + 62)] == ["0:00", "1:01", "5:01:02"]
-
-
-@pytest.fixture
-def quiet():
-    """Calls `quiet_libraries` and undoes it."""
-    loggers = [logging.getLogger(name) for name in recorder._LIBRARIES]
-    before = [(each.handlers, each.propagate) for each in loggers]
-    logging.captureWarnings(False)
-    recorder.quiet_libraries()
-    yield
-    logging.captureWarnings(False)
-    for each, (handlers, propagate) in zip(loggers, before, strict=True):
-        each.handlers, each.propagate = handlers, propagate
-
-
-def test_warnings_of_libraries_are_kept_in_a_file_and_not_shown(quiet, tmp_path, capfd):
-    stop = recorder.keep_library_warnings(tmp_path)
-    assert not (tmp_path / "debug.txt").exists()
-    absl.logging.warning("of orbax")
-    absl.logging.info("a detail")
-    logging.getLogger("jax._src.compiler").warning("of the compilation cache")
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.warn("of donation", stacklevel=1)
-    stop()
-    absl.logging.warning("after the run")
-    text = (tmp_path / "debug.txt").read_text()
-    for message in ("of orbax", "of the compilation cache", "of donation"):
-        assert message in text
-    assert "a detail" not in text and "after the run" not in text
-    assert capfd.readouterr() == ("", "")
-
-
-def test_the_log_is_undone(tmp_path, capfd):
-    before = list(recorder.logger.handlers)
-    undo = recorder.log_to(tmp_path)
-    recorder.logger.info("to both")
-    undo()
-    assert recorder.logger.handlers == before
-    recorder.logger.info("to none")
-    assert (tmp_path / "log.txt").read_text().split(maxsplit=1)[1] == "to both\n"
-    assert capfd.readouterr().out.endswith("to both\n")

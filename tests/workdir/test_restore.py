@@ -10,9 +10,8 @@ import pytest
 
 from configs.checks import ConfigError
 from dssn_jax.learner import learner as learners
-from dssn_jax.workdir import checkpoint, restore
-from dssn_jax.workdir.recorder import write_json
-from dssn_jax.workdir.restore import WorkdirError
+from dssn_jax.workdir import checkpoint, records, restore
+from dssn_jax.workdir.records import WorkdirError, write_json
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +76,7 @@ def test_other_keys_that_change_scores_are_told(trained, tiny_config, caplog):
 def test_configurations_that_are_none_are_refused(tmp_path, content, message):
     (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(WorkdirError, match=f"config.json: {message}") as refused:
-        restore.read_config(tmp_path)
+        records.read_config(tmp_path)
     assert "\n" not in str(refused.value)
 
 
@@ -87,7 +86,7 @@ def test_checkpoints_of_another_run_are_refused(trained, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["data"]["mean"] = [0.0, 0.0, 0.0]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for given in (None, restore.read_config(tmp_path)):
+    for given in (None, records.read_config(tmp_path)):
         with pytest.raises((ConfigError, WorkdirError), match="another normalization"):
             restore.restore(tmp_path, config=given)
     with pytest.raises(WorkdirError, match="checkpoints/3 is of another run than config.json"):
@@ -97,11 +96,11 @@ def test_checkpoints_of_another_run_are_refused(trained, tmp_path):
 
 
 def test_summaries_tell_finished_runs(tmp_path):
-    restore.check_unfinished(tmp_path)
+    records.check_unfinished(tmp_path)
     for content, summary in (("{}", None), ("[]", None), ("\x00", None), ('{"steps": 12}', {"steps": 12})):
         (tmp_path / "summary.json").write_text(content)
-        assert restore.summary_of(tmp_path, 12) == summary and restore.summary_of(tmp_path, 13) is None
+        assert records.summary_of(tmp_path, 12) == summary and records.summary_of(tmp_path, 13) is None
         with pytest.raises(
             WorkdirError, match="summary.json: of a finished run, whose checkpoints are gone; remove it"
         ):
-            restore.check_unfinished(tmp_path)
+            records.check_unfinished(tmp_path)
