@@ -1,4 +1,4 @@
-"""The TensorBoard file of a run. Import this module before threads start: it hides PyTorch while it imports."""
+"""The TensorBoard file of a run. Import this module before threads start: it hides other packages while it imports."""
 
 import pathlib
 import sys
@@ -9,16 +9,17 @@ import numpy as np
 
 from dssn_jax.workdir import files
 
-# tensorboardX imports PyTorch where it is installed, for its graphs, which takes longer than the rest of the start.
-_WITHOUT_TORCH = "torch" not in sys.modules
-if _WITHOUT_TORCH:
-    sys.modules["torch"] = None  # An import raises ModuleNotFoundError, which tensorboardX expects.
+# tensorboardX imports these packages where they are installed, for graphs and for storage that is not written to here:
+# PyTorch alone takes longer than the rest of the start.
+_NOT_NEEDED = [name for name in ("torch", "boto3", "google.cloud.storage") if name not in sys.modules]
+# An import of what is None raises an ImportError, which tensorboardX expects.
+sys.modules.update(dict.fromkeys(_NOT_NEEDED))
 try:
     from tensorboardX import event_file_writer, summary
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 finally:
-    if _WITHOUT_TORCH:
-        del sys.modules["torch"]
+    for _name in _NOT_NEEDED:
+        del sys.modules[_name]
 
 
 class Board:
