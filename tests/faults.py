@@ -1,7 +1,7 @@
 """Kills a run at random moments and compares it with one left alone: `python -m tests.faults`.
 
-A small run on generated images that saves after every step is started, killed with SIGKILL after a random time (while
-it starts, trains, evaluates or saves) and started again, `--kills` times; then it may finish. Exits with 1 unless its
+A small run on generated images that saves after every step is started, killed with SIGKILL at a random moment (while it
+starts, trains, evaluates or saves) and started again, `--kills` times; then it may finish. Exits with 1 unless its
 whole state and its logged losses equal, bit for bit, those of a run that was never stopped.
 """
 
@@ -31,10 +31,10 @@ def start(workdir: pathlib.Path, steps: int, cache: pathlib.Path) -> subprocess.
     """Starts or resumes the run in `workdir`."""
     command = [
         sys.executable, "main.py", f"--config=configs/shapes.py:encoder=resnet10w16,crop=33,steps={steps}",
-        f"--workdir={workdir}", "--config.model.decoder_channels=16", "--config.data.labeled_batch=4",
-        "--config.data.unlabeled_batch=4", "--config.data.shapes.size=48", "--config.data.shapes.unlabeled=32",
-        "--config.data.shapes.val=6", "--config.train.log_every=1", "--config.train.eval_every=5",
-        "--config.train.checkpoint_every=1", "--config.train.pictures=0",
+        f"--workdir={workdir}", "--config.model.decoder_channels=16", "--config.model.aspp_dilations=(2,)",
+        "--config.data.labeled_batch=4", "--config.data.unlabeled_batch=4", "--config.data.shapes.size=48",
+        "--config.data.shapes.unlabeled=32", "--config.data.shapes.val=6", "--config.train.log_every=1",
+        "--config.train.eval_every=5", "--config.train.checkpoint_every=1", "--config.train.pictures=0",
     ]  # fmt: skip
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
@@ -61,12 +61,24 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in records.read_metrics(workdir) if "loss" in line}
 
 
-def kill_at_random(workdir: pathlib.Path, kills: int, start_run, seconds: tuple[float, float], seed: int) -> None:
-    """Starts the run in `workdir` `kills` times, and kills it after a random number of seconds in a range."""
+def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int) -> None:
+    """Returns when the run has logged `step`, or has ended."""
+    while process.poll() is None and max(losses(workdir), default=0) < step:
+        time.sleep(0.05)
+
+
+def kill_at_random(workdir: pathlib.Path, steps: int, kills: int, start_run, seed: int) -> None:
+    """Starts the run in `workdir` `kills` times, and kills it while it starts or up to a second after a random step."""
     moments = random.Random(seed)
     for kill in range(kills):
+        done = max(losses(workdir), default=0)
+        step = min(done + moments.randint(1, max(1, (steps - done) // (kills - kill))), steps - 1)
         process = start_run(workdir)
-        time.sleep(moments.uniform(*seconds))
+        if moments.random() < 0.2:
+            time.sleep(moments.uniform(3, 15))
+        else:
+            wait_for_step(process, workdir, step)
+            time.sleep(moments.uniform(0, 1))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         unfinished = len(list((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*")))
@@ -77,20 +89,13 @@ def kill_at_random(workdir: pathlib.Path, kills: int, start_run, seconds: tuple[
 def compare(kills: int, steps: int, seed: int) -> bool:
     """Returns whether a run of `steps` that is killed `kills` times ends as one that is left alone."""
     with tempfile.TemporaryDirectory() as folder:
-        undisturbed, timed, killed, cache = (pathlib.Path(folder) / name for name in ("a", "timed", "b", "cache"))
+        undisturbed, killed, cache = (pathlib.Path(folder) / name for name in ("a", "b", "cache"))
 
         def start_run(workdir: pathlib.Path) -> subprocess.Popen:
             return start(workdir, steps, cache)
 
         finish(start_run(undisturbed))  # Also fills the cache of compiled programs.
-        began = time.monotonic()
-        process = start_run(timed)
-        while process.poll() is None and not losses(timed):
-            time.sleep(0.05)
-        starting = time.monotonic() - began  # Until the first step is done.
-        finish(process)
-        training = time.monotonic() - began - starting
-        kill_at_random(killed, kills, start_run, (0.8 * starting, starting + 1.5 * training / kills), seed)
+        kill_at_random(killed, steps, kills, start_run, seed)
         finish(start_run(killed))
         expected, state = final_state(undisturbed), final_state(killed)
         differing = [name for name, value in expected.items() if not np.array_equal(value, state[name])]

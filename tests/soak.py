@@ -18,6 +18,7 @@ import time
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
+EVERY = 10  # Steps from one evaluation to the next.
 WARM_UP = 0.3  # Share of the steps left out: programs are compiled and memory pools fill.
 
 
@@ -94,7 +95,7 @@ def command(workdir: pathlib.Path, steps: int, workers: int) -> list[str]:
         f"--workdir={workdir}", "--config.model.decoder_channels=16", "--config.model.aspp_dilations=(2,)",
         "--config.data.labeled_batch=4", "--config.data.unlabeled_batch=4", "--config.data.shapes.size=48",
         "--config.data.shapes.unlabeled=32", "--config.data.shapes.val=6", f"--config.data.workers={workers}",
-        "--config.train.log_every=1", "--config.train.eval_every=10", "--config.train.checkpoint_every=5",
+        "--config.train.log_every=1", f"--config.train.eval_every={EVERY}", "--config.train.checkpoint_every=5",
         "--config.train.pictures=2",
     ]  # fmt: skip
 
@@ -134,10 +135,16 @@ def watch(workdir: pathlib.Path, steps: int, workers: int) -> tuple[list[tuple[i
 
 
 def slopes(measured: list[tuple[int, Usage]]) -> Usage:
-    """Returns the growth of each number per 1000 steps, by least squares."""
-    steps = [step for step, _ in measured]
-    columns = zip(*(values for _, values in measured), strict=True)
-    return Usage(*(1000 * statistics.linear_regression(steps, column).slope for column in columns))
+    """Returns the growth of each number per 1000 steps: least squares over its least values between two evaluations.
+
+    Saving and evaluating take threads and memory for a moment; what is never given back raises the least values too.
+    """
+    least = {}
+    for step, values in measured:
+        interval = (step - 1) // EVERY
+        least[interval] = Usage(*map(min, values, least.get(interval, values)))
+    columns = zip(*least.values(), strict=True)
+    return Usage(*(1000 / EVERY * statistics.linear_regression([*least], column).slope for column in columns))
 
 
 def soak(steps: int, workers: int = 2) -> bool:

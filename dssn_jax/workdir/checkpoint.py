@@ -30,6 +30,7 @@ from input_pipeline.files import special_file
 
 FOLDER = "checkpoints"
 _RECORD = "_CHECKPOINT_METADATA"  # Orbax's own record of each checkpoint, all of which are read at once.
+_LEAST_PART = 2**20  # Bytes of an array that are worth a device of their own while they are written.
 
 # Keys that change the arrays of the state: the networks, which of them there are, and the optimizer's state.
 _SHAPES_STATE = (
@@ -65,7 +66,7 @@ class Checkpointer:
             create=not read_only,
             enable_async_checkpointing=not read_only,
         )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        handlers = {"state": _state_handler(), "meta": ocp.JsonCheckpointHandler()}
         self._manager, reason = _attempt(ocp.CheckpointManager, self._folder, options=options, item_handlers=handlers)
         if reason:
             records = sorted(path.relative_to(self._folder) for path in self._folder.glob(f"*/{_RECORD}"))
@@ -86,7 +87,7 @@ class Checkpointer:
         _check_finite(step, summaries)
         sums = {name: summary.checksum for name, summary in summaries.items()}
         meta = _sealed({**meta, "step": step, "checksums": sums})
-        items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
+        items = {"state": ocp.args.PyTreeSave(state), "meta": ocp.args.JsonSave(meta)}
         self._kept.best_step = meta["scores"]["best_step"]
         self._check_saved(*_attempt(self._manager.save, step, args=ocp.args.Composite(**items), force=True))
 
@@ -153,7 +154,8 @@ class Checkpointer:
         return meta
 
     def _read_state(self, step: int, like, meta: dict):
-        state = self._restore(step, state=ocp.args.StandardRestore(like)).state
+        arguments = ocp.checkpoint_utils.construct_restore_args(like)
+        state = self._restore(step, state=ocp.args.PyTreeRestore(like, restore_args=arguments)).state
         sums = {name: summary.checksum for name, summary in checksums.summarize(state).items()}
         changed = sorted(name for name in sums | meta["checksums"] if sums.get(name) != meta["checksums"].get(name))
         if changed:
@@ -211,6 +213,20 @@ class _Kept:
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         return [each.step in (checkpoints[-1].step, self.best_step) for each in checkpoints]
+
+
+def _state_handler() -> ocp.PyTreeCheckpointHandler:
+    """Returns orbax's handler of arrays, but that a small array is written by one of the devices that hold it.
+
+    Orbax lets each device write a part of every array. The parts are cut by a program per shape, and training waits for
+    them: a state has hundreds of arrays, most of them of a few kilobytes. Nor is the placement of each array written,
+    which is that of the run that restores it.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(
+        min_slice_bytes_for_replica_parallel=_LEAST_PART, enable_write_sharding_file=False
+    )
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def new_scores(metric: str = "miou") -> dict:
