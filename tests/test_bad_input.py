@@ -58,6 +58,7 @@ def configure(tiny_config, root, **options):
     return tiny_config("supervised", **data, **{"train__steps": 1, "train__pictures": 0} | options)
 
 
+@pytest.mark.slow
 def test_trains_on_a_folder(tiny_config, folder, tmp_path):
     summary = train(configure(tiny_config, folder), tmp_path / "run")
     assert set(summary["student"]["last"]["iou"]) == {"a", "b", "c"}

@@ -288,6 +288,7 @@ def test_train_and_eval(workdir, capsys):
         assert evaluated[network]["miou"] == pytest.approx(summary[network]["last"]["miou"])
 
 
+@pytest.mark.slow
 def test_eval_needs_only_the_list_of_validation_images(workdir, folder):
     expected = evaluate(workdir)
     source = ("--config.data.source=folder", f"--config.data.root={folder}")

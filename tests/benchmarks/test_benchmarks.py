@@ -51,6 +51,7 @@ def test_padding_and_single_images_count_the_same_pixels(monkeypatch, capsys):
     assert "times the time without padding" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_input_pipelines_are_timed(monkeypatch):
     monkeypatch.setattr(input_benchmark, "IMAGES", 8)
     rows = input_benchmark.measure("voc 500x375", 0.1, [1])

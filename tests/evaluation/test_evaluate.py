@@ -81,7 +81,7 @@ def start(config, devices=None):
     return learner, learner.init_state().student, Evaluator(learner)
 
 
-@pytest.mark.parametrize("mode", ["original", "center_crop"])
+@pytest.mark.parametrize("mode", ["original", pytest.param("center_crop", marks=pytest.mark.slow)])
 def test_every_image_counts_once_on_several_devices(tiny_config, mode):
     """Seven images of four sizes on four devices, in two padded sizes, count what they count one by one."""
     config = tiny_config(eval__mode=mode, eval__crop=32, eval__batch=3, eval__buckets=2)
@@ -135,6 +135,7 @@ def squares(tiny_config, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_networks_without_padding_have_a_program_per_size(squares, caplog):
     """Each image counts what it counts in a batch of its own; a warning, once, tells that this compiles much."""
     learner, variables, evaluator = start(squares(eval__batch=2, eval__buckets=3), devices=1)

@@ -315,6 +315,7 @@ def test_a_file_of_results_in_place_of_the_comparison_is_named(comparison, keep_
     assert not training.names and "base" in json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_devices_that_are_not_there_end_a_comparison(tmp_path):
     out = tmp_path / "runs"
     command = ["-m", "experiments.compare", f"--config={CONFIG}", "--splits", "4", f"--out={out}"]

@@ -312,7 +312,9 @@ def _take(iterator, count):
     return batches
 
 
-@pytest.mark.parametrize(("workers", "threads", "buffer"), [(0, 1, 1), (0, 4, 3), (1, 2, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("workers", "threads", "buffer"), [(0, 1, 1), (0, 4, 3), pytest.param(1, 2, 1, marks=pytest.mark.slow), (2, 2, 2)]
+)
 def test_batches_do_not_depend_on_threads_and_workers(folder, config, workers, threads, buffer):
     """Against the batches made one by one, across the end of an epoch (2 steps)."""
     config = _randomized(config)
@@ -334,7 +336,7 @@ def test_workers_keep_fields_that_are_none(config):
         _assert_equal(batch, dataset[step])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resume(folder, config, workers):
     """An iterator restored from a state (as JSON) continues with the following batches."""
     config = _randomized(config)
@@ -365,7 +367,7 @@ def test_state_counts_consumed_batches(config):
         next(iterator)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_errors_reach_the_consumer(folder, config, workers):
     config.data.workers = workers
     dataset = train_dataset(open_sources(config), config)

@@ -50,7 +50,7 @@ def run(config, count, devices=1):
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("fixmatch", "unimatch"))) for name in METHODS]
+    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name != "dssn")) for name in METHODS]
 )
 def test_each_method_has_its_terms_and_they_sum_up(tiny_config, method):
     config = tiny_config(method, method__threshold=0.0, method__selection="threshold")
@@ -96,6 +96,7 @@ def test_one_and_four_devices_agree(exact_config):
         np.testing.assert_allclose(one, four, rtol=1e-6, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_no_all_to_all_in_the_compiled_step(exact_config):
     learner, state, step = start(exact_config, devices=4)
     text = step.lower(state, batches(learner, 1)[0]).compile().as_text()
@@ -237,6 +238,7 @@ def test_adamw_trains(tiny_config):
     assert values[-1] < 0.9 * values[0]
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_make_one_update_of_their_mean(tiny_config):
     """Two micro-batches of a batch of 4 on 2 devices: the first has the first row of each device."""
     config = tiny_config("supervised", train__accumulation=2, method__labeled_batch_factor=1)
@@ -318,6 +320,7 @@ def test_dssn_accumulates_with_the_same_state_and_metrics(tiny_config):
     assert traced[0] == traced[1] and TERMS["dssn"] <= set(traced[0][1])
 
 
+@pytest.mark.slow
 def test_labeled_partners_and_class_weights_accumulate(tiny_config):
     """Traced, not run: the same state and metrics as with the other partners."""
     traced, plain = [], {"train__accumulation": 2, "method__labeled_loss": "ohem"}

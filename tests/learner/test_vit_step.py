@@ -166,6 +166,7 @@ def test_which_encoders_are_shared(vit_config, encoder, options, shares):
     assert learner.train_step._shares_encoder(student, trainable) == shares
 
 
+@pytest.mark.slow
 def test_positions_are_rescaled_for_the_student_alone(vit_config):
     """Each key gives other positions, the same key the same ones; the teacher's logits need none."""
     learner = build(vit_config("supervised", "dinov3_w64", model__rope_rescale=2.0))

@@ -41,6 +41,7 @@ def student(objective, variables, views, key=KEY):
     return jax.jit(objective.student_logits)(variables, views, Keys(key, key))
 
 
+@pytest.mark.slow
 def test_streams_differ_by_their_dropout(setup):
     make, variables, views = setup
     logits, _ = student(make(), variables, views)
@@ -72,6 +73,7 @@ def test_without_dropout_a_feature_stream_is_the_weak_view(setup):
         np.testing.assert_allclose(logits.streams[name], logits.weak, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_views_of_labeled_images_matter_to_the_statistics_alone(setup):
     """Without dropout, copies of all images leave the decoder's statistics; copies of the weak ones do not."""
     make, variables, views = setup

@@ -148,6 +148,7 @@ def batch_of(images):
     return Batch(images, labels, images, valid, images[::-1].copy(), valid, boxes)
 
 
+@pytest.mark.slow
 def test_views_do_not_depend_on_the_number_of_devices():
     """And no device communicates with another."""
     images = np.random.default_rng(0).integers(256, size=(8, 16, 16, 3), dtype=np.uint8)

@@ -93,7 +93,15 @@ class Unit(nn.Module):
         return y if self.activation is None else self.activation(y)
 
 
-@pytest.mark.parametrize("train", [True, Batches(2), Batches(2, 2), Batches(3, 1), Batches(2, 2, tiles=True)])
+@pytest.mark.parametrize(
+    "train",
+    [
+        True,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (Batches(2), Batches(3, 1))),
+        Batches(2, 2),
+        Batches(2, 2, tiles=True),
+    ],
+)
 @pytest.mark.parametrize("features", [16, 6], ids=["expansion", "same"])
 @pytest.mark.parametrize("activation", [None, nn.relu, nn.relu6])
 @pytest.mark.parametrize("adds", [False, True], ids=["alone", "residual"])

@@ -25,7 +25,7 @@ def one_device(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize(("channels", "features"), [(3, 4), (4, 3)])
+@pytest.mark.parametrize(("channels", "features"), [(3, 4), pytest.param(4, 3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kernel", "stride", "dilation", "padding", "size"),
     [

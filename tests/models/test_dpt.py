@@ -75,6 +75,7 @@ def test_logits_of_padded_images_are_those_of_each_alone(twin):
         np.testing.assert_allclose(ours, expected, atol=1e-12 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_gradients_with_and_without_remat_are_those_of_pytorch(twin):
     maps = features(np.random.default_rng(2), 3, 4)
     gradients = []

@@ -83,6 +83,7 @@ def test_remat_changes_nothing(tiny_config):
     assert "remat" in traces[1] and "remat" not in traces[0]
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_over_float32_weights(tiny_config):
     image = jax.random.normal(jax.random.PRNGKey(1), (2, 33, 33, 3))
     exact, rounded = (build(tiny_config(), dtype=dtype) for dtype in ("float32", "bfloat16"))

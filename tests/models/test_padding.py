@@ -26,7 +26,7 @@ CLASSES = 19
 @pytest.mark.parametrize(
     ("encoder", "output_stride"),
     [
-        (tensors.BOTTLENECK, 8),
+        pytest.param(tensors.BOTTLENECK, 8, marks=pytest.mark.slow),
         pytest.param(tensors.BOTTLENECK, 16, marks=pytest.mark.slow),
         pytest.param("xception", 8, marks=pytest.mark.slow),
         pytest.param("xception", 16, marks=pytest.mark.slow),

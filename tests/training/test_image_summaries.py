@@ -39,6 +39,7 @@ def test_pictures_are_those_of_the_step(program):
         assert views[name].shape == (ROWS, 33, 33) and views[name].min() >= 0 and views[name].max() < 6
 
 
+@pytest.mark.slow
 def test_supervised_training_has_pictures_of_labeled_images_alone(program):
     views, *_ = draw(program("supervised"))
     assert set(views) == {"image_x", "label_x", "prediction_x"}

@@ -258,6 +258,7 @@ def test_finished_runs_are_not_trained_again(tiny_config, trained, tmp_path):
     assert losses(tmp_path) == losses(trained)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_replaced_by_another(tiny_config, trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     records = [tmp_path / name for name in ("config.json", "run.json", "summary.json", "confusion.json")]
@@ -272,10 +273,20 @@ def test_a_finished_run_is_not_replaced_by_another(tiny_config, trained, tmp_pat
 @pytest.mark.parametrize(
     ("every", "rate", "message"),
     [
-        (100, 1e30, r"the (loss|norm of the gradients) is not finite at step 2 .*loss_x.*no checkpoint was saved"),
+        pytest.param(
+            100,
+            1e30,
+            r"the (loss|norm of the gradients) is not finite at step 2 .*loss_x.*no checkpoint was saved",
+            marks=pytest.mark.slow,
+        ),
         (1, 1e30, r"the state after step 1 is not saved: .* holds .*; no checkpoint was saved"),
-        (1, 1e10, r"step [23] .*; the last checkpoint, which is finite, is that of step (1|2) in"),
-    ],
+        pytest.param(
+            1,
+            1e10,
+            r"step [23] .*; the last checkpoint, which is finite, is that of step (1|2) in",
+            marks=pytest.mark.slow,
+        ),
+    ],  # fmt: skip
 )
 def test_a_run_that_diverges_keeps_the_last_finite_checkpoint(tiny_config, tmp_path, every, rate, message):
     config = tiny_config("supervised", optimizer__lr=rate, train__checkpoint_every=every, train__eval_every=100)
@@ -366,6 +377,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_config, trained, options,
         loop.train(tiny_config(**options), trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "before", "after"), [("optimizer.name", "sgd", "adamw"), ("method.selection", "adaptive", "soft")]
 )

@@ -11,7 +11,10 @@ import pytest
 from tests.soak import children, is_running, segments_left, shared_memory
 from tests.training.test_loop import ENVIRONMENT, ROOT, command, wait_for
 
-pytestmark = pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="reads /proc of Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="reads /proc of Linux"),
+]
 
 
 def wait_until(condition, what, seconds=30):
@@ -71,9 +74,7 @@ def test_a_killed_worker_is_named_in_one_line(config, tmp_path):
     assert errors.count("\n") == 1 and "config.data.workers is 2" in errors
 
 
-@pytest.mark.parametrize(
-    ("notice", "name"), [(signal.SIGINT, "Ctrl-C"), pytest.param(signal.SIGTERM, "SIGTERM", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("notice", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
 def test_a_signal_to_all_processes_saves_and_stops(config, tmp_path, notice, name):
     """Terminals send Ctrl-C, and some clusters SIGTERM, to workers too."""
     code, errors, left = run_until(2, lambda run: os.killpg(run.pid, notice), config, tmp_path)
@@ -81,7 +82,6 @@ def test_a_signal_to_all_processes_saves_and_stops(config, tmp_path, notice, nam
     assert errors.startswith(f"error: stopped by {name} after step ") and errors.count("\n") == 1
 
 
-@pytest.mark.slow
 def test_a_second_interrupt_stops_at_once(config, tmp_path):
     def notify(run):
         run.send_signal(signal.SIGSTOP)  # The run receives both before it has finished a step.

@@ -75,6 +75,7 @@ def assert_networks(workdir, **expected):
         jax.tree.map(np.testing.assert_array_equal, names.to_state_dict(networks[name]), tensors)
 
 
+@pytest.mark.slow
 def test_student_and_teacher_are_exported_and_continued(tiny_config, checkpoints, monkeypatch, tmp_path):
     (student_file, student), (teacher_file, teacher) = checkpoints
     config, run = tiny_config("dssn"), tmp_path / "run"
@@ -103,6 +104,7 @@ def test_student_and_teacher_are_exported_and_continued(tiny_config, checkpoints
         convert.convert(str(student_file), str(run), config=config)
 
 
+@pytest.mark.slow
 def test_a_converted_work_directory_is_evaluated(tiny_config, checkpoints, tmp_path):
     (student_file, _), (teacher_file, _) = checkpoints
     config = tiny_config("dssn")

@@ -330,6 +330,7 @@ def checkpoint(tiny_config, tmp_path):
     return config, tmp_path / "best.pth", content
 
 
+@pytest.mark.slow
 def test_whole_checkpoints_come_and_go_exactly(checkpoint, monkeypatch, capsys, tmp_path):
     """One command each way; what the network does not use comes back too."""
     import torch

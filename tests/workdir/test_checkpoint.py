@@ -113,6 +113,7 @@ def test_checkpoints_that_are_not_there_are_refused(workdir, config, name):
         read(workdir, config, name)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Coroutines that orbax abandons.
 def test_flipped_bits_are_noticed_in_every_file(workdir, config):
     """A checkpoint is read as it was saved, or the error names it and an undamaged one."""

@@ -133,6 +133,7 @@ def test_paths_of_buckets_stay_as_they_are(tmp_path, monkeypatch):
     assert str(files.absolute("a/../b")) == str(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_run_on_a_bucket_is_stopped_and_continued_as_on_a_disk(tiny_config, gs, tmp_path, monkeypatch):
     config = tiny_config("supervised", train__pictures=0)
     uninterrupted = loop.train(config, tmp_path)
