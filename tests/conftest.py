@@ -35,7 +35,8 @@ from input_pipeline.pipeline import RunLength
 
 # Files that take longest start first, so that no process works alone at the end.
 LONGEST_FIRST = (
-    "training/test_loop.py", "learner/test_step.py", "test_golden.py", "test_distributed.py", "test_faults.py",
+    "training/test_loop.py", "learner/test_step.py", "test_golden.py", "attacks/test_attacks.py",
+    "learner/test_vit_step.py", "test_distributed.py", "test_faults.py", "training/test_workers.py",
     "learner/test_tpu.py", "input_pipeline/test_pipeline.py",
 )  # fmt: skip
 

@@ -96,6 +96,7 @@ def test_data_and_configurations_import_no_jax():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 def test_a_run_imports_neither_pytorch_nor_a_client_of_an_object_store():
     """Even where they are installed: importing PyTorch takes as long as the rest of the start."""
     code = "import sys, dssn_jax.training.loop\nassert not {'torch', 'google.cloud.storage'} & set(sys.modules)"

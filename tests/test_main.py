@@ -335,6 +335,7 @@ def test_export(workdir, tmp_path):
     assert class_ids.shape == (1, 32, 48)
 
 
+@pytest.mark.slow
 def test_convert_to_a_file_and_back(workdir, tmp_path):
     for network in ("student", "teacher"):
         options = [f"--from={workdir}", f"--to={tmp_path / network}.safetensors", f"--network={network}"]

@@ -176,6 +176,7 @@ def test_class_maps_ignore_what_is_no_image(tiny_config):
         assert (maps[row, height:] == 255).all() and (maps[row, :, width:] == 255).all()
 
 
+@pytest.mark.slow
 def test_progress_counts_the_images_of_all_processes(tiny_config):
     """The rows of a batch that another process read hold images, but are not among this process's indices."""
     _, variables, evaluator = start(tiny_config())

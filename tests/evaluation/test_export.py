@@ -107,6 +107,7 @@ def test_mistakes_are_named(trained, options, error, message):
     assert sorted(trained.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_files_of_the_user_stay(trained, tmp_path):
     to, beside = tmp_path / "a.stablehlo", tmp_path / "a.stablehlo.json"
     for file in (to, beside):

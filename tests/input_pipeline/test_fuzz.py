@@ -168,6 +168,7 @@ def restore(path, content: bytes) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_damaged_data_is_named_or_read(root):
     config = defaults.get_config()
     config.data.update({"root": str(root), "split": "s", "classes": CLASSES})

@@ -217,6 +217,7 @@ def test_frozen_encoder_has_no_gradient_no_momentum_and_no_second_copy(tiny_conf
     assert float(metrics["grad_norm"]) > 0
 
 
+@pytest.mark.slow
 def test_loss_falls_on_a_repeated_batch(tiny_config):
     learner, state, step = start(tiny_config("unimatch", method__threshold=0.0))
     batch, values = batches(learner, 1)[0], []

@@ -56,6 +56,7 @@ def test_streams_differ_by_their_dropout(setup):
     np.testing.assert_allclose(other.streams["s1"], logits.streams["s1"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_images_and_strong_views_encoded_at_once_are_those_of_two_passes(setup, monkeypatch):
     """With the same logits and running statistics."""
     make, variables, views = setup

@@ -134,6 +134,7 @@ def test_parameters_of_the_published_heads(width, millions):
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_over_float32_weights(initialized):
     assert {leaf.dtype for leaf in jax.tree.leaves(initialized)} == {jnp.dtype("float32")}
     maps = tuple(x.astype(np.float32) for x in features(np.random.default_rng(3), 3, 4))

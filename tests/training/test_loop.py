@@ -195,6 +195,7 @@ def test_a_run_is_not_continued_with_what_would_change_it(tiny_config, trained, 
     assert int(trainer.state.step) == 12
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_start_leaves_nothing_open(tiny_config, trained, tmp_path, monkeypatch):
     """Refused at the checkpoint, and failing when everything else is open."""
 
@@ -249,6 +250,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_good_checkpoint(tiny_config, 
     assert step >= 2 and int(latest_state(tmp_path).step) == step
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_trained_again(tiny_config, trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     again = loop.train(tiny_config(**LONG), tmp_path)
@@ -270,23 +272,14 @@ def test_a_finished_run_is_not_replaced_by_another(tiny_config, trained, tmp_pat
     assert [path.read_bytes() for path in records] == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("every", "rate", "message"),
     [
-        pytest.param(
-            100,
-            1e30,
-            r"the (loss|norm of the gradients) is not finite at step 2 .*loss_x.*no checkpoint was saved",
-            marks=pytest.mark.slow,
-        ),
+        (100, 1e30, r"the (loss|norm of the gradients) is not finite at step 2 .*loss_x.*no checkpoint was saved"),
         (1, 1e30, r"the state after step 1 is not saved: .* holds .*; no checkpoint was saved"),
-        pytest.param(
-            1,
-            1e10,
-            r"step [23] .*; the last checkpoint, which is finite, is that of step (1|2) in",
-            marks=pytest.mark.slow,
-        ),
-    ],  # fmt: skip
+        (1, 1e10, r"step [23] .*; the last checkpoint, which is finite, is that of step (1|2) in"),
+    ],
 )
 def test_a_run_that_diverges_keeps_the_last_finite_checkpoint(tiny_config, tmp_path, every, rate, message):
     config = tiny_config("supervised", optimizer__lr=rate, train__checkpoint_every=every, train__eval_every=100)
@@ -297,6 +290,7 @@ def test_a_run_that_diverges_keeps_the_last_finite_checkpoint(tiny_config, tmp_p
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(latest_state(tmp_path).student))
 
 
+@pytest.mark.slow
 def test_pretrained_weights_that_are_not_finite_are_named(tiny_config, trained, tmp_path):
     weights = tmp_path / "weights.safetensors"
     convert.convert(str(trained), str(weights))
@@ -362,6 +356,7 @@ def test_an_evaluation_that_fails_loses_no_step(tiny_config, tmp_path, monkeypat
     assert int(latest_state(tmp_path / "run").step) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -401,6 +396,7 @@ def test_checkpoints_are_ranked_by_the_configured_metric(tiny_config, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_missing_checkpoints_are_named(tiny_config, trained, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="no such folder"):
         evaluate.evaluate(tmp_path / "nowhere", config=tiny_config())
@@ -408,6 +404,7 @@ def test_missing_checkpoints_are_named(tiny_config, trained, tmp_path):
         evaluate.evaluate(trained, config=tiny_config(), checkpoint="5")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named(tiny_config, trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     arrays = (tmp_path / "checkpoints" / "12" / "state").rglob("*")

@@ -120,6 +120,7 @@ def test_a_converted_work_directory_is_evaluated(tiny_config, checkpoints, tmp_p
     assert scores["student"] != scores["teacher"]
 
 
+@pytest.mark.slow
 def test_frozen_parameters_are_the_students(tiny_config, checkpoints, tmp_path):
     (student_file, student), (teacher_file, teacher) = checkpoints
     config = tiny_config("dssn", optimizer__freeze="encoder/")
@@ -142,6 +143,7 @@ def test_encoders_are_converted_and_taken_from_full_networks(tiny_config, checkp
         assert metadata["mean"] == mean
 
 
+@pytest.mark.slow
 def test_the_teacher_is_a_copy_of_the_student_unless_given(tiny_config, checkpoints, tmp_path):
     (student_file, student), (teacher_file, _) = checkpoints
     convert.convert(str(student_file), str(tmp_path / "run"), config=tiny_config("dssn"))
@@ -202,6 +204,7 @@ def test_an_encoder_alone_is_no_work_directory(tiny_config, tmp_path):
         convert.convert(str(path), str(tmp_path / "run"), config=config)
 
 
+@pytest.mark.slow
 def test_tensors_of_an_unknown_network_need_a_config(tmp_path):
     files.write(tmp_path / "a.safetensors", {"vit.weight": np.zeros((3, 3), np.float32)}, {})
     with pytest.raises(StateDictError, match="fit no known encoder; --config"):

@@ -395,6 +395,7 @@ def test_the_checkpoint_of_the_golden_numbers_evaluates_to_their_iou(tmp_path):
         assert all(torch.equal(returned[key][name], value.double()) for name, value in tensors.items())
 
 
+@pytest.mark.slow
 def test_methods_without_a_teacher_take_the_student(checkpoint, caplog, tmp_path):
     config, path, content = checkpoint
     config.method.teacher = "student"
