@@ -18,7 +18,6 @@ KINDS = {
     "signals": (signals.generate, 6),
     "processes": (two_processes.generate, 4),
 }
-SLOW = ("signals", "processes")  # They start programs and take ten times as long.
 
 
 def make(place: Place, seed: int, index: int, kinds: Sequence[str]) -> tuple[str, Attack]:

@@ -6,7 +6,7 @@ import pathlib
 import jax
 import pytest
 
-from benchmarks import augment, convert_memory, eval_sizes, hlo, memory, precision, records, step, train_step
+from benchmarks import augment, convert_memory, eval_sizes, hlo, memory, precision, records, saving, step, train_step
 from benchmarks import input as input_benchmark
 from configs import pascal
 from dssn_jax import commands
@@ -62,6 +62,12 @@ def test_packing_is_timed(tmp_path):
     rows = records.measure(tmp_path, 8, 1 << 20)
     assert len(rows) == 8 and all(row["seconds"] > 0 for row in rows)
     assert (tmp_path / "packed" / "index.json").exists()
+
+
+def test_saving_is_timed(tiny_config, tmp_path):
+    row = saving.measure(tiny_config("supervised"), 2, tmp_path)
+    assert 0 < row["of which checksums s"] < row["later waits s"] < row["until complete s"]
+    assert row["devices"] == jax.device_count() and row["first wait s"] > 0
 
 
 @pytest.mark.slow

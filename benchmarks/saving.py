@@ -1,6 +1,8 @@
-"""Time of saving a checkpoint, with and without checksums: `python -m benchmarks.checksums --encoder=resnet50`.
+"""Time of saving checkpoints: `python -m benchmarks.saving --encoder=resnet50`.
 
-Saves the random state of a DSSN run to a temporary folder, several times; the time is until the files are complete.
+Saves the random state of a DSSN run, which every device holds, to a temporary folder, several times. Prints seconds for
+which training waits, at the first save and later (median), until the files are complete, and of the checksums, which
+are part of the wait. `XLA_FLAGS=--xla_force_host_platform_device_count=8` simulates eight devices on a CPU.
 """
 
 import argparse
@@ -21,27 +23,32 @@ from dssn_jax.workdir.checkpoint import new_scores
 
 
 def measure(config, repeats: int, folder: str | None = None) -> dict:
-    """Returns a row with the median seconds of a save without checksums, and those that the checksums add."""
+    """Returns a row with the seconds of a save; `repeats` is at least 2."""
     state = learner.build(config).init_state()
     meta = {"config": json.loads(config.to_json()), "scores": new_scores()}
-    saves, added, busy = [], [], []
+    waits, saves, sums = [], [], []
+
+    def summarize(state, original=checksums.summarize):
+        started = time.perf_counter()
+        summaries = original(state)
+        sums.append(time.perf_counter() - started)
+        return summaries
+
     with (
         tempfile.TemporaryDirectory(prefix="dssn_save_", dir=folder) as workdir,
         contextlib.closing(checkpoint.Checkpointer(workdir)) as saved,
+        mock.patch.object(checksums, "summarize", summarize),
     ):
         for step in range(repeats):
-            started, cpu = time.perf_counter(), time.process_time()
-            summaries = checksums.summarize(state)
-            added.append(time.perf_counter() - started)
-            busy.append(time.process_time() - cpu)
-            with mock.patch.object(checksums, "summarize", lambda _, known=summaries: known):
-                started = time.perf_counter()
-                saved.save(step, state, meta)
-                saved.wait()
-                saves.append(time.perf_counter() - started)
-    save, extra, cpu = map(statistics.median, (saves, added, busy))
+            started = time.perf_counter()
+            saved.save(step, state, meta)
+            waits.append(time.perf_counter() - started)
+            saved.wait()
+            saves.append(time.perf_counter() - started)
+    later, save, extra = (statistics.median(seconds[1:]) for seconds in (waits, saves, sums))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    return {"state MB": size / 1e6, "save s": save, "checksums s": extra, "CPU s": cpu, "share %": 100 * extra / save}
+    waiting = {"first wait s": waits[0], "later waits s": later, "of which checksums s": extra}
+    return {"devices": jax.device_count(), "state MB": size / 1e6, **waiting, "until complete s": save}
 
 
 def main() -> None:
