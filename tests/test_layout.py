@@ -108,6 +108,7 @@ def test_module_imports(module):
     importlib.import_module(module)
 
 
+@pytest.mark.slow
 def test_scripts_import():
     """In a process of their own: they set environment variables."""
     code = f"import importlib\nfor name in {list(modules('experiments', 'benchmarks'))}: importlib.import_module(name)"

@@ -81,7 +81,8 @@ def start(config, devices=None):
     return learner, learner.init_state().student, Evaluator(learner)
 
 
-@pytest.mark.parametrize("mode", ["original", pytest.param("center_crop", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["original", "center_crop"])
 def test_every_image_counts_once_on_several_devices(tiny_config, mode):
     """Seven images of four sizes on four devices, in two padded sizes, count what they count one by one."""
     config = tiny_config(eval__mode=mode, eval__crop=32, eval__batch=3, eval__buckets=2)
@@ -106,6 +107,7 @@ def test_every_image_counts_once_on_several_devices(tiny_config, mode):
     np.testing.assert_array_equal(counts["student"], counts["again"])
 
 
+@pytest.mark.slow
 def test_as_many_compilations_as_buckets(tiny_config):
     config = tiny_config(eval__batch=4, eval__buckets=2)
     _, variables, evaluator = start(config)

@@ -108,6 +108,7 @@ def moved_window_by_window(predict, image, window):
         row = min(row + stride, height - window)
 
 
+@pytest.mark.slow
 def test_windows_that_are_moved_inside(setting):
     network, variables, images, extent = setting
     windows = Inference(network, window=32, windows="inside")

@@ -101,6 +101,7 @@ def test_mistakes_leave_nothing(run, root, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_configuration_is_read_from_the_work_directory(run, root, tmp_path):
     _, workdir = run
     assert predict(workdir, str(root / "images/d.jpg"), to=tmp_path / "out", network="student") == 1

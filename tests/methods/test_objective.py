@@ -67,6 +67,7 @@ def test_images_and_strong_views_encoded_at_once_are_those_of_two_passes(setup, 
         np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_without_dropout_a_feature_stream_is_the_weak_view(setup):
     make, variables, views = setup
     logits, _ = student(make(method__feature_dropout=0.0), variables, views)

@@ -132,6 +132,7 @@ def test_padded_images_get_the_features_of_each_alone(form):
             np.testing.assert_allclose(ours[i, :height, :width], level[0], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     def gradient(network):
         def loss(params):
