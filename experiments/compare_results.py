@@ -90,7 +90,7 @@ def read(out: pathlib.Path) -> list[Outcome]:
 def _read_outcome(workdir: pathlib.Path) -> Outcome:
     result = records.read_json(workdir, RESULT)
     diverged = result.get("diverged", "")
-    summary = {} if diverged else records.read_json(workdir, "summary.json")
+    summary = {} if diverged else records.read_json(workdir, records.SUMMARY)
     networks = [name for name in NETWORKS if name in summary]
     scores = {f"{name}_{which}": summary[name][which]["miou"] for name in networks for which in COMPARED}
     iou, shares = {}, {}

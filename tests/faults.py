@@ -61,9 +61,14 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in records.read_metrics(workdir) if "loss" in line}
 
 
+def last_step(workdir: pathlib.Path) -> int:
+    """Returns the last step whose loss is logged, or 0."""
+    return max(losses(workdir), default=0)
+
+
 def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int) -> None:
     """Returns when the run has logged `step`, or has ended."""
-    while process.poll() is None and max(losses(workdir), default=0) < step:
+    while process.poll() is None and last_step(workdir) < step:
         time.sleep(0.05)
 
 
@@ -71,7 +76,7 @@ def kill_at_random(workdir: pathlib.Path, steps: int, kills: int, start_run, see
     """Starts the run in `workdir` `kills` times, and kills it while it starts or up to a second after a random step."""
     moments = random.Random(seed)
     for kill in range(kills):
-        done = max(losses(workdir), default=0)
+        done = last_step(workdir)
         step = min(done + moments.randint(1, max(1, (steps - done) // (kills - kill))), steps - 1)
         process = start_run(workdir)
         if moments.random() < 0.2:
@@ -82,7 +87,7 @@ def kill_at_random(workdir: pathlib.Path, steps: int, kills: int, start_run, see
         process.send_signal(signal.SIGKILL)
         process.communicate()
         unfinished = len(list((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*")))
-        step = max(losses(workdir), default=0)
+        step = last_step(workdir)
         print(f"kill {kill + 1}: at step {step}, {unfinished} unfinished checkpoints", flush=True)
 
 

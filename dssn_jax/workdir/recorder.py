@@ -17,8 +17,7 @@ class Recorder:
 
     def __init__(self, workdir: files.Folder, step: int):
         """Continues after `step`: what an interrupted run recorded later is dropped."""
-        self._open_board = lambda: Board(workdir.append_dir / "tensorboard", step)
-        self._workdir = workdir
+        self._workdir, self._after = workdir, step
         self._path, self._confusion = workdir.append_dir / records.METRICS, workdir.path / records.CONFUSION
         kept = [line for line in records.read_metrics(workdir.path) if line["step"] <= step]
         if distributed.is_first():
@@ -72,7 +71,7 @@ class Recorder:
     @functools.cached_property
     def _board(self) -> Board:
         """The TensorBoard file, which begins with the first record."""
-        return self._open_board()
+        return Board(self._workdir.append_dir / "tensorboard", self._after)
 
     def _write(self, step: int, values: dict) -> None:
         if distributed.is_first():

@@ -12,6 +12,7 @@ import pytest
 from dssn_jax import sharding
 from dssn_jax.workdir import checkpoint
 from dssn_jax.workdir.checkpoint import Checkpointer, CheckpointError, DamagedError, DivergedError
+from experiments.compilations import Compilations
 from tests.input_pipeline.special_files import make_special
 
 
@@ -69,27 +70,15 @@ def flip(path, bit):
     path.write_bytes(data)
 
 
-@pytest.fixture
-def programs():
-    """A list that grows with each program that JAX compiles or loads."""
-    names = []
-
-    def listen(event, *_, **__):
-        names.extend([event] * event.endswith("backend_compile_duration"))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 @pytest.mark.parametrize("values", [{}, {"large": np.arange(2.0**20, dtype=np.float32)}])
-def test_only_large_arrays_are_cut_among_devices(values, programs, tmp_path, config):
+def test_only_large_arrays_are_cut_among_devices(values, tmp_path, config):
     """Cutting takes a program per shape and device. What was saved on four devices is read back on any."""
     everywhere = [sharding.replicated(sharding.make_mesh(jax.devices()[:count])) for count in (4, 1)]
     state = jax.device_put(make_state(3, **values), everywhere[0])
-    programs.clear()
+    programs = Compilations()
     save(tmp_path, config, 3, state=state)
-    assert bool(programs) == bool(values)
+    counts = programs.take()
+    assert bool(counts["compiled"] + counts["loaded"]) == bool(values)
     for placement in everywhere:
         like = jax.tree.map(lambda x, at=placement: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state)
         with contextlib.closing(Checkpointer(tmp_path, read_only=True)) as saved:

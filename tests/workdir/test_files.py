@@ -66,7 +66,7 @@ def test_a_full_disk_names_the_file(tmp_path):
 
 HOLD = """
 import sys, time
-from dssn_jax.workdir import files, records
+from dssn_jax.workdir import files
 folder = files.Folder(sys.argv[1])
 print("locked", flush=True)
 time.sleep(600)
